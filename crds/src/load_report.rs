@@ -1,0 +1,78 @@
+//! What a replica reports at `/load` and the autoscaler and the gateway read. It owns the names and units of
+//! the raw counts; it knows no policy: what counts as demand or as capacity is the reader's to decide.
+//!
+//! Only additive changes are allowed: readers ignore fields that they don't know, and a field that is missing
+//! is *unknown*, never zero.
+
+use serde::{Deserialize, Serialize};
+
+/// The version of this schema, in [`LoadReport::schema`]. It rises only with a change that is not additive.
+pub const SCHEMA: u32 = 1;
+
+/// One replica's load at one moment, as raw counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LoadReport {
+    /// [`SCHEMA`] of the replica that reports.
+    pub schema: Option<u32>,
+    /// Differs between two starts of the same pod, so that counters which restart are seen as such.
+    pub boot_id: Option<String>,
+    /// Rises by one with each engine step that is reported.
+    pub sequence: Option<u64>,
+    /// Age of the engine's last heartbeat in milliseconds. The heartbeat beats at each step, and while idle.
+    pub heartbeat_age_ms: Option<u64>,
+    /// The replica was told to stop: neither supply nor demand.
+    pub draining: Option<bool>,
+    /// The KV block pool.
+    pub blocks: Option<BlockCounts>,
+    /// Requests that wait and that run.
+    pub queue: Option<QueueCounts>,
+    /// Prompt tokens accepted whose KV isn't computed yet, over waiting and running requests.
+    pub prefill_backlog_tokens: Option<u64>,
+    /// Sequences preempted since the start.
+    pub preemptions: Option<u64>,
+}
+
+/// Blocks of the pool by state: `total = active + cached + free`, never two states at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BlockCounts {
+    /// Token slots in a block.
+    pub block_size: u32,
+    /// All blocks of the pool.
+    pub total: u64,
+    /// Held by at least one sequence.
+    pub active: u64,
+    /// Held by no sequence, kept for their content, evictable at once. Demand counts them as free.
+    pub cached: u64,
+    /// Empty.
+    pub free: u64,
+    /// Blocks that the prompts of the waiting requests need, beyond what they share.
+    pub waiting_need: u64,
+}
+
+/// Requests by state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct QueueCounts {
+    /// Requests in the running batch.
+    pub running: u64,
+    /// Requests accepted and not running, preempted ones included.
+    pub waiting: u64,
+    /// The most requests that may wait before the replica answers 429.
+    pub waiting_limit: u64,
+    /// Age of the oldest waiting request in milliseconds; 0 where none waits.
+    pub oldest_waiting_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_fields_are_ignored_and_missing_ones_stay_unknown() {
+        let report: LoadReport = serde_json::from_str(r#"{"schema":1,"novel":3,"blocks":{"total":7}}"#).unwrap();
+        assert_eq!(report.blocks.map(|b| b.total), Some(7));
+        assert_eq!(report.queue, None, "missing is unknown, not zero");
+    }
+}

@@ -1,0 +1,3 @@
+//! The cluster on one machine, from the command line.
+
+fn main() {}

@@ -1,0 +1,10 @@
+//! The tensor operations of the model server: what a model may ask of a device, and the devices.
+//!
+//! This crate knows tensors, blocks and block tables. It knows no requests, no sequences' lives, no text.
+//!
+//! - [`device`]: the contract, [`Device`](device::Device) and [`Ops`](device::Ops), and a step's inputs and outputs.
+//! - [`sampling`]: the arithmetic of sampling, the same on every device.
+//! - [`reference`](mod@reference): the oracle, in f64, plain loops.
+//! - [`cpu`]: AVX-512 bf16, AVX2 and portable code behind one interface, on its own threads.
+
+pub mod device;

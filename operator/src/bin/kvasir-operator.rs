@@ -1,0 +1,3 @@
+//! The operator of `LLMDeployment`s.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The model server of each pod.
+
+fn main() {}

@@ -1,0 +1,5 @@
+//! The model server: an engine over a paged KV cache, behind an OpenAI-compatible API.
+//!
+//! The engine knows token ids, never text; HTTP knows text and events, never blocks.
+
+pub mod engine;
