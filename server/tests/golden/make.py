@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""Makes the golden files of Transformers that the server is tested against.
+
+Run once by hand, not in CI; everything is seeded, so a second run with the same versions writes the same files:
+
+    pip install torch==2.9.1 transformers==5.23.0 tokenizers==0.23.3
+    python server/tests/golden/make.py [case ...]
+
+Each folder <case>/ is a model directory as Hugging Face writes it (config.json, one or many *.safetensors; random
+weights) plus golden.json:
+
+    transformers, torch   versions that made the file
+    stored_dtype          dtype of the tensors in the safetensors
+    float32_error         largest |float32 - float64| over all logits of all prompts: the noise in the figures below
+    bfloat16_error        largest |bfloat16 - float32| over the same logits: what bfloat16 costs Transformers itself
+    margin_bound          2 * bfloat16_error: two runs that are each within bfloat16_error of the float32 logits
+                          choose the same token wherever the margin of the first two logits is larger than this
+    prompts[]             one object a prompt:
+      ids                 the prompt's token ids (no special token is added)
+      float32             the model run in float32 with eager attention:
+        rows[]            {position, logsumexp, top}: at some positions of the prompt the log of the sum of exp over
+                          the whole row, and the 8 largest logits as [id, logit], largest first
+        last_row          every logit at the prompt's last position, by id
+        greedy            24 tokens, each the largest logit (no end-of-sequence stops it)
+        margins           at each of these 24 steps the first logit minus the second
+      bfloat16            the weights rounded to bfloat16 and the model run in it:
+        last_row_error    largest |bfloat16 - float32| in the last row of the prompt
+        greedy, margins   as above, each run following its own tokens; a margin is of bfloat16 logits
+        forced            24 tokens: the largest logit when fed float32's greedy tokens instead of its own
+
+chat_templates.json is made by make_chat_templates.py and tokenizers/ by make_tokenizers.py beside this file.
+"""
+
+import json
+import math
+import pathlib
+import shutil
+import sys
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+HERE = pathlib.Path(__file__).resolve().parent
+STEPS = 24
+LENGTHS = (1, 2, 17, 33, 130)
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# Each case: the shape, the dtype that is stored, and how the directory is written. `old_config` writes the field names
+# of Transformers 4 (rope_theta, rope_scaling, torch_dtype), which most published models carry.
+CASES = {
+    "gqa-5-1": dict(
+        config=dict(hidden_size=52, num_attention_heads=5, num_key_value_heads=1, head_dim=14, intermediate_size=77,
+                    vocab_size=301, num_hidden_layers=3, rms_norm_eps=1e-5),
+        dtype="float32"),
+    "gqa-6-2-tied": dict(
+        config=dict(hidden_size=60, num_attention_heads=6, num_key_value_heads=2, intermediate_size=101,
+                    vocab_size=259, num_hidden_layers=2, rms_norm_eps=1e-6, tie_word_embeddings=True),
+        dtype="float16", old_config=True, drop=["head_dim"]),
+    "mha-8-8": dict(
+        config=dict(hidden_size=71, num_attention_heads=8, num_key_value_heads=8, head_dim=22, intermediate_size=131,
+                    vocab_size=517, num_hidden_layers=2, rms_norm_eps=1e-5, rope_theta=1e6),
+        dtype="bfloat16", old_config=True, drop=["num_key_value_heads"]),
+    "biases": dict(
+        config=dict(hidden_size=44, num_attention_heads=4, num_key_value_heads=2, head_dim=18, intermediate_size=59,
+                    vocab_size=211, num_hidden_layers=2, rms_norm_eps=1e-6, attention_bias=True, mlp_bias=True,
+                    tie_word_embeddings=True),
+        dtype="float32", std=0.19),
+    "llama3-rope": dict(
+        config=dict(hidden_size=39, num_attention_heads=3, num_key_value_heads=1, head_dim=26, intermediate_size=83,
+                    vocab_size=307, num_hidden_layers=2, rms_norm_eps=1e-5, rope_theta=500000.0, rope=LLAMA3_ROPE,
+                    max_position_embeddings=512),
+        dtype="bfloat16", lengths=(1, 17, 33, 130, 300)),
+    "llama3-rope-sharded": dict(
+        config=dict(hidden_size=46, num_attention_heads=6, num_key_value_heads=3, head_dim=8, intermediate_size=91,
+                    vocab_size=283, num_hidden_layers=3, rms_norm_eps=1e-5, rope_theta=500000.0, rope=LLAMA3_ROPE,
+                    max_position_embeddings=512),
+        dtype="float16", old_config=True, shard_bytes=60_000, std=0.13),
+    "smallest": dict(
+        config=dict(hidden_size=7, num_attention_heads=3, num_key_value_heads=3, head_dim=2, intermediate_size=5,
+                    vocab_size=13, num_hidden_layers=1, rms_norm_eps=1e-6),
+        dtype="float32", std=0.3),
+}
+
+# LlamaConfig refuses a hidden size that the head count doesn't divide, though the model itself computes it rightly
+# from head_dim; published models have such shapes under head_dim's explicit form, so the check is taken out here.
+LlamaConfig.__class_validators__ = [v for v in LlamaConfig.__class_validators__ if v.__name__ != "validate_architecture"]
+
+
+def build_config(fields):
+    """LlamaConfig from a case's fields; `rope` and `rope_theta` become what this version calls rope_parameters."""
+    fields = dict(fields)
+    rope = {"rope_type": "default", **fields.pop("rope", {}), "rope_theta": fields.pop("rope_theta", 10000.0)}
+    return LlamaConfig(**{"max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True,
+                          "attn_implementation": "eager", **fields, "rope_parameters": rope})
+
+
+def random_model(config, seed, std):
+    """A float32 model whose every parameter matters: norms are not all one and biases are not all zero."""
+    model = LlamaForCausalLM(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else std * noise)
+    return model
+
+
+def write(model, case, directory):
+    """Writes the model as a Hugging Face directory in the case's dtype and layout."""
+    shutil.rmtree(directory, ignore_errors=True)
+    dtype = getattr(torch, case["dtype"])
+    limit = {"max_shard_size": case["shard_bytes"]} if "shard_bytes" in case else {}
+    model.to(dtype).save_pretrained(directory, **limit)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    if case.get("old_config"):
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+        config["torch_dtype"] = config.pop("dtype")
+    for field in case.get("drop", []):
+        del config[field]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load(directory, dtype):
+    return LlamaForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(torch.tensor([ids])).logits[0]
+
+
+def greedy(model, ids):
+    """STEPS greedy tokens with their margins; the whole context is computed anew each step, so no cache can err."""
+    ids, margins = list(ids), []
+    for _ in range(STEPS):
+        top = logits(model, ids)[-1].float().topk(2)
+        margins.append((top.values[0] - top.values[1]).item())
+        ids.append(int(top.indices[0]))
+    return ids[-STEPS:], margins
+
+
+def examine(directory, prompts):
+    """Runs the stored model in three precisions; the golden object."""
+    f64, f32, bf16 = (load(directory, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16))
+    out = {"float32_error": 0.0, "bfloat16_error": 0.0, "margin_bound": 0.0, "prompts": []}
+    for ids in prompts:
+        tokens, margins = greedy(f32, ids)
+        whole = ids + tokens[:-1]
+        at32, at16 = logits(f32, whole), logits(bf16, whole).float()
+        error16 = (at16 - at32).abs()
+        out["float32_error"] = max(out["float32_error"], (at32.double() - logits(f64, whole)).abs().max().item())
+        out["bfloat16_error"] = max(out["bfloat16_error"], error16.max().item())
+        row, last = logits(f32, ids), len(ids) - 1
+        positions = sorted({0, last // 3, last // 2, max(last - 1, 0), last})
+        tokens16, margins16 = greedy(bf16, ids)
+        out["prompts"].append({
+            "ids": ids,
+            "float32": {
+                "rows": [{"position": p, "logsumexp": row[p].logsumexp(0).item(),
+                          "top": [[int(i), row[p][i].item()] for i in row[p].topk(8).indices]} for p in positions],
+                "last_row": row[last].tolist(), "greedy": tokens, "margins": margins},
+            "bfloat16": {
+                "last_row_error": error16[last].max().item(), "greedy": tokens16, "margins": margins16,
+                "forced": at16[last:].argmax(-1).tolist()},
+        })
+    out["margin_bound"] = 2 * out["bfloat16_error"]
+    return out
+
+
+def compact(value):
+    """JSON with 9 significant digits, enough to give each float32 back, and one line for each innermost part."""
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, list):
+        if value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(compact(v) for v in value) + "]"
+        return "[" + ",".join(compact(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",\n".join(f"{json.dumps(k)}:{compact(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
+
+
+def prompts_for(case, seed):
+    generator = torch.Generator().manual_seed(1000 + seed)
+    vocab = case["config"]["vocab_size"]
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in case.get("lengths", LENGTHS)]
+
+
+def make(name, case):
+    """Tries seeds until the greedy tokens vary and no float32 choice is closer than its noise could decide."""
+    directory = HERE / name
+    for seed in range(100):
+        write(random_model(build_config(case["config"]), seed, case.get("std", 0.14)), case, directory)
+        golden = examine(directory, prompts_for(case, seed))
+        runs = [p["float32"] for p in golden["prompts"]]
+        closest = min(min(r["margins"]) for r in runs)
+        distinct = sorted(len(set(r["greedy"])) for r in runs)[len(runs) // 2]
+        decided = sum(m > golden["margin_bound"] for r in runs for m in r["margins"]) / (STEPS * len(runs))
+        if closest > 1e-3 and distinct >= min(10, case["config"]["vocab_size"] // 3) and decided > 0.35:
+            break
+    else:
+        raise SystemExit(f"{name}: no seed of 100 gave varied and well-separated tokens; change `std`")
+    assert golden["float32_error"] < 2e-5, golden["float32_error"]
+    assert all(math.isfinite(x) for r in runs for x in r["last_row"])
+    golden = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0], "seed": seed,
+              "stored_dtype": case["dtype"], **golden}
+    (directory / "golden.json").write_text(compact(golden) + "\n")
+    size = sum(f.stat().st_size for f in directory.iterdir())
+    print(f"{name}: seed {seed}, {size} bytes, float32 error {golden['float32_error']:.1e}, bfloat16 error "
+          f"{golden['bfloat16_error']:.3f}, closest margin {closest:.4f}, {decided:.0%} of margins above the bound, "
+          f"{distinct} distinct tokens of {STEPS}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for chosen in sys.argv[1:] or CASES:
+        make(chosen, CASES[chosen])
