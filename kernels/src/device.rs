@@ -103,6 +103,31 @@ pub struct Rope {
     pub max_positions: usize,
 }
 
+/// What products, weights and the KV cache are kept in. Sums are always in binary32, and so are activations between
+/// operations where the device is a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Factors in bfloat16. Weights stored otherwise (F16, F32) are rounded to the nearest.
+    BF16,
+    /// Factors in binary32; weights stored in 16 bits are widened exactly.
+    F32,
+}
+
+/// What every device is made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceConfig {
+    /// The shape of attention and of the KV cache.
+    pub attention: AttentionShape,
+    /// The largest step.
+    pub limits: Limits,
+    /// Rotary position embedding.
+    pub rope: Rope,
+    /// What is multiplied.
+    pub precision: Precision,
+    /// Memory that the device may use in all, where it is less than what the device finds.
+    pub memory_limit: Option<u64>,
+}
+
 /// A block of the KV cache; it holds [`AttentionShape::block_size`] tokens of every layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
@@ -269,14 +294,22 @@ pub enum DeviceError {
 
 /// The operations of a forward pass. Shapes below: `T` tokens of the step, `L` rows of logits.
 ///
-/// Calling one with handles of the wrong width is a broken invariant of the model, and panics.
+/// Calling one with handles of the wrong width, or with an output that is also an input, is a broken invariant of the
+/// model, and panics.
 pub trait Ops {
     /// `out[t] = table[token[t]]`: `out` is `[T, cols]`, `table` `[vocabulary, cols]`.
     fn embed(&mut self, out: Buffer, table: Weight);
     /// `out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight` (RMSNorm, arXiv 1910.07467).
     fn rms_norm(&mut self, out: Buffer, x: Buffer, weight: Vector, epsilon: f32);
     /// `residual += x; out = rms_norm(residual)`, fused.
-    fn add_rms_norm(&mut self, out: Buffer, residual: Buffer, x: Buffer, weight: Vector, epsilon: f32);
+    fn add_rms_norm(
+        &mut self,
+        out: Buffer,
+        residual: Buffer,
+        x: Buffer,
+        weight: Vector,
+        epsilon: f32,
+    );
     /// `out[r] = weight * x[r] + bias`: `x` is `[rows, in]`, `weight` `[out, in]`, `out` `[rows, out]`.
     fn matmul(&mut self, out: Buffer, x: Buffer, weight: Weight, bias: Option<Vector>);
     /// Rotates the query and key heads of `qkv` by their positions, in place, and appends keys and values to the
@@ -319,7 +352,14 @@ pub trait Device: Send {
     fn allocate_kv(&mut self, n_blocks: u32) -> Result<(), DeviceError>;
 
     /// Starts a step: uploads `input`, runs (or replays) `forward`. At most [`Device::depth`] are under way.
-    fn submit(&mut self, input: &StepInput, forward: &mut dyn FnMut(&mut dyn Ops)) -> Result<Ticket, DeviceError>;
+    fn submit(
+        &mut self,
+        input: &StepInput,
+        forward: &mut dyn FnMut(&mut dyn Ops),
+    ) -> Result<Ticket, DeviceError>;
     /// Waits for the oldest step under way.
     fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError>;
+
+    /// The values of a buffer as the last step left them, row after row: for tests and tools, never in serving.
+    fn read(&mut self, buffer: Buffer) -> Result<Vec<f32>, DeviceError>;
 }

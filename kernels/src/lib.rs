@@ -5,6 +5,8 @@
 //! - [`device`]: the contract, [`Device`](device::Device) and [`Ops`](device::Ops), and a step's inputs and outputs.
 //! - [`sampling`]: the arithmetic of sampling, the same on every device.
 //! - [`reference`](mod@reference): the oracle, in f64, plain loops.
-//! - [`cpu`]: AVX-512 bf16, AVX2 and portable code behind one interface, on its own threads.
 
 pub mod device;
+pub mod reference;
+pub mod sampling;
+mod step;

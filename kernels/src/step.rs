@@ -1,0 +1,197 @@
+//! What a step means, in host memory: tokens resolved, positions derived, block tables kept, all indices checked.
+//!
+//! Every device that runs on the host shares it. It knows no arithmetic and no memory of a device. A step that breaks
+//! an invariant panics here, before any kernel sees an index.
+
+use crate::device::{
+    BlockId, DeviceConfig, LogitsRow, LogitsWant, Span, StepInput, StepOutput, TableRow, TokenInput,
+};
+
+/// The block-table matrix and the step under way. Vectors keep their capacity from step to step.
+#[derive(Debug)]
+pub(crate) struct Step {
+    block_size: usize,
+    max_tokens: usize,
+    max_logits_rows: usize,
+    max_positions: usize,
+    table_width: usize,
+    tables: Vec<u32>,
+    n_blocks: u32,
+    /// Token ids, by input token.
+    pub(crate) tokens: Vec<u32>,
+    /// Positions, by input token.
+    pub(crate) positions: Vec<u32>,
+    /// Rows of the block-table matrix, by input token.
+    pub(crate) rows: Vec<TableRow>,
+    /// The spans that have tokens.
+    pub(crate) spans: Vec<Span>,
+    /// The rows of logits.
+    pub(crate) logits: Vec<LogitsRow>,
+    previous: Vec<u32>,
+}
+
+impl Step {
+    /// Tables of zeros, and no step yet.
+    pub(crate) fn new(config: &DeviceConfig) -> Self {
+        let limits = &config.limits;
+        Self {
+            block_size: config.attention.block_size,
+            max_tokens: limits.max_tokens,
+            max_logits_rows: limits.max_logits_rows,
+            max_positions: config.rope.max_positions,
+            table_width: limits.max_blocks_per_sequence,
+            tables: vec![0; limits.max_sequences * limits.max_blocks_per_sequence],
+            n_blocks: 0,
+            tokens: Vec::with_capacity(limits.max_tokens),
+            positions: Vec::with_capacity(limits.max_tokens),
+            rows: Vec::with_capacity(limits.max_tokens),
+            spans: Vec::with_capacity(limits.max_sequences),
+            logits: Vec::with_capacity(limits.max_logits_rows),
+            previous: Vec::with_capacity(limits.max_logits_rows),
+        }
+    }
+
+    /// The KV cache has this many blocks from now on.
+    pub(crate) fn set_n_blocks(&mut self, n_blocks: u32) {
+        self.n_blocks = n_blocks;
+    }
+
+    /// Takes a step's input over: table updates, tokens, positions. Copies are the device's to do, before.
+    pub(crate) fn begin(&mut self, input: &StepInput) {
+        for update in &input.table_updates {
+            self.update_table(update.row, update.first as usize, &update.blocks);
+        }
+        assert!(
+            input.tokens.len() <= self.max_tokens,
+            "a step of {} tokens, planned {}",
+            input.tokens.len(),
+            self.max_tokens
+        );
+        self.resolve_tokens(&input.tokens);
+        self.place_spans(&input.spans);
+        assert_eq!(
+            self.positions.len(),
+            self.tokens.len(),
+            "the spans do not cover the tokens"
+        );
+        self.take_logits(&input.logits);
+    }
+
+    /// Keeps the drawn tokens: the next step's [`TokenInput::Sampled`].
+    pub(crate) fn end(&mut self, output: &StepOutput) {
+        self.previous.clear();
+        self.previous
+            .extend(output.sampled.iter().map(|sampled| sampled.token));
+    }
+
+    /// The blocks of a table row, all of them below the number of blocks.
+    pub(crate) fn table(&self, row: TableRow) -> &[u32] {
+        &self.tables[row.0 as usize * self.table_width..][..self.table_width]
+    }
+
+    /// Where a position of a sequence lies: block and slot.
+    pub(crate) fn slot(&self, row: TableRow, position: u32) -> (usize, usize) {
+        let position = position as usize;
+        (
+            self.table(row)[position / self.block_size] as usize,
+            position % self.block_size,
+        )
+    }
+
+    /// Asserts that a copy stays inside the cache.
+    pub(crate) fn check_copy(&self, (from, to): (BlockId, BlockId)) {
+        assert!(
+            from.0 < self.n_blocks && to.0 < self.n_blocks,
+            "copy of a block outside the cache"
+        );
+    }
+
+    fn update_table(&mut self, row: TableRow, first: usize, blocks: &[BlockId]) {
+        assert!(
+            first + blocks.len() <= self.table_width,
+            "table update past the longest sequence"
+        );
+        let start = row.0 as usize * self.table_width + first;
+        for (entry, block) in self.tables[start..start + blocks.len()]
+            .iter_mut()
+            .zip(blocks)
+        {
+            assert!(
+                block.0 < self.n_blocks,
+                "block {} of {}",
+                block.0,
+                self.n_blocks
+            );
+            *entry = block.0;
+        }
+    }
+
+    fn resolve_tokens(&mut self, tokens: &[TokenInput]) {
+        self.tokens.clear();
+        for token in tokens {
+            self.tokens.push(match *token {
+                TokenInput::Id(id) => id,
+                TokenInput::Sampled { logits_row } => self.previous[logits_row as usize],
+            });
+        }
+    }
+
+    fn place_spans(&mut self, spans: &[Span]) {
+        self.positions.clear();
+        self.rows.clear();
+        self.spans.clear();
+        for span in spans.iter().filter(|span| span.n_tokens > 0) {
+            assert_eq!(
+                span.first_token as usize,
+                self.positions.len(),
+                "spans must follow each other without gaps"
+            );
+            let end = span.first_position as usize + span.n_tokens as usize;
+            assert!(
+                end <= self.max_positions,
+                "position {end} of {}",
+                self.max_positions
+            );
+            assert!(
+                end <= self.table_width * self.block_size,
+                "position {end} past the block table"
+            );
+            assert!(
+                (span.row.0 as usize) < self.tables.len() / self.table_width.max(1),
+                "table row out of range"
+            );
+            self.positions
+                .extend((span.first_position..).take(span.n_tokens as usize));
+            self.rows
+                .extend(std::iter::repeat_n(span.row, span.n_tokens as usize));
+            self.spans.push(*span);
+        }
+    }
+
+    fn take_logits(&mut self, logits: &[LogitsRow]) {
+        assert!(
+            logits.len() <= self.max_logits_rows,
+            "{} rows of logits, planned {}",
+            logits.len(),
+            self.max_logits_rows
+        );
+        for row in logits {
+            assert!(
+                (row.token as usize) < self.tokens.len(),
+                "logits of a token that is not in the step"
+            );
+            if let LogitsWant::Sample(sampling) = row.want {
+                assert!(
+                    sampling.temperature >= 0.0 && sampling.temperature.is_finite(),
+                    "temperature out of range"
+                );
+                assert!(
+                    sampling.top_p > 0.0 && sampling.top_p <= 1.0,
+                    "top_p out of range"
+                );
+            }
+        }
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+    }
+}
