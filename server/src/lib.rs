@@ -3,3 +3,4 @@
 //! The engine knows token ids, never text; HTTP knows text and events, never blocks.
 
 pub mod engine;
+pub mod text;

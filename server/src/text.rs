@@ -1,0 +1,54 @@
+//! Text to tokens and back: tokenizer, detokenizer, stop strings, chat template.
+//!
+//! Everything here is pure and synchronous but [`pool`], which runs the slow part off the async threads. It knows
+//! the files of a Hugging Face directory by their content, and neither requests nor HTTP.
+
+pub mod chat_template;
+pub mod detokenize;
+pub mod pool;
+pub mod stop;
+pub mod tokenizer;
+pub mod vocabulary;
+
+pub use chat_template::ChatTemplate;
+pub use detokenize::Detokenizer;
+pub use pool::TextPool;
+pub use stop::StopMatcher;
+pub use tokenizer::Tokenizer;
+pub use vocabulary::Vocabulary;
+
+/// Why the text files of a model can't be used, or a text can't be turned into tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// A file is not what its name says.
+    #[error("{file}: {reason}")]
+    File {
+        /// The file's name, as in a model directory.
+        file: &'static str,
+        /// What was found and what was expected.
+        reason: String,
+    },
+    /// The tokenizer uses a decoder that can't be streamed exactly.
+    #[error(
+        "tokenizer.json: the decoder {found} is not supported; supported are ByteLevel, Metaspace, WordPiece, and \
+         sequences of Replace, ByteFallback, Fuse and a leading Strip"
+    )]
+    Decoder {
+        /// What the file asks for.
+        found: String,
+    },
+    /// The tokenizer failed on a text.
+    #[error("the tokenizer failed on this text: {0}")]
+    Encode(String),
+    /// The chat template refused these messages; in its own words.
+    #[error("the chat template of this model says: {0}")]
+    Template(String),
+    /// The model has none.
+    #[error(
+        "this model has no chat template; use /v1/completions, or add chat_template.jinja to the model"
+    )]
+    NoTemplate,
+    /// The pool is shutting down.
+    #[error("the tokenizer has stopped")]
+    Stopped,
+}

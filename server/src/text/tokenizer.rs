@@ -1,0 +1,297 @@
+//! The tokenizer of a model and what stands beside it: vocabulary and chat template, read from the files of a
+//! Hugging Face directory. It knows the files' content, not where they come from.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::{ChatTemplate, TextError, Vocabulary};
+
+/// The text files of a model directory.
+#[derive(Clone, Copy, Debug)]
+pub struct TextFiles<'a> {
+    /// `tokenizer.json`.
+    pub tokenizer: &'a [u8],
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: Option<&'a [u8]>,
+    /// `chat_template.jinja`; it goes before the template in `tokenizer_config.json`.
+    pub chat_template: Option<&'a [u8]>,
+}
+
+/// A tokenizer ready for use. Its methods take time in proportion to the text: call them off the async threads.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    vocabulary: Arc<Vocabulary>,
+    chat_template: Option<ChatTemplate>,
+}
+
+impl Tokenizer {
+    /// Reads the files.
+    pub fn load(files: TextFiles<'_>) -> Result<Self, TextError> {
+        let inner = parse_tokenizer(files.tokenizer)?;
+        let vocabulary = Arc::new(Vocabulary::new(&inner)?);
+        let config: Value = match files.tokenizer_config {
+            Some(bytes) => serde_json::from_slice(bytes).map_err(|e| TextError::File {
+                file: "tokenizer_config.json",
+                reason: format!("not JSON: {e}"),
+            })?,
+            None => Value::Null,
+        };
+        let chat_template = match files.chat_template {
+            Some(bytes) => Some((
+                "chat_template.jinja",
+                String::from_utf8_lossy(bytes).into_owned(),
+            )),
+            None => template_of(&config).map(|source| ("tokenizer_config.json", source)),
+        };
+        let chat_template = chat_template
+            .map(|(file, source)| ChatTemplate::new(file, &source, special_tokens_of(&config)))
+            .transpose()?;
+        Ok(Self {
+            inner,
+            vocabulary,
+            chat_template,
+        })
+    }
+
+    /// Text to token ids; `add_special_tokens` adds what the model expects around a text (a BOS token).
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
+        let encoding = self
+            .inner
+            .encode_fast(text, add_special_tokens)
+            .map_err(|e| TextError::Encode(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// What each id stands for.
+    pub fn vocabulary(&self) -> &Arc<Vocabulary> {
+        &self.vocabulary
+    }
+
+    /// The chat template, or why there can't be a chat.
+    pub fn chat_template(&self) -> Result<&ChatTemplate, TextError> {
+        self.chat_template.as_ref().ok_or(TextError::NoTemplate)
+    }
+}
+
+fn parse_tokenizer(bytes: &[u8]) -> Result<tokenizers::Tokenizer, TextError> {
+    let failed = |reason| TextError::File {
+        file: "tokenizer.json",
+        reason,
+    };
+    // The parser below panics on some broken files. JSON that isn't JSON is found first; the rest is caught.
+    serde_json::from_slice::<Value>(bytes).map_err(|e| failed(format!("not JSON: {e}")))?;
+    let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes))
+        .map_err(|_| failed("not a tokenizer as the tokenizers library writes it".into()))?;
+    let mut tokenizer = parsed.map_err(|e| failed(e.to_string()))?;
+    // A file may ask for truncation or padding: a prompt is neither.
+    tokenizer
+        .with_truncation(None)
+        .map_err(|e| failed(e.to_string()))?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
+}
+
+/// One template, or the one named `default` of several.
+fn template_of(config: &Value) -> Option<String> {
+    match &config["chat_template"] {
+        Value::String(source) => Some(source.clone()),
+        Value::Array(named) => {
+            let default = named
+                .iter()
+                .find(|t| t["name"] == "default")
+                .or(named.first())?;
+            default["template"].as_str().map(String::from)
+        }
+        _ => None,
+    }
+}
+
+/// `bos_token` and the like, written as a string or as an added token with its `content`.
+fn special_tokens_of(config: &Value) -> BTreeMap<String, String> {
+    let entries = config.as_object().into_iter().flatten();
+    entries
+        .filter(|(name, _)| name.ends_with("_token"))
+        .filter_map(|(name, token)| {
+            Some((
+                name.clone(),
+                token.as_str().or(token["content"].as_str())?.to_owned(),
+            ))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::sync::LazyLock;
+    use tokenizers::decoders::DecoderWrapper;
+
+    fn golden(name: &str, file: &str) -> Vec<u8> {
+        std::fs::read(format!(
+            "{}/tests/golden/tokenizers/{name}/{file}",
+            env!("CARGO_MANIFEST_DIR")
+        ))
+        .unwrap()
+    }
+
+    /// Byte-level BPE of 440 tokens.
+    pub(in crate::text) fn byte_level_tokenizer() -> &'static tokenizers::Tokenizer {
+        static TOKENIZER: LazyLock<tokenizers::Tokenizer> =
+            LazyLock::new(|| parse_tokenizer(&golden("byte_level", "tokenizer.json")).unwrap());
+        &TOKENIZER
+    }
+
+    /// BPE with byte fallback; with or without the decoder's last step, which strips one space at the start.
+    pub(in crate::text) fn byte_fallback_tokenizer(strip: bool) -> &'static tokenizers::Tokenizer {
+        static TOKENIZERS: LazyLock<[tokenizers::Tokenizer; 2]> = LazyLock::new(|| {
+            let stripping = parse_tokenizer(&golden("byte_fallback", "tokenizer.json")).unwrap();
+            let mut keeping = stripping.clone();
+            let Some(DecoderWrapper::Sequence(sequence)) = stripping.get_decoder() else {
+                panic!("a sequence")
+            };
+            let steps = sequence.get_decoders();
+            assert!(matches!(steps.last(), Some(DecoderWrapper::Strip(_))));
+            let steps =
+                tokenizers::decoders::sequence::Sequence::new(steps[..steps.len() - 1].to_vec());
+            keeping.with_decoder(Some(DecoderWrapper::Sequence(steps)));
+            [keeping, stripping]
+        });
+        &TOKENIZERS[usize::from(strip)]
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Golden {
+        encodings: Vec<Encoding>,
+        decodings: Vec<Decoding>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Encoding {
+        text: String,
+        ids: Vec<u32>,
+        ids_with_special: Vec<u32>,
+        decoded: String,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct Decoding {
+        ids: Vec<u32>,
+        skipping: String,
+        keeping: String,
+    }
+
+    #[test]
+    fn encodes_and_decodes_as_the_library_in_python() {
+        for name in ["byte_level", "byte_fallback"] {
+            let files = TextFiles {
+                tokenizer: &golden(name, "tokenizer.json"),
+                tokenizer_config: None,
+                chat_template: None,
+            };
+            let tokenizer = Tokenizer::load(files).unwrap();
+            let decode = |ids: &[u32], skip| {
+                let mut detokenizer =
+                    crate::text::Detokenizer::new(Arc::clone(tokenizer.vocabulary()), skip);
+                let mut text = String::new();
+                ids.iter().for_each(|id| detokenizer.push(*id, &mut text));
+                detokenizer.finish(&mut text);
+                text
+            };
+            let golden: Golden = serde_json::from_slice(&golden(name, "golden.json")).unwrap();
+            assert!(golden.encodings.len() > 20 && golden.decodings.len() > 10);
+            for case in golden.encodings {
+                assert_eq!(
+                    tokenizer.encode(&case.text, false).unwrap(),
+                    case.ids,
+                    "{name}: {:?}",
+                    case.text
+                );
+                assert_eq!(
+                    tokenizer.encode(&case.text, true).unwrap(),
+                    case.ids_with_special,
+                    "{name}: {:?}",
+                    case.text
+                );
+                assert_eq!(
+                    decode(&case.ids, true),
+                    case.decoded,
+                    "{name}: {:?}",
+                    case.text
+                );
+            }
+            for case in golden.decodings {
+                assert_eq!(
+                    decode(&case.ids, true),
+                    case.skipping,
+                    "{name}: {:?}",
+                    case.ids
+                );
+                assert_eq!(
+                    decode(&case.ids, false),
+                    case.keeping,
+                    "{name}: {:?}",
+                    case.ids
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn templates_and_special_tokens_are_found_in_either_form() {
+        let config = serde_json::json!({
+            "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": false}, "pad_token": null,
+            "chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],
+        });
+        assert_eq!(template_of(&config).as_deref(), Some("D"));
+        assert_eq!(
+            template_of(&serde_json::json!({"chat_template": "X"})).as_deref(),
+            Some("X")
+        );
+        assert_eq!(template_of(&Value::Null), None);
+        let special: Vec<(String, String)> = special_tokens_of(&config).into_iter().collect();
+        assert_eq!(
+            special,
+            [
+                ("bos_token".into(), "<s>".into()),
+                ("eos_token".into(), "</s>".into())
+            ]
+        );
+    }
+
+    #[test]
+    fn broken_files_are_one_sentence() {
+        let whole = golden("byte_level", "tokenizer.json");
+        let text = String::from_utf8(whole.clone()).unwrap();
+        for (why, bytes) in [
+            ("empty", Vec::new()),
+            ("cut", whole[..whole.len() / 2].to_vec()),
+            ("another kind of JSON", b"[1, 2]".to_vec()),
+            (
+                "an unknown decoder",
+                text.replace(
+                    "\"decoder\":{\"type\":\"ByteLevel\"",
+                    "\"decoder\":{\"type\":\"Novel\"",
+                )
+                .into_bytes(),
+            ),
+            (
+                "a number as decoder",
+                br#"{"version":"1.0","decoder":1e999}"#.to_vec(),
+            ),
+        ] {
+            let files = TextFiles {
+                tokenizer: &bytes,
+                tokenizer_config: None,
+                chat_template: None,
+            };
+            match Tokenizer::load(files) {
+                Err(e) => assert!(e.to_string().starts_with("tokenizer.json: "), "{why}: {e}"),
+                // The replacement may not apply to the file as it is written; then nothing was tried.
+                Ok(_) => assert_eq!(bytes, whole, "{why}"),
+            }
+        }
+    }
+}
