@@ -1,93 +1,262 @@
-//! The engine's face to the rest of the server: what a request is, what comes back, and the handle to send it by.
+//! The engine: a thread of its own that makes steps, schedule -> submit -> collect -> commit.
 //!
-//! The engine runs on a thread of its own. Requests go in through a bounded queue; each step sends one message, the
-//! outputs of all its sequences, to the output thread. It knows token ids, never text, and no clock but a heartbeat.
+//! Requests go in through a bounded inbox ([`EngineHandle`]); each step sends one message, the outputs of all its
+//! sequences, to the output thread. It knows token ids, never text, and no clock but for ages and the heartbeat.
+//!
+//! - [`blocks`]: pure: the block pool and block tables.
+//! - [`scheduler`]: pure: continuous batching, preemption.
+//! - [`executor`]: what it needs of a model on a device.
 
-/// Names a request for its whole life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RequestId(pub u64);
+pub mod blocks;
+pub mod executor;
+mod handle;
+mod request;
+pub mod scheduler;
 
-/// How the tokens of a request are drawn; see [`kvasir_kernels::device::Sampling`] for the meaning of the fields.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SamplingParams {
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// In (0, 1].
-    pub top_p: f32,
-    /// `None` keeps all.
-    pub top_k: Option<std::num::NonZeroU32>,
-    /// Always known: drawn by the caller where the user gave none.
-    pub seed: u64,
-}
+use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroU32;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Instant;
 
-/// A request, in tokens. Built by the HTTP side, which has checked every field.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Request {
-    /// Unique for the life of the process.
-    pub id: RequestId,
-    /// Not empty; ids below the vocabulary's size.
-    pub prompt: Vec<u32>,
-    /// Tokens to generate at most; 0 only with `prompt_logprobs` or for an echo.
-    pub max_tokens: u32,
-    /// Generation stops with any of these (end of sequence, unless `ignore_eos`); the token itself is reported.
-    pub stop_token_ids: Vec<u32>,
-    /// How tokens are drawn.
-    pub sampling: SamplingParams,
-    /// Report log-probabilities of the generated tokens, and of this many alternatives.
-    pub logprobs: Option<u8>,
-    /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
-    pub prompt_logprobs: Option<u8>,
-}
+use kvasir_kernels::device::{DeviceError, Dtype, Limits, Ticket};
 
-/// Why a request came to its end.
+use blocks::BlockPool;
+use executor::Executor;
+pub use handle::{Counters, EngineHandle};
+use handle::{Mail, Snapshot};
+pub use request::{
+    FinishReason, Output, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
+};
+use scheduler::{Changes, Scheduler};
+
+/// Messages to the output thread that may lie unread. When it can't follow, the engine waits: outputs are never lost,
+/// and the output thread waits for no client.
+const UNREAD_STEPS: usize = 64;
+
+/// What is served, and its limits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum FinishReason {
-    /// A stop token was generated: this one.
-    Stop(u32),
-    /// `max_tokens`, or the longest context, was reached.
-    Length,
-    /// The engine failed; in words.
-    Error(String),
+pub struct ModelFacts {
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    /// Prompt and output together have at most this many tokens; a pool holds at least one such sequence.
+    pub max_model_len: u32,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// The precision that it is served in.
+    pub dtype: Dtype,
+    /// The largest step.
+    pub limits: Limits,
+    /// KV blocks in the pool.
+    pub n_blocks: u32,
+    /// Token slots in a block; at least 1.
+    pub block_size: u32,
 }
 
-/// What a step gave one request.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Output {
-    /// Whose.
-    pub id: RequestId,
-    /// Log-probabilities of further prompt tokens, in order (only where asked for).
-    pub prompt_logprobs: Vec<kvasir_kernels::device::Sampled>,
-    /// New tokens.
-    pub tokens: Vec<kvasir_kernels::device::Sampled>,
-    /// Set on the last output of a request, whose blocks are free by then.
-    pub finished: Option<FinishReason>,
+/// Why the engine ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The device failed: what it holds can't be trusted any more.
+    #[error("the engine ended: a step failed")]
+    Device(#[source] DeviceError),
+    /// Nobody takes the outputs any more.
+    #[error("the engine ended: the output thread is gone")]
+    OutputsClosed,
+    /// A broken invariant; the panic's message is on standard error.
+    #[error("the engine ended: its thread panicked")]
+    Panicked,
+    /// The thread could not be started.
+    #[error("the engine's thread could not be started")]
+    Thread(#[source] std::io::Error),
 }
 
-/// The outputs of one step, sent in one message.
-pub type StepOutputs = Vec<Output>;
+/// A running engine; the one who owns it learns how it ended.
+#[derive(Debug)]
+pub struct Engine {
+    handle: EngineHandle,
+    thread: JoinHandle<Result<(), EngineError>>,
+}
 
-/// Why a request is not accepted. Nothing changed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SubmitError {
-    /// Too many requests wait: HTTP 429.
-    #[error("{waiting} requests are waiting already, the limit is {limit}")]
-    QueueFull {
-        /// Requests that wait.
-        waiting: u64,
-        /// `--max-waiting`.
-        limit: u64,
-    },
-    /// The prompt and its output can never be in the pool at once, even alone: HTTP 400.
-    #[error("{needed_blocks} KV blocks of {block_size} tokens are needed, the pool has {total_blocks}")]
-    NeverFits {
-        /// Blocks that the request needs when it ends.
-        needed_blocks: u64,
-        /// All blocks there are.
-        total_blocks: u64,
-        /// Token slots in a block.
-        block_size: u32,
-    },
-    /// The engine has stopped: HTTP 503.
-    #[error("the engine has stopped")]
-    Stopped,
+impl Engine {
+    /// Starts the engine's thread. At most `max_waiting` requests may wait. The receiver gets one message for each
+    /// step that had outputs, and is disconnected when the engine has ended.
+    pub fn start(
+        executor: Box<dyn Executor>,
+        facts: ModelFacts,
+        max_waiting: u32,
+    ) -> Result<(Self, Receiver<StepOutputs>), EngineError> {
+        let (outputs, receiver) = sync_channel(UNREAD_STEPS);
+        let handle = EngineHandle::new(facts, max_waiting);
+        let mut steps = Steps::new(executor, handle.clone(), outputs);
+        let thread = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || steps.run())
+            .map_err(EngineError::Thread)?;
+        Ok((Self { handle, thread }, receiver))
+    }
+
+    /// A handle to send requests by.
+    pub fn handle(&self) -> EngineHandle {
+        self.handle.clone()
+    }
+
+    /// Waits until the engine has ended; tell it to by [`EngineHandle::stop`].
+    pub fn join(self) -> Result<(), EngineError> {
+        self.thread.join().unwrap_or(Err(EngineError::Panicked))
+    }
+}
+
+/// The engine's thread: owns the device, the pool and the scheduler.
+struct Steps {
+    executor: Box<dyn Executor>,
+    handle: EngineHandle,
+    outputs: SyncSender<StepOutputs>,
+    blocks: BlockPool,
+    scheduler: Scheduler,
+    in_flight: VecDeque<Ticket>,
+    waiting_since: HashMap<RequestId, Instant>,
+    counters: Counters,
+}
+
+impl Drop for Steps {
+    /// However the thread ends, a panic included, nobody sends to it any more.
+    fn drop(&mut self) {
+        self.handle.close();
+    }
+}
+
+impl Steps {
+    fn new(
+        executor: Box<dyn Executor>,
+        handle: EngineHandle,
+        outputs: SyncSender<StepOutputs>,
+    ) -> Self {
+        let facts = handle.facts();
+        let block_size = NonZeroU32::new(facts.block_size).unwrap_or(NonZeroU32::MIN);
+        Self {
+            blocks: BlockPool::new(facts.n_blocks, block_size),
+            scheduler: Scheduler::new(facts.limits, facts.max_model_len),
+            executor,
+            outputs,
+            in_flight: VecDeque::new(),
+            waiting_since: HashMap::new(),
+            counters: Counters::default(),
+            handle,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), EngineError> {
+        loop {
+            let mail = self.handle.take_mail(self.scheduler.is_idle());
+            if mail.stop {
+                self.accept(mail);
+                return self.end("the server is stopping");
+            }
+            self.accept(mail);
+            if let Err(error) = self.step() {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "engine step failed"
+                );
+                // The receiver may be what is gone; the error at hand is the one to report.
+                let _ = self.end(&error.to_string());
+                return Err(error);
+            }
+            self.publish();
+        }
+    }
+
+    /// One step: schedules a batch, starts it, and takes the results of the oldest under way when the device has as
+    /// many as it can run at once.
+    fn step(&mut self) -> Result<(), EngineError> {
+        let batch = self.scheduler.schedule(&mut self.blocks);
+        self.note_changes();
+        if let Some(input) = &batch {
+            self.counters.computed_tokens += input.tokens.len() as u64;
+            self.in_flight
+                .push_back(self.executor.submit(input).map_err(EngineError::Device)?);
+        }
+        if batch.is_some() && self.in_flight.len() < self.executor.depth() {
+            return Ok(());
+        }
+        let Some(ticket) = self.in_flight.pop_front() else {
+            return Ok(());
+        };
+        let sampled = self.executor.collect(ticket).map_err(EngineError::Device)?;
+        let outputs = self.scheduler.commit(&mut self.blocks, sampled);
+        self.counters.steps += 1;
+        self.counters.generated_tokens += outputs
+            .iter()
+            .map(|output| output.tokens.len() as u64)
+            .sum::<u64>();
+        for ended in outputs.iter().filter(|output| output.finished.is_some()) {
+            self.waiting_since.remove(&ended.id);
+        }
+        self.send(outputs)
+    }
+
+    /// Keeps since when each waiting request waits: from its arrival, or from its last preemption.
+    fn note_changes(&mut self) {
+        let Changes {
+            admitted,
+            preempted,
+        } = self.scheduler.take_changes();
+        self.counters.preemptions += preempted.len() as u64;
+        for id in admitted {
+            self.waiting_since.remove(&id);
+        }
+        if !preempted.is_empty() {
+            let now = Instant::now();
+            self.waiting_since
+                .extend(preempted.into_iter().map(|id| (id, now)));
+        }
+    }
+
+    fn accept(&mut self, mail: Mail) {
+        for (request, at) in mail.submitted {
+            self.waiting_since.insert(request.id, at);
+            self.scheduler.add(request);
+        }
+        for id in mail.aborted {
+            self.waiting_since.remove(&id);
+            self.scheduler.abort(&mut self.blocks, id);
+        }
+    }
+
+    fn publish(&mut self) {
+        let oldest = self.scheduler.oldest_waiting();
+        self.handle.publish(Snapshot {
+            blocks: self.blocks.counts(),
+            load: self.scheduler.load(&self.blocks),
+            oldest_waiting: oldest.and_then(|id| self.waiting_since.get(&id).copied()),
+            counters: self.counters,
+        });
+    }
+
+    /// Ends every request that is left with `why`.
+    fn end(&mut self, why: &str) -> Result<(), EngineError> {
+        let mut left = self.scheduler.abort_all(&mut self.blocks);
+        left.extend(self.handle.close());
+        self.publish();
+        let finished = Some(FinishReason::Error(why.to_owned()));
+        self.send(
+            left.into_iter()
+                .map(|id| Output {
+                    id,
+                    prompt_logprobs: Vec::new(),
+                    tokens: Vec::new(),
+                    finished: finished.clone(),
+                })
+                .collect(),
+        )
+    }
+
+    fn send(&self, outputs: StepOutputs) -> Result<(), EngineError> {
+        if outputs.is_empty() {
+            return Ok(());
+        }
+        self.outputs
+            .send(outputs)
+            .map_err(|_| EngineError::OutputsClosed)
+    }
 }

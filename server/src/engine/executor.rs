@@ -1,0 +1,17 @@
+//! What the engine needs of a model on a device: start a step, and wait for the oldest one under way.
+//!
+//! It knows no requests and no scheduling. The type is asynchronous so that a device may run one step ahead of the
+//! host: with depth 2 the engine submits a step before it has seen the tokens of the one before, and a row of the
+//! new step takes as input "what row r sampled" ([`TokenInput::Sampled`](kvasir_kernels::device::TokenInput)).
+
+use kvasir_kernels::device::{DeviceError, StepInput, StepOutput, Ticket};
+
+/// A model that runs on a device. Steps run in the order in which they were submitted.
+pub trait Executor: Send {
+    /// Steps that may be under way at once: 1 or 2.
+    fn depth(&self) -> usize;
+    /// Starts a step. `input` has been read when this returns.
+    fn submit(&mut self, input: &StepInput) -> Result<Ticket, DeviceError>;
+    /// Waits for the oldest step under way.
+    fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError>;
+}

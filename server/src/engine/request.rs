@@ -1,0 +1,102 @@
+//! What goes into the engine and what comes out of it: requests, outputs, and why a request is refused.
+//!
+//! Token ids only: it knows no text, no blocks and no device.
+
+/// Names a request for its whole life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(pub u64);
+
+/// How the tokens of a request are drawn; see [`kvasir_kernels::device::Sampling`] for the meaning of the fields.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// In (0, 1].
+    pub top_p: f32,
+    /// `None` keeps all.
+    pub top_k: Option<std::num::NonZeroU32>,
+    /// Always known: drawn by the caller where the user gave none.
+    pub seed: u64,
+}
+
+/// A request, in tokens. Built by the HTTP side, which has checked every field.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// Unique for the life of the process.
+    pub id: RequestId,
+    /// Not empty; ids below the vocabulary's size.
+    pub prompt: Vec<u32>,
+    /// Tokens to generate at most; 0 only with `prompt_logprobs` or for an echo.
+    pub max_tokens: u32,
+    /// Generation stops with any of these (end of sequence, unless `ignore_eos`); the token itself is reported.
+    pub stop_token_ids: Vec<u32>,
+    /// How tokens are drawn.
+    pub sampling: SamplingParams,
+    /// Report log-probabilities of the generated tokens, and of this many alternatives.
+    pub logprobs: Option<u8>,
+    /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
+    pub prompt_logprobs: Option<u8>,
+}
+
+/// Why a request came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was generated: this one.
+    Stop(u32),
+    /// `max_tokens`, or the longest context ([`ModelFacts::max_model_len`](super::ModelFacts)), was reached.
+    Length,
+    /// The engine failed; in words.
+    Error(String),
+}
+
+/// What a step gave one request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Output {
+    /// Whose.
+    pub id: RequestId,
+    /// Log-probabilities of further prompt tokens, in order (only where asked for).
+    pub prompt_logprobs: Vec<kvasir_kernels::device::Sampled>,
+    /// New tokens.
+    pub tokens: Vec<kvasir_kernels::device::Sampled>,
+    /// Set on the last output of a request, whose blocks are free by then.
+    pub finished: Option<FinishReason>,
+}
+
+/// The outputs of one step, sent in one message.
+pub type StepOutputs = Vec<Output>;
+
+/// Why a request is not accepted. Nothing changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// Too many requests wait: HTTP 429.
+    #[error("{waiting} requests are waiting already, the limit is {limit}")]
+    QueueFull {
+        /// Requests that wait.
+        waiting: u64,
+        /// `--max-waiting`.
+        limit: u64,
+    },
+    /// The prompt alone is longer than the longest context: HTTP 400.
+    #[error("the prompt has {prompt_tokens} tokens, the longest context is {max_model_len}")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        prompt_tokens: u64,
+        /// Prompt and output together may have this many.
+        max_model_len: u32,
+    },
+    /// The prompt and its output can never be in the pool at once, even alone: HTTP 400.
+    #[error(
+        "{needed_blocks} KV blocks of {block_size} tokens are needed, the pool has {total_blocks}"
+    )]
+    NeverFits {
+        /// Blocks that the request needs when it ends.
+        needed_blocks: u64,
+        /// All blocks there are.
+        total_blocks: u64,
+        /// Token slots in a block.
+        block_size: u32,
+    },
+    /// The engine has stopped: HTTP 503.
+    #[error("the engine has stopped")]
+    Stopped,
+}

@@ -1,0 +1,197 @@
+//! A sequence's tokens and what remains to be done with them. It knows no blocks, no other sequence and no device.
+//!
+//! A request owns one sequence for now; where it will own a group (n > 1, beams), the group is what is queued and
+//! preempted, and this stays the unit that is computed.
+
+use std::ops::Range;
+
+use kvasir_kernels::device::{LogitsWant, Sampled, Sampling, TokenInput};
+
+use crate::engine::{FinishReason, Request, RequestId, SamplingParams};
+
+/// Where a token that is still under way will appear: a row of logits of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Draw {
+    pub(super) step: u64,
+    pub(super) logits_row: u32,
+}
+
+/// The tokens of a request and its wishes. Waiting or running: the KV cache is not its concern.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub(super) id: RequestId,
+    /// The prompt, then what was generated, as far as the host knows it.
+    tokens: Vec<u32>,
+    n_prompt: u32,
+    /// Outputs to generate: `max_tokens`, cut where the longest context ends.
+    max_outputs: u32,
+    stop_token_ids: Vec<u32>,
+    sampling: SamplingParams,
+    pub(super) logprobs: Option<u8>,
+    pub(super) prompt_logprobs: Option<u8>,
+    /// Outputs that were asked for and haven't been committed; 1 at most whenever a step is scheduled.
+    n_pending: u32,
+    /// The newest of them.
+    last_draw: Option<Draw>,
+    /// Prompt positions whose successor's log-probability was asked for; a recomputation asks no second time.
+    n_scored: u32,
+}
+
+impl Sequence {
+    pub(super) fn new(request: Request, max_model_len: u32) -> Self {
+        let n_prompt = request.prompt.len() as u32;
+        Self {
+            id: request.id,
+            tokens: request.prompt,
+            n_prompt,
+            max_outputs: request
+                .max_tokens
+                .min(max_model_len.saturating_sub(n_prompt)),
+            stop_token_ids: request.stop_token_ids,
+            sampling: request.sampling,
+            logprobs: request.logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+            n_pending: 0,
+            last_draw: None,
+            n_scored: 0,
+        }
+    }
+
+    /// Tokens that the host knows: the prompt and the committed outputs.
+    pub(super) fn n_known(&self) -> u32 {
+        self.tokens.len() as u32
+    }
+
+    /// Prompt tokens, and generated ones after a preemption, from position `n_computed` on.
+    pub(super) fn n_prompt_after(&self, n_computed: u32) -> u32 {
+        self.n_prompt.saturating_sub(n_computed)
+    }
+
+    /// A token is under way whose value the host doesn't know.
+    pub(super) fn is_pending(&self) -> bool {
+        self.n_pending > 0
+    }
+
+    /// Outputs drawn or under way; the output index of the next one.
+    fn n_outputs(&self) -> u32 {
+        self.n_known() - self.n_prompt + self.n_pending
+    }
+
+    fn wants_output(&self) -> bool {
+        self.n_outputs() < self.max_outputs
+    }
+
+    /// Tokens that must be in the cache before the next output can be drawn; the last output needs no KV.
+    pub(super) fn n_target(&self) -> u32 {
+        if self.wants_output() || self.max_outputs == 0 {
+            self.n_known() + self.n_pending
+        } else {
+            0
+        }
+    }
+
+    /// The token at `position`, by value or by the row that draws it in `previous_step`.
+    pub(super) fn input(&self, position: u32, previous_step: Option<u64>) -> TokenInput {
+        match self.tokens.get(position as usize) {
+            Some(&token) => TokenInput::Id(token),
+            None => {
+                let draw = self
+                    .last_draw
+                    .expect("a token past the known ones is under way");
+                assert_eq!(
+                    Some(draw.step),
+                    previous_step,
+                    "a token under way was drawn in the step before"
+                );
+                TokenInput::Sampled {
+                    logits_row: draw.logits_row,
+                }
+            }
+        }
+    }
+
+    /// The positions of `chunk` whose successor in the prompt is to be scored.
+    fn to_score(&self, chunk: Range<u32>) -> Range<u32> {
+        if self.prompt_logprobs.is_none() {
+            return 0..0;
+        }
+        let start = chunk.start.max(self.n_scored);
+        start..chunk.end.min(self.n_prompt - 1).max(start)
+    }
+
+    /// The longest chunk from `start` on with at most `n_tokens` tokens and `n_rows` rows of logits.
+    pub(super) fn chunk(&self, start: u32, n_tokens: u32, n_rows: u32) -> Range<u32> {
+        let mut end = self
+            .n_target()
+            .min(start.saturating_add(n_tokens))
+            .max(start);
+        let scores = self.to_score(start..end);
+        let n_scores = scores.end - scores.start;
+        if n_scores > n_rows {
+            end = scores.start + n_rows;
+        } else if n_scores == n_rows && self.draws(end) && end > start {
+            end -= 1;
+        }
+        start..end
+    }
+
+    /// Whether the token before `end` is one after which an output is drawn.
+    fn draws(&self, end: u32) -> bool {
+        end == self.n_target() && self.wants_output()
+    }
+
+    /// Asks for the scores of `chunk`: the position and what is wanted of its logits.
+    pub(super) fn ask_scores(
+        &mut self,
+        chunk: Range<u32>,
+    ) -> impl Iterator<Item = (u32, LogitsWant)> {
+        let scores = self.to_score(chunk);
+        self.n_scored = self.n_scored.max(scores.end);
+        scores.map(|position| {
+            (
+                position,
+                LogitsWant::Score {
+                    token: self.tokens[position as usize + 1],
+                },
+            )
+        })
+    }
+
+    /// Asks for an output if `end` is where one is drawn.
+    pub(super) fn ask_output(&mut self, end: u32, draw: Draw) -> Option<LogitsWant> {
+        if !self.draws(end) {
+            return None;
+        }
+        let sampling = Sampling {
+            temperature: self.sampling.temperature,
+            top_p: self.sampling.top_p,
+            top_k: self.sampling.top_k,
+            seed: self.sampling.seed,
+            output_index: self.n_outputs(),
+        };
+        self.n_pending += 1;
+        self.last_draw = Some(draw);
+        Some(LogitsWant::Sample(sampling))
+    }
+
+    /// Nothing is to be generated: the request ends when its prompt is computed.
+    pub(super) fn ends_with_prompt(&self, end: u32) -> bool {
+        self.max_outputs == 0 && end == self.n_prompt
+    }
+
+    /// Appends an output that was under way, and says whether it is the last.
+    pub(super) fn commit(&mut self, sampled: &Sampled) -> Option<FinishReason> {
+        self.n_pending = self
+            .n_pending
+            .checked_sub(1)
+            .expect("an output is committed once");
+        self.tokens.push(sampled.token);
+        if self.stop_token_ids.contains(&sampled.token) {
+            Some(FinishReason::Stop(sampled.token))
+        } else if self.n_known() - self.n_prompt == self.max_outputs {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+}
