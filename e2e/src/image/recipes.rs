@@ -1,0 +1,179 @@
+//! What goes into each image: the project's own binaries with the C library they were linked against,
+//! CoreDNS, and the pause program that holds a pod's namespaces open.
+
+use super::{Image, ImageFile};
+use crate::command::run;
+use crate::toolchain::workspace;
+use crate::{Error, progress};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The user that the project's processes have: the customary "nonroot", owner of nothing.
+const NONROOT: u32 = 65_532;
+
+/// The reference under which the kubelets know the pause image.
+pub const PAUSE: &str = "kvasir.dev/pause:1";
+/// The reference under which the pods know CoreDNS.
+pub const COREDNS: &str = "kvasir.dev/coredns:1";
+
+/// The reference of the project's own image.
+#[must_use]
+pub fn kvasir_reference() -> String {
+    format!("kvasir.dev/kvasir:{}", env!("CARGO_PKG_VERSION"))
+}
+
+/// The server and the operator, built in release, with the shared libraries that they name.
+///
+/// # Errors
+/// When cargo fails.
+pub fn kvasir() -> Result<Image, Error> {
+    let step = progress::begin(
+        "Building kvasir-server and kvasir-operator in release (first time: some minutes)",
+    );
+    let folder = release_binaries()?;
+    let mut files = Vec::new();
+    let mut libraries = BTreeSet::new();
+    for name in ["kvasir-server", "kvasir-operator"] {
+        let from = folder.join(name);
+        libraries.extend(shared_libraries(&run(Command::new("ldd").arg(&from))?));
+        files.push(ImageFile {
+            path: format!("/{name}"),
+            from,
+            mode: 0o755,
+        });
+    }
+    files.extend(libraries.into_iter().map(|path| {
+        let from = PathBuf::from(&path);
+        ImageFile {
+            path,
+            from,
+            mode: 0o755,
+        }
+    }));
+    step.done(format_args!("built in {}", folder.display()));
+    Ok(Image {
+        reference: kvasir_reference(),
+        entrypoint: vec!["/kvasir-server".into()],
+        user: NONROOT,
+        files,
+    })
+}
+
+/// CoreDNS, which must bind port 53 and so has the capability for it from its pod.
+#[must_use]
+pub fn coredns(folder: &Path) -> Image {
+    Image {
+        reference: COREDNS.into(),
+        entrypoint: vec!["/coredns".into()],
+        user: 0,
+        files: vec![ImageFile {
+            path: "/coredns".into(),
+            from: folder.join("coredns"),
+            mode: 0o755,
+        }],
+    }
+}
+
+/// The pause program, compiled into `scratch`.
+///
+/// # Errors
+/// When the C compiler fails.
+pub fn pause(scratch: &Path) -> Result<Image, Error> {
+    let source = scratch.join("pause.c");
+    let binary = scratch.join("pause");
+    fs::write(&source, include_str!("../../cluster/pause.c"))
+        .map_err(Error::file("write", &source))?;
+    run(Command::new("cc")
+        .args(["-Os", "-static", "-o"])
+        .arg(&binary)
+        .arg(&source))?;
+    Ok(Image {
+        reference: PAUSE.into(),
+        entrypoint: vec!["/pause".into()],
+        user: NONROOT,
+        files: vec![ImageFile {
+            path: "/pause".into(),
+            from: binary,
+            mode: 0o755,
+        }],
+    })
+}
+
+fn release_binaries() -> Result<PathBuf, Error> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(workspace()).args([
+        "build",
+        "--release",
+        "--quiet",
+        "--bin",
+        "kvasir-server",
+        "--bin",
+        "kvasir-operator",
+    ]);
+    // Set by cargo for the program or test that this code is in; the build must not see them as its own.
+    for name in ["CARGO_MANIFEST_DIR", "CARGO_PKG_NAME", "RUSTFLAGS_EXTRA"] {
+        command.env_remove(name);
+    }
+    run(&mut command)?;
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| workspace().join("target"), PathBuf::from);
+    Ok(target.join("release"))
+}
+
+/// The absolute paths in what ldd prints.
+fn shared_libraries(ldd: &str) -> Vec<String> {
+    ldd.split_whitespace()
+        .filter(|word| word.starts_with('/'))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_are_read_from_ldd() {
+        let printed = "\tlinux-vdso.so.1 (0x7ffd)\n\
+            \tlibgcc_s.so.1 => /lib/x86_64-linux-gnu/libgcc_s.so.1 (0x7f1)\n\
+            \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x7f2)\n\
+            \t/lib64/ld-linux-x86-64.so.2 (0x7f3)\n";
+        assert_eq!(
+            shared_libraries(printed),
+            [
+                "/lib/x86_64-linux-gnu/libgcc_s.so.1",
+                "/lib/x86_64-linux-gnu/libc.so.6",
+                "/lib64/ld-linux-x86-64.so.2"
+            ]
+        );
+    }
+
+    #[test]
+    fn an_image_has_the_same_bytes_each_time() {
+        let scratch = std::env::temp_dir().join(format!("kvasir-image-{}", std::process::id()));
+        fs::create_dir_all(&scratch).expect("a scratch folder");
+        let content = scratch.join("content");
+        fs::write(&content, "hello").expect("a file");
+        let image = Image {
+            reference: "kvasir.dev/test:1".into(),
+            entrypoint: vec!["/a/b".into()],
+            user: NONROOT,
+            files: vec![ImageFile {
+                path: "/a/b".into(),
+                from: content,
+                mode: 0o755,
+            }],
+        };
+        let [first, second] = ["first", "second"].map(|name| {
+            let archive = scratch.join(name);
+            image.write(&archive).expect("an archive");
+            fs::read(archive).expect("its bytes")
+        });
+        fs::remove_dir_all(&scratch).expect("scratch removed");
+        assert_eq!(first, second);
+        assert!(String::from_utf8_lossy(&first).contains("io.containerd.image.name"));
+    }
+}

@@ -1,0 +1,15 @@
+//! A real Kubernetes cluster on one bare machine, and what is done with it: the quickstart that the
+//! README opens with, and the end-to-end tests.
+//!
+//! It drives the project from outside, through the programs that users have (kubectl, helm, an
+//! OpenAI client), and knows nothing of the inside of the server or the operator.
+
+pub mod cluster;
+pub mod command;
+pub mod error;
+pub mod image;
+pub mod progress;
+pub mod toolchain;
+pub mod wait;
+
+pub use error::Error;

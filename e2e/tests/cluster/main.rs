@@ -1,0 +1,36 @@
+//! End-to-end tests on a real cluster, which all of them share and which goes away with this process,
+//! however it ends. Without root they are skipped, and say so; with `CI=true` that is a failure.
+
+mod foundation;
+
+use kvasir_e2e::cluster::{Cluster, is_root};
+use kvasir_e2e::toolchain::Toolchain;
+use kvasir_e2e::{Error, progress};
+use std::path::Path;
+use std::sync::OnceLock;
+
+/// The cluster, started by the first test that asks; `None` where there is no root.
+fn cluster() -> Option<&'static Cluster> {
+    static CLUSTER: OnceLock<Option<Cluster>> = OnceLock::new();
+    CLUSTER
+        .get_or_init(|| {
+            if is_root() {
+                return Some(start().expect("the cluster starts"));
+            }
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "CI must run the cluster tests, and they need root"
+            );
+            progress::say("SKIPPED: the cluster tests need root; run the same command with sudo");
+            None
+        })
+        .as_ref()
+}
+
+fn start() -> Result<Cluster, Error> {
+    let name = format!("test-{}", std::process::id()).parse()?;
+    let tools = Toolchain::ensure()?;
+    let program = Path::new(env!("CARGO_BIN_EXE_kvasir-e2e"));
+    Cluster::remove_with_this_process(&name, program)?;
+    Cluster::start(&name, 2, tools)
+}
