@@ -3,7 +3,8 @@
 //!
 //! It owns the order in which a cluster comes up. It knows nothing of what will run on it.
 
-use crate::command::{run, run_with_input};
+use crate::access::Access;
+use crate::command::run;
 use crate::image::{Image, recipes};
 use crate::toolchain::Toolchain;
 use crate::wait::{Seen, until};
@@ -75,7 +76,9 @@ impl Cluster {
             components::start_kubelet(&cluster, &pki, node)?;
         }
         cluster.await_nodes()?;
-        cluster.apply(include_str!("../cluster/manifests/coredns.yaml"))?;
+        cluster
+            .access()
+            .apply(include_str!("../cluster/manifests/coredns.yaml"))?;
         cluster.await_dns()?;
         step.done("the nodes and the cluster's DNS are ready");
         Ok(cluster)
@@ -128,20 +131,22 @@ impl Cluster {
         self.name.folder().join("kubeconfig")
     }
 
+    /// The administrator's way to it.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        Access {
+            kubectl: self.tools.kubernetes.join("kubectl"),
+            helm: self.tools.helm.join("helm"),
+            kubeconfig: Some(self.kubeconfig()),
+            context: None,
+            cache: Some(self.name.folder().join("cache")),
+        }
+    }
+
     /// kubectl, as the administrator.
     #[must_use]
     pub fn kubectl(&self) -> Command {
-        self.tools.kubectl(
-            &self.kubeconfig(),
-            &self.name.folder().join("kubectl-cache"),
-        )
-    }
-
-    /// helm, as the administrator.
-    #[must_use]
-    pub fn helm(&self) -> Command {
-        self.tools
-            .helm(&self.kubeconfig(), &self.name.folder().join("helm"))
+        self.access().kubectl()
     }
 
     /// The programs it was made of.
@@ -160,17 +165,6 @@ impl Cluster {
     #[must_use]
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
-    }
-
-    /// Applies a manifest.
-    ///
-    /// # Errors
-    /// With what the API server says.
-    pub fn apply(&self, yaml: &str) -> Result<String, Error> {
-        run_with_input(
-            self.kubectl().args(["apply", "--server-side", "-f", "-"]),
-            yaml,
-        )
     }
 
     /// Puts an image on every node, as no registry can.

@@ -4,11 +4,13 @@
 //! It drives the project from outside, through the programs that users have (kubectl, helm, an
 //! OpenAI client), and knows nothing of the inside of the server or the operator.
 
+pub mod access;
 pub mod cluster;
 pub mod command;
 pub mod error;
 pub mod image;
 pub mod progress;
+pub mod quickstart;
 pub mod toolchain;
 pub mod wait;
 

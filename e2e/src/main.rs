@@ -1,10 +1,15 @@
-//! The command line of the cluster: up, down, image. It owns the flags and nothing behind them.
+//! The command line: a cluster up, down, and the image. It owns the flags and the order of the story that
+//! `up` tells, and nothing behind them.
 
-use anyhow::Result;
-use clap::{Parser, Subcommand};
-use kvasir_e2e::cluster::{Cluster, Name, remains};
+use anyhow::{Result, bail};
+use clap::{Args, Parser, Subcommand};
+use kvasir_e2e::access::Access;
+use kvasir_e2e::cluster::{Cluster, Name, is_root, remains};
+use kvasir_e2e::image::recipes;
 use kvasir_e2e::toolchain::Toolchain;
+use kvasir_e2e::{progress, quickstart};
 use std::io::Read as _;
+use std::path::PathBuf;
 
 /// A real Kubernetes cluster on this machine, with Kvasir on it.
 #[derive(Parser)]
@@ -16,16 +21,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Job {
-    /// Brings a cluster up.
-    Up {
-        /// The cluster's name, where one is not enough.
-        #[arg(long, default_value = "kvasir")]
-        name: Name,
-        /// How many nodes.
-        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=9))]
-        nodes: u8,
-    },
-    /// Takes a cluster away and leaves the machine as it was.
+    /// Brings a cluster up, installs the operator, applies the demo and asks it a question.
+    Up(Up),
+    /// Takes the cluster away and leaves the machine as it was.
     Down {
         /// The cluster's name.
         #[arg(long, default_value = "kvasir")]
@@ -34,14 +32,39 @@ enum Job {
         #[arg(long, hide = true)]
         when_stdin_closes: bool,
     },
+    /// Writes the image of the server and the operator as an OCI archive that can be pushed.
+    Image {
+        /// The file to write.
+        #[arg(short, long)]
+        output: PathBuf,
+        /// The reference that the image goes by.
+        #[arg(long, default_value_t = recipes::kvasir_reference())]
+        reference: String,
+    },
+}
+
+#[derive(Args)]
+struct Up {
+    /// The cluster's name, where one is not enough.
+    #[arg(long, default_value = "kvasir", conflicts_with = "existing_cluster")]
+    name: Name,
+    /// How many nodes.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=9))]
+    nodes: u8,
+    /// Use a cluster that exists, in place of one on this machine; needs --context and --image.
+    #[arg(long, requires = "context", requires = "image")]
+    existing_cluster: bool,
+    /// The context of the existing cluster in your kubeconfig.
+    #[arg(long, requires = "existing_cluster")]
+    context: Option<String>,
+    /// The image that the existing cluster can pull.
+    #[arg(long, requires = "existing_cluster")]
+    image: Option<String>,
 }
 
 fn main() -> Result<()> {
     match Cli::parse().job {
-        Job::Up { name, nodes } => {
-            let cluster = Cluster::start(&name, nodes, Toolchain::ensure()?)?;
-            println!("{}", cluster.kubeconfig().display());
-        }
+        Job::Up(up) => self::up(&up),
         Job::Down {
             name,
             when_stdin_closes,
@@ -49,8 +72,86 @@ fn main() -> Result<()> {
             if when_stdin_closes {
                 std::io::stdin().read_to_end(&mut Vec::new())?;
             }
-            remains::remove(&name)?;
+            Ok(remains::remove(&name)?)
+        }
+        Job::Image { output, reference } => {
+            let mut image = recipes::kvasir()?;
+            image.reference = reference;
+            image.write(&output)?;
+            progress::say(format_args!(
+                "{} is in {}",
+                image.reference,
+                output.display()
+            ));
+            Ok(())
         }
     }
+}
+
+fn up(up: &Up) -> Result<()> {
+    if let (Some(context), Some(image)) = (&up.context, &up.image) {
+        progress::say(format_args!(
+            "Using the existing cluster of the context {context:?}, image {image}."
+        ));
+        let access = Access::existing(context)?;
+        first_answer(&access, image)?;
+        progress::say(format_args!(
+            "To take it away again: kubectl --context {context} delete llmdeployment {}; \
+             helm --kube-context {context} uninstall kvasir --namespace {}",
+            quickstart::DEMO,
+            quickstart::SYSTEM
+        ));
+        return Ok(());
+    }
+    progress::say("This brings a Kubernetes cluster up on this machine. Its kubelets need root.");
+    if !is_root() {
+        bail!(
+            "this is not root; run the same command with sudo (or serve without a cluster: cargo run --release --bin kvasir-server)"
+        );
+    }
+    let tools = Toolchain::ensure()?;
+    let image = recipes::kvasir()?;
+    let cluster = match Cluster::attach(&up.name, tools.clone()) {
+        Some(cluster) => {
+            progress::say(format_args!(
+                "The cluster {} runs already; using it.",
+                up.name
+            ));
+            cluster
+        }
+        None => Cluster::start(&up.name, up.nodes, tools)?,
+    };
+    cluster.import(&image)?;
+    let access = cluster.access();
+    first_answer(&access, &image.reference)?;
+    print_what_next(&up.name, &cluster);
     Ok(())
+}
+
+fn first_answer(access: &Access, image: &str) -> Result<()> {
+    quickstart::install(access, image)?;
+    quickstart::apply_demo(access)?;
+    Ok(quickstart::ask_demo(access)?)
+}
+
+fn print_what_next(name: &Name, cluster: &Cluster) {
+    let port = 8000;
+    progress::say(format_args!(
+        r#"To play with it, in this shell:
+  export KUBECONFIG={kubeconfig} PATH={kubectl}:{helm}:$PATH
+  kubectl get llmdeployments
+  kubectl describe llmdeployment {demo}
+  kubectl scale llmdeployment {demo} --replicas=2
+  kubectl port-forward service/{demo} {port}:{port} &
+  curl -N http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \
+    -d '{{"model": "kvasir-demo", "stream": true, "messages": [{{"role": "user", "content": "How do I scale an LLMDeployment?"}}]}}'
+To take everything away again:
+  sudo {program} down --name {name}"#,
+        kubeconfig = cluster.kubeconfig().display(),
+        kubectl = cluster.tools().kubernetes.display(),
+        helm = cluster.tools().helm.display(),
+        demo = quickstart::DEMO,
+        program = std::env::current_exe()
+            .map_or_else(|_| "kvasir-e2e".into(), |path| path.display().to_string()),
+    ));
 }

@@ -102,27 +102,6 @@ impl Toolchain {
             })?,
         })
     }
-
-    /// kubectl, which finds its cluster by `kubeconfig` and caches nothing outside of `cache`.
-    #[must_use]
-    pub fn kubectl(&self, kubeconfig: &Path, cache: &Path) -> Command {
-        let mut command = Command::new(self.kubernetes.join("kubectl"));
-        command
-            .env("KUBECONFIG", kubeconfig)
-            .env("KUBECACHEDIR", cache);
-        command
-    }
-
-    /// helm, which finds its cluster by `kubeconfig` and keeps nothing outside of `cache`.
-    #[must_use]
-    pub fn helm(&self, kubeconfig: &Path, cache: &Path) -> Command {
-        let mut command = Command::new(self.helm.join("helm"));
-        command.env("KUBECONFIG", kubeconfig);
-        for kind in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
-            command.env(kind, cache);
-        }
-        command
-    }
 }
 
 /// The folder of everything that is downloaded or built: `$KVASIR_CACHE`, or `~/.cache/kvasir`.

@@ -17,7 +17,10 @@ spec:
 #[test]
 fn a_service_answers_by_its_name_from_every_node() {
     let Some(cluster) = cluster() else { return };
-    cluster.apply(SERVICE).expect("the Service is accepted");
+    cluster
+        .access()
+        .apply(SERVICE)
+        .expect("the Service is accepted");
     for node in cluster.nodes() {
         let ask = "import urllib.request as r; \
                    print(r.urlopen('http://dns-health.kube-system.svc.cluster.local/health', timeout=3).read())";
