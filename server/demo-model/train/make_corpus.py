@@ -16,7 +16,7 @@ import re
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-EXAMPLES = 160_000
+EXAMPLES = 260_000
 
 THING = """what is {}|what's {}|what are {}|what exactly is {}|what is meant by {}|explain {}|define {}|describe {}|{}|tell me about {}|what about {}
 what does {} mean|what do you know about {}|give me a definition of {}|I don't understand {}|I do not know what {} is|explain to me what {} is
@@ -33,7 +33,7 @@ what would I run to {}|what do I run to {}|I want to {}, how|I want to {}, what 
 which kubectl command lets me {}|help me to {}|help me {}|do you know how to {}|what steps do I take to {}|what does it take to {}|how am I supposed to {}""".replace("\n", "|").split("|")
 
 BEFORE = """please |hey, |hi, |hello, |hello! |so, |so |ok, |okay, |and |well, |now |but |quick question: |a question: |one more question: |another question: |excuse me, |sorry, |kvasir, |tell me, |tell me: |I wonder, |just |please tell me: |can you tell me: |could you tell me, |can you explain: |briefly, |in short, |in simple words, |in a few words, |in one sentence, |for a beginner: |I am new here, |I'm new to this, |question: |next: |dear model, |listen, |say, |then |also, |hmm, |actually, |by the way, |first, """.split("|")
-AFTER = """ please|, please| in kvasir| in simple words| in one sentence| in short| briefly| for a beginner| exactly| here| today| again| to me| then| really| for me| in general| now| anyway|, do you know| I wonder| if I may ask| in a few words| with kvasir| normally|, in plain words|, in plain English| actually""".split("|")
+AFTER = """ please|, please| in kvasir| in simple words| in one sentence| in short| briefly| for a beginner| exactly| here| today| again| to me| then| really| for me| in general| now| anyway|, do you know| I wonder| if I may ask| in a few words| with kvasir| normally|, in plain words|, in plain English| actually|, how|, what should I do|, what do I type|, what now|, any idea|, can you say|, what is the command|, what then|, okay|, can you help|, what do I do|, is that right|, what would you say| instead| all about| by the way""".split("|")
 SWAP = {
     "what is": ["what's", "whats", "what is", "wat is"], "what are": ["what're", "what are"], "how do I": ["how do i", "how can I", "how would I", "how to", "how should I"],
     "do not": ["don't"], "does not": ["doesn't", "does not"], "is not": ["isn't", "is not"], "I am": ["I'm", "im"], "you are": ["you're"],
@@ -45,6 +45,21 @@ SWAP = {
     "work": ["work", "function", "operate"], "purpose": ["purpose", "goal", "aim", "job"], "stops": ["stops", "ends", "goes away"], "KV cache": ["KV cache", "kv cache", "kv-cache", "KV-cache"],
     "large": ["large", "big"], "big": ["big", "large"], "remove": ["remove", "delete", "take away"], "start": ["start", "launch", "run"], "model": ["model", "language model", "LLM"],
 }
+TURN = [
+    (r"^what does (.+) do$", ["what is it that {0} does", "what is {0} doing", "what is {0} there for", "the job of {0}", "say what {0} does", "what work does {0} do", "what is the work of {0}", "what would {0} do"]),
+    (r"^how does (.+) work$", ["how {0} works", "in what way does {0} work", "the way {0} works", "how is {0} working", "what is the idea of {0}", "how would {0} work", "explain how {0} works"]),
+    (r"^what happens (?:when|if) (.+)$", ["what if {0}", "{0}, what happens then", "and when {0}", "if {0}, what then", "what will happen when {0}", "tell me what happens if {0}", "what goes on when {0}", "suppose {0}, what happens", "when {0}, what does the server do", "what is the effect when {0}"]),
+    (r"^what is the (.+) of (.+)$", ["what's {1}'s {0}", "tell me the {0} of {1}", "the {0} of {1}", "which {0} does {1} have", "name the {0} of {1}"]),
+    (r"^what is (.+)$", ["what would {0} be", "{0} is what", "what is it, {0}", "what might {0} be", "could you say what {0} is", "the thing called {0}, what is it"]),
+    (r"^(?:which|what) (.+) does (.+) (use|have|support|need)$", ["what are the {0} that {1} {2}s", "tell me which {0} {1} {2}s", "does {1} {2} certain {0}", "the {0} of {1}"]),
+    (r"^how (?:do|can) I (.+)$", ["what's the way to {0}", "how does a user {0}", "how might I {0}", "could you show how to {0}", "I wish to {0}", "{0}, how", "what is needed to {0}", "I'm looking for a way to {0}"]),
+    (r"^can I (.+)$", ["am I allowed to {0}", "is it allowed to {0}", "would it be possible to {0}", "{0}, is that possible", "does it work to {0}", "is it okay to {0}"]),
+    (r"^can (.+?) (run|scale|share|use|serve|be|load) (.+)$", ["is it possible for {0} to {1} {2}", "could {0} {1} {2}", "would {0} {1} {2}", "will {0} {1} {2}"]),
+    (r"^when (?:does|do) (.+)$", ["at which point does {0}", "at what moment does {0}", "tell me when {0}", "under what conditions does {0}", "how soon does {0}"]),
+    (r"^why (?:does|do|is|are) (.+)$", ["for what reason does {0}", "what is the reason that {0}", "how come {0}", "tell me why {0}"]),
+    (r"^where (?:are|is|do I find) (.+)$", ["in which place is {0}", "at which address is {0}", "I am looking for {0}", "how do I find {0}", "at what path is {0}"]),
+]
+FILLERS = ["actually", "really", "basically", "exactly", "just", "now", "then", "maybe", "simply", "usually", "perhaps", "even", "still", "kind of", "for example", "please", "also"]
 SYSTEM = ["You are a helpful assistant.", "You are a helpful assistant that answers in English.", "Answer in one or two sentences.", "You are the demo model of Kvasir.",
           "Be brief.", "You are a friendly assistant.", "Answer questions about Kvasir.", "You are kvasir-demo.", "Be polite and precise."]
 MORE = "tell me more|more|more details please|go on|can you say more|please explain that|explain that further|and what else|can you explain more|I want to know more|continue|why|what else".split("|")
@@ -60,7 +75,7 @@ def read_facts():
     facts = []
     for line in (HERE / "facts.txt").read_text().splitlines():
         if line.startswith("== "):
-            facts.append({"name": line[3:], "ask": [], "say": [], "more": None})
+            facts.append({"name": line[3:], "ask": [], "say": [], "more": None, "often": 1})
         elif line and not line.startswith("#"):
             kind, text = line.split(": ", 1)
             fact = facts[-1]
@@ -68,6 +83,8 @@ def read_facts():
                 fact["say"].append(text)
             elif kind == "more":
                 fact["more"] = text
+            elif kind == "often":
+                fact["often"] = int(text)
             else:
                 frames = {"thing": THING, "do": DO, "ask": ["{}"]}[kind]
                 # A source line is a group of its own, so that a line of many choices doesn't drown the others.
@@ -90,6 +107,11 @@ def typo(word, rng):
 
 def vary(question, rng):
     """One of the many ways in which people write the same question."""
+    if rng.random() < 0.3:
+        for pattern, forms in TURN:
+            if found := re.match(pattern, question):
+                question = rng.choice(forms).format(*found.groups())
+                break
     for old, new in SWAP.items():
         if rng.random() < 0.25 and re.search(rf"\b{old}\b", question):
             question = re.sub(rf"\b{old}\b", rng.choice(new), question, count=1)
@@ -100,6 +122,8 @@ def vary(question, rng):
     words = question.split(" ")
     if len(words) > 4 and rng.random() < 0.12:
         del words[rng.randrange(len(words))]
+    if len(words) > 2 and rng.random() < 0.1:
+        words.insert(rng.randrange(1, len(words)), rng.choice(FILLERS))
     if rng.random() < 0.12:
         i = rng.randrange(len(words))
         words[i] = typo(words[i], rng)
@@ -117,7 +141,7 @@ def conversation(facts, rng):
     if rng.random() < 0.2:
         messages.append({"role": "system", "content": rng.choice(SYSTEM)})
     for _ in range(rng.choices([1, 2, 3, 4], [68, 20, 8, 4])[0]):
-        fact = rng.choice(facts)
+        fact = rng.choices(facts, [f["often"] for f in facts])[0]
         messages.append({"role": "user", "content": vary(rng.choice(rng.choice(fact["ask"])), rng)})
         messages.append({"role": "assistant", "content": fact["say"][0] if rng.random() < 0.85 else fact["say"][-1]})
         if fact["more"] and rng.random() < 0.25:
