@@ -2,5 +2,9 @@
 //!
 //! The engine knows token ids, never text; HTTP knows text and events, never blocks.
 
+pub mod args;
 pub mod engine;
+pub mod http;
+pub mod metrics;
+pub mod output;
 pub mod text;

@@ -1,0 +1,125 @@
+//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`). Plain data.
+
+use serde::Serialize;
+
+use super::logprobs::{ChatLogprobs, CompletionLogprobs};
+use crate::output::Finish;
+
+/// Tokens of a whole call.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(super) struct Usage {
+    pub(super) prompt_tokens: usize,
+    pub(super) completion_tokens: usize,
+    pub(super) total_tokens: usize,
+}
+
+impl Usage {
+    pub(super) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
+        Self {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+        }
+    }
+}
+
+/// `/v1/completions`, whole and as a chunk.
+#[derive(Debug, Serialize)]
+pub(super) struct Completion<'a> {
+    pub(super) id: &'a str,
+    pub(super) object: &'static str,
+    pub(super) created: u64,
+    pub(super) model: &'a str,
+    pub(super) choices: Vec<CompletionChoice>,
+    /// In a stream: left out unless asked for, then null but in the last chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) usage: Option<Option<Usage>>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct CompletionChoice {
+    pub(super) index: usize,
+    pub(super) text: String,
+    pub(super) logprobs: Option<CompletionLogprobs>,
+    pub(super) finish_reason: Option<&'static str>,
+    pub(super) stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) token_ids: Option<Vec<u32>>,
+}
+
+/// `/v1/chat/completions`: `C` is [`ChatChoice`] or, in a stream, [`ChatDelta`].
+#[derive(Debug, Serialize)]
+pub(super) struct Chat<'a, C> {
+    pub(super) id: &'a str,
+    pub(super) object: &'static str,
+    pub(super) created: u64,
+    pub(super) model: &'a str,
+    pub(super) choices: Vec<C>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) prompt_token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct ChatChoice {
+    pub(super) index: usize,
+    pub(super) message: Message,
+    pub(super) logprobs: Option<ChatLogprobs>,
+    pub(super) finish_reason: &'static str,
+    pub(super) stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Message {
+    pub(super) role: &'static str,
+    pub(super) content: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct ChatDelta {
+    pub(super) index: usize,
+    pub(super) delta: Delta,
+    pub(super) logprobs: Option<ChatLogprobs>,
+    pub(super) finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) content: Option<String>,
+}
+
+/// What the text ended with: a stop string, or the id of a stop token that the caller named.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub(super) enum StopReason {
+    Token(u32),
+    Text(String),
+}
+
+/// `finish_reason` and `stop_reason`. The end of sequence is no stop token of the caller's.
+pub(super) fn reasons(
+    finish: Finish,
+    stop_token_ids: &[u32],
+) -> Result<(&'static str, Option<StopReason>), String> {
+    match finish {
+        Finish::Length => Ok(("length", None)),
+        Finish::StopString(text) => Ok(("stop", Some(StopReason::Text(text)))),
+        Finish::StopToken(id) if stop_token_ids.contains(&id) => {
+            Ok(("stop", Some(StopReason::Token(id))))
+        }
+        Finish::StopToken(_) => Ok(("stop", None)),
+        Finish::Error(why) => Err(why),
+    }
+}

@@ -1,0 +1,321 @@
+//! All metrics of the server, under the names that dashboards and gateways written for vLLM expect, and our own.
+//!
+//! Counters and histograms are kept as things happen; gauges are read from the engine's report at each scrape, so
+//! that nothing runs between scrapes. Base units; labels from closed sets.
+
+use std::time::Duration;
+
+use kvasir_crds::LoadReport;
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry,
+    TextEncoder,
+};
+
+/// Why a request ended, as a label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishLabel {
+    /// A stop token or a stop string.
+    Stop,
+    /// `max_tokens` or the longest context.
+    Length,
+    /// The client left.
+    Abort,
+    /// The engine failed.
+    Error,
+}
+
+impl FinishLabel {
+    const ALL: [Self; 4] = [Self::Stop, Self::Length, Self::Abort, Self::Error];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// The states of a KV block, as labels.
+const BLOCK_STATES: [&str; 3] = ["active", "cached", "free"];
+
+/// Seconds; vLLM's buckets, so that dashboards of either read the other.
+const TTFT_BUCKETS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0,
+];
+const ITL_BUCKETS: &[f64] = &[
+    0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+];
+const REQUEST_BUCKETS: &[f64] = &[
+    0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
+    120.0, 240.0, 480.0,
+];
+
+/// Every metric there is.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    running: Gauge,
+    waiting: Gauge,
+    kv_usage: Gauge,
+    cache_config: GaugeVec,
+    blocks: GaugeVec,
+    oldest_waiting: Gauge,
+    prefill_backlog: Gauge,
+    preemptions: IntCounter,
+    prompt_tokens: IntCounter,
+    generation_tokens: IntCounter,
+    finished: IntCounterVec,
+    ttft: Histogram,
+    itl: Histogram,
+    latency: Histogram,
+    http: IntCounterVec,
+}
+
+impl Metrics {
+    /// Registers all of them, for one served model.
+    pub fn new(model_name: &str) -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let define = Definitions {
+            registry: &registry,
+            model_name,
+        };
+        let metrics = Self {
+            running: define.gauge(
+                "vllm:num_requests_running",
+                "Requests in the running batch.",
+            )?,
+            waiting: define.gauge(
+                "vllm:num_requests_waiting",
+                "Requests accepted and not running.",
+            )?,
+            kv_usage: define.gauge(
+                "vllm:kv_cache_usage_perc",
+                "KV blocks held by sequences; 1 is all of them.",
+            )?,
+            cache_config: define.gauges(
+                "vllm:cache_config_info",
+                "The KV cache's shape.",
+                &["block_size", "num_gpu_blocks"],
+            )?,
+            blocks: define.gauges("kvasir_kv_blocks", "KV blocks by state.", &["state"])?,
+            oldest_waiting: define.gauge(
+                "kvasir_queue_oldest_seconds",
+                "Age of the oldest waiting request.",
+            )?,
+            prefill_backlog: define.gauge(
+                "kvasir_prefill_backlog_tokens",
+                "Prompt tokens accepted and not computed yet.",
+            )?,
+            preemptions: define.counter("vllm:num_preemptions_total", "Sequences preempted.")?,
+            prompt_tokens: define.counter(
+                "vllm:prompt_tokens_total",
+                "Prompt tokens of requests that got a token.",
+            )?,
+            generation_tokens: define
+                .counter("vllm:generation_tokens_total", "Tokens generated.")?,
+            finished: define.counters(
+                "vllm:request_success_total",
+                "Requests that ended.",
+                &["finished_reason"],
+            )?,
+            ttft: define.histogram(
+                "vllm:time_to_first_token_seconds",
+                "From a request's arrival to its first token; one sample a request.",
+                TTFT_BUCKETS,
+            )?,
+            itl: define.histogram(
+                "vllm:inter_token_latency_seconds",
+                "Between two tokens.",
+                ITL_BUCKETS,
+            )?,
+            latency: define.histogram(
+                "vllm:e2e_request_latency_seconds",
+                "From a request's arrival to its last token.",
+                REQUEST_BUCKETS,
+            )?,
+            http: define.counters(
+                "kvasir_http_requests_total",
+                "HTTP requests answered.",
+                &["route", "code"],
+            )?,
+            registry,
+        };
+        for label in FinishLabel::ALL {
+            metrics.finished.with_label_values(&[label.as_str()]);
+        }
+        Ok(metrics)
+    }
+
+    /// A request got its first token.
+    pub fn first_token(&self, since_arrival: Duration, n_prompt_tokens: u64) {
+        self.ttft.observe(since_arrival.as_secs_f64());
+        self.prompt_tokens.inc_by(n_prompt_tokens);
+    }
+
+    /// A request got a token after its first.
+    pub fn next_token(&self, since_last: Duration) {
+        self.itl.observe(since_last.as_secs_f64());
+    }
+
+    /// So many tokens were generated.
+    pub fn generated(&self, n_tokens: u64) {
+        self.generation_tokens.inc_by(n_tokens);
+    }
+
+    /// A request ended.
+    pub fn request_finished(&self, why: FinishLabel) {
+        self.finished.with_label_values(&[why.as_str()]).inc();
+    }
+
+    /// A request ended that its client waited for.
+    pub fn request_latency(&self, since_arrival: Duration) {
+        self.latency.observe(since_arrival.as_secs_f64());
+    }
+
+    /// An HTTP request was answered. `route` is the pattern that matched, never the path itself.
+    pub fn answered(&self, route: &str, status: u16) {
+        self.http
+            .with_label_values(&[route, &status.to_string()])
+            .inc();
+    }
+
+    /// Everything in Prometheus' text format; `load` is the engine's report, once there is an engine.
+    pub fn render(&self, load: Option<&LoadReport>) -> Result<String, prometheus::Error> {
+        if let Some(load) = load {
+            self.take(load);
+        }
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn take(&self, load: &LoadReport) {
+        if let Some(queue) = load.queue {
+            self.running.set(queue.running as f64);
+            self.waiting.set(queue.waiting as f64);
+            self.oldest_waiting
+                .set(queue.oldest_waiting_ms as f64 / 1e3);
+        }
+        if let Some(blocks) = load.blocks {
+            self.kv_usage
+                .set(blocks.active as f64 / blocks.total.max(1) as f64);
+            let counts = [blocks.active, blocks.cached, blocks.free];
+            for (state, count) in BLOCK_STATES.iter().zip(counts) {
+                self.blocks.with_label_values(&[state]).set(count as f64);
+            }
+            let labels = [blocks.block_size.to_string(), blocks.total.to_string()];
+            self.cache_config.with_label_values(&labels).set(1.0);
+        }
+        self.prefill_backlog
+            .set(load.prefill_backlog_tokens.unwrap_or(0) as f64);
+        // Scrapes may overlap: only what is new is added.
+        let preemptions = load.preemptions.unwrap_or(0);
+        self.preemptions
+            .inc_by(preemptions.saturating_sub(self.preemptions.get()));
+    }
+}
+
+/// Makes metrics with the label that all of them carry, and registers them.
+struct Definitions<'a> {
+    registry: &'a Registry,
+    model_name: &'a str,
+}
+
+impl Definitions<'_> {
+    fn opts(&self, name: &str, help: &str) -> Opts {
+        Opts::new(name, help).const_label("model_name", self.model_name)
+    }
+
+    fn register<M: Collector + Clone + 'static>(&self, metric: M) -> Result<M, prometheus::Error> {
+        self.registry.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
+        self.register(Gauge::with_opts(self.opts(name, help))?)
+    }
+
+    fn gauges(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<GaugeVec, prometheus::Error> {
+        self.register(GaugeVec::new(self.opts(name, help), labels)?)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+        self.register(IntCounter::with_opts(self.opts(name, help))?)
+    }
+
+    fn counters(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &[&str],
+    ) -> Result<IntCounterVec, prometheus::Error> {
+        self.register(IntCounterVec::new(self.opts(name, help), labels)?)
+    }
+
+    fn histogram(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+    ) -> Result<Histogram, prometheus::Error> {
+        let opts = HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec());
+        self.register(Histogram::with_opts(opts)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvasir_crds::load_report::{BlockCounts, QueueCounts};
+
+    #[test]
+    fn a_scrape_has_the_names_and_values_that_others_read() {
+        let metrics = Metrics::new("m").unwrap();
+        metrics.first_token(Duration::from_millis(30), 7);
+        metrics.request_finished(FinishLabel::Length);
+        let load = LoadReport {
+            blocks: Some(BlockCounts {
+                block_size: 16,
+                total: 8,
+                active: 2,
+                cached: 1,
+                free: 5,
+                waiting_need: 0,
+            }),
+            queue: Some(QueueCounts {
+                running: 3,
+                waiting: 4,
+                waiting_limit: 9,
+                oldest_waiting_ms: 1500,
+            }),
+            preemptions: Some(6),
+            ..LoadReport::default()
+        };
+        metrics.render(Some(&load)).unwrap();
+        let text = metrics.render(Some(&load)).unwrap();
+        for line in [
+            "vllm:num_requests_running{model_name=\"m\"} 3",
+            "vllm:num_requests_waiting{model_name=\"m\"} 4",
+            "vllm:kv_cache_usage_perc{model_name=\"m\"} 0.25",
+            "vllm:cache_config_info{block_size=\"16\",model_name=\"m\",num_gpu_blocks=\"8\"} 1",
+            "kvasir_kv_blocks{model_name=\"m\",state=\"cached\"} 1",
+            "kvasir_queue_oldest_seconds{model_name=\"m\"} 1.5",
+            "vllm:num_preemptions_total{model_name=\"m\"} 6",
+            "vllm:prompt_tokens_total{model_name=\"m\"} 7",
+            "vllm:request_success_total{finished_reason=\"length\",model_name=\"m\"} 1",
+            "vllm:request_success_total{finished_reason=\"abort\",model_name=\"m\"} 0",
+            "vllm:time_to_first_token_seconds_count{model_name=\"m\"} 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "no line {line} in\n{text}");
+        }
+    }
+}
