@@ -5,6 +5,7 @@
 //! OpenAI client), and knows nothing of the inside of the server or the operator.
 
 pub mod access;
+pub mod chat;
 pub mod cluster;
 pub mod command;
 pub mod error;

@@ -7,7 +7,7 @@ use kvasir_e2e::access::Access;
 use kvasir_e2e::cluster::{Cluster, Name, is_root, remains};
 use kvasir_e2e::image::recipes;
 use kvasir_e2e::toolchain::Toolchain;
-use kvasir_e2e::{progress, quickstart};
+use kvasir_e2e::{chat, progress, quickstart};
 use std::io::Read as _;
 use std::path::PathBuf;
 
@@ -40,6 +40,16 @@ enum Job {
         /// The reference that the image goes by.
         #[arg(long, default_value_t = recipes::kvasir_reference())]
         reference: String,
+    },
+    /// Asks a server one question and streams the answer.
+    Ask {
+        /// The server, such as http://127.0.0.1:8000.
+        url: String,
+        /// What to ask.
+        question: String,
+        /// The model's name.
+        #[arg(long, default_value = "kvasir-demo")]
+        model: String,
     },
 }
 
@@ -74,6 +84,11 @@ fn main() -> Result<()> {
             }
             Ok(remains::remove(&name)?)
         }
+        Job::Ask {
+            url,
+            question,
+            model,
+        } => Ok(chat::stream_answer(&url, &model, &question)?),
         Job::Image { output, reference } => {
             let mut image = recipes::kvasir()?;
             image.reference = reference;

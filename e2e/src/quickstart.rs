@@ -4,9 +4,9 @@
 use crate::access::Access;
 use crate::command::run;
 use crate::wait::{Seen, until};
-use crate::{Error, progress, toolchain};
+use crate::{Error, chat, progress, toolchain};
 use serde_json::Value;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -106,39 +106,11 @@ pub fn ask_demo(access: &Access) -> Result<(), Error> {
     progress::say(format_args!(
         "==> Asking it through its Service: {QUESTION}\n"
     ));
-    let body = serde_json::json!({
-        "model": "kvasir-demo",
-        "stream": true,
-        "temperature": 0,
-        "max_tokens": 120,
-        "messages": [{ "role": "user", "content": QUESTION }],
-    });
-    let url = format!("http://127.0.0.1:{}/v1/chat/completions", forward.port);
-    let broken =
-        |error: &dyn std::fmt::Display| Error::Refused(format!("{url} did not answer: {error}"));
-    let answer = ureq::post(&url)
-        .send_json(&body)
-        .map_err(|error| broken(&error))?;
-    let mut out = std::io::stdout().lock();
-    for line in BufReader::new(answer.into_body().into_reader()).lines() {
-        let line = line.map_err(|error| broken(&error))?;
-        // A terminal that went away is not worth failing for.
-        let _ = out
-            .write_all(piece(&line).as_bytes())
-            .and_then(|()| out.flush());
-    }
-    let _ = out.write_all(b"\n\n");
-    Ok(())
-}
-
-/// The text that one line of the event stream adds; most lines add none.
-fn piece(line: &str) -> String {
-    let event = line.strip_prefix("data: ").unwrap_or_default();
-    let event: Value = serde_json::from_str(event).unwrap_or_default();
-    event["choices"][0]["delta"]["content"]
-        .as_str()
-        .unwrap_or_default()
-        .to_owned()
+    chat::stream_answer(
+        &format!("http://127.0.0.1:{}", forward.port),
+        "kvasir-demo",
+        QUESTION,
+    )
 }
 
 /// `kubectl port-forward` to a Service, for as long as this lives.
@@ -212,25 +184,5 @@ mod tests {
             Some(40_123)
         );
         assert_eq!(forwarded_port("error: unable to forward port\n"), None);
-    }
-
-    #[test]
-    fn a_stream_is_its_pieces() {
-        for (why, line, want) in [
-            (
-                "a piece",
-                r#"data: {"choices":[{"delta":{"content":"A block"}}]}"#,
-                "A block",
-            ),
-            (
-                "the first event names the role only",
-                r#"data: {"choices":[{"delta":{"role":"assistant"}}]}"#,
-                "",
-            ),
-            ("the last event", "data: [DONE]", ""),
-            ("between events", "", ""),
-        ] {
-            assert_eq!(piece(line), want, "{why}");
-        }
     }
 }

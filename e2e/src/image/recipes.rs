@@ -18,6 +18,9 @@ pub const PAUSE: &str = "kvasir.dev/pause:1";
 /// The reference under which the pods know CoreDNS.
 pub const COREDNS: &str = "kvasir.dev/coredns:1";
 
+/// The reference under which the sidecar example knows its client.
+pub const ASK: &str = "kvasir.dev/ask:1";
+
 /// The reference of the project's own image.
 #[must_use]
 pub fn kvasir_reference() -> String {
@@ -58,6 +61,19 @@ pub fn kvasir() -> Result<Image, Error> {
         entrypoint: vec!["/kvasir-server".into()],
         user: NONROOT,
         files,
+    })
+}
+
+/// This crate's own program as a client to put beside a server: `program` is kvasir-e2e.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn ask(program: &Path) -> Result<Image, Error> {
+    Ok(Image {
+        reference: ASK.into(),
+        entrypoint: vec!["/kvasir-e2e".into(), "ask".into()],
+        user: NONROOT,
+        files: with_libraries(&[program.to_owned()])?,
     })
 }
 
@@ -121,6 +137,30 @@ fn release_binaries() -> Result<PathBuf, Error> {
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| workspace().join("target"), PathBuf::from);
     Ok(target.join("release"))
+}
+
+/// The programs at the root of the image, and the shared libraries that they name where they name them.
+fn with_libraries(programs: &[PathBuf]) -> Result<Vec<ImageFile>, Error> {
+    let mut files = Vec::new();
+    let mut libraries = BTreeSet::new();
+    for from in programs {
+        libraries.extend(shared_libraries(&run(Command::new("ldd").arg(from))?));
+        let name = from.file_name().unwrap_or_default().to_string_lossy();
+        files.push(ImageFile {
+            path: format!("/{name}"),
+            from: from.clone(),
+            mode: 0o755,
+        });
+    }
+    files.extend(libraries.into_iter().map(|path| {
+        let from = PathBuf::from(&path);
+        ImageFile {
+            path,
+            from,
+            mode: 0o755,
+        }
+    }));
+    Ok(files)
 }
 
 /// The absolute paths in what ldd prints.

@@ -2,6 +2,7 @@
 //! however it ends. Without root they are skipped, and say so; with `CI=true` that is a failure.
 
 mod foundation;
+mod removal;
 
 use kvasir_e2e::cluster::{Cluster, is_root};
 use kvasir_e2e::toolchain::Toolchain;
