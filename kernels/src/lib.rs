@@ -7,6 +7,7 @@
 //! - [`reference`](mod@reference): the oracle, in f64, plain loops.
 
 pub mod device;
+pub mod mapped;
 pub mod reference;
 pub mod sampling;
 mod step;

@@ -6,5 +6,6 @@ pub mod args;
 pub mod engine;
 pub mod http;
 pub mod metrics;
+pub mod model;
 pub mod output;
 pub mod text;

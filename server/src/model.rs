@@ -1,0 +1,310 @@
+//! From a model directory to an executor that the engine can drive: files, configuration, weights, memory.
+//!
+//! It knows no requests and no text, and not which device it runs on: the caller makes one from a `DeviceConfig`.
+//!
+//! - [`config`]: config.json, parsed once.
+//! - [`files`]: where the bytes come from.
+//! - [`weights`]: the tensors of safetensors files.
+//! - [`llama`]: the forward pass.
+
+pub mod config;
+pub mod files;
+pub mod llama;
+pub mod weights;
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use kvasir_kernels::device::{
+    AttentionShape, Device, DeviceConfig, DeviceError, Dtype, Limits, Memory, Precision, StepInput,
+    StepOutput, Ticket,
+};
+
+use crate::engine::ModelFacts;
+use crate::engine::executor::Executor;
+use config::LlamaConfig;
+pub use files::{FileBytes, ModelFiles};
+use llama::{Llama, LlamaWeights};
+use weights::WeightFiles;
+
+/// How a model is to be served; the flags of the same names say more.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoadOptions {
+    /// Token slots in a KV block.
+    pub block_size: NonZeroU32,
+    /// Prompt and output together; `None`: what the model was made for, or what the pool holds if that is less.
+    pub max_model_len: Option<NonZeroU32>,
+    /// Sequences in a step.
+    pub max_num_seqs: NonZeroU32,
+    /// Tokens in a step; at least `max_num_seqs`.
+    pub max_num_batched_tokens: NonZeroU32,
+    /// KV blocks, instead of what the memory allows.
+    pub n_blocks: Option<NonZeroU32>,
+    /// The share of the memory limit that may be used in all. In (0, 1].
+    pub memory_utilization: f64,
+    /// `None`: binary32 for a model stored so, bfloat16 otherwise.
+    pub precision: Option<Precision>,
+    /// Memory in bytes, where it is less than what the device finds.
+    pub memory_limit: Option<u64>,
+}
+
+/// How far loading has come, in bytes of the weights' files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes prepared.
+    pub done_bytes: u64,
+    /// All bytes; headers make them a little more than `done_bytes` will be.
+    pub total_bytes: u64,
+}
+
+/// A model that is ready to serve.
+pub struct LoadedModel {
+    /// The model on its device, with its KV cache.
+    pub executor: ModelExecutor,
+    /// What is served, and its limits.
+    pub facts: ModelFacts,
+    /// Where the memory went, once the KV cache was allocated.
+    pub memory: Memory,
+    /// Bytes of the KV cache.
+    pub kv_cache_bytes: u64,
+    /// The device in one line.
+    pub device: String,
+}
+
+/// Why a model can't be served: one sentence that names the file or the field, what was found and what was expected.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A file that must be there is not.
+    #[error(
+        "{file} is missing: expected a model directory as Hugging Face writes it, with config.json, *.safetensors and tokenizer.json"
+    )]
+    MissingFile {
+        /// Its path.
+        file: String,
+    },
+    /// `--model` names something else.
+    #[error("{} is not a directory: expected a model directory as Hugging Face writes it, or \"demo\"", path.display())]
+    NotADirectory {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// The system refuses.
+    #[error("{file} can't be read: {source}")]
+    Read {
+        /// Its path.
+        file: String,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The configuration is wrong or asks for what is not built.
+    #[error("{file}: {message}")]
+    Config {
+        /// The file's name.
+        file: String,
+        /// Field, found, expected.
+        message: String,
+    },
+    /// The weights are not what the configuration asks for.
+    #[error("{file}: {message}")]
+    Weights {
+        /// The file's name.
+        file: String,
+        /// Tensor, found, expected.
+        message: String,
+    },
+    /// Options that can't hold together, or not for this model.
+    #[error("{0}")]
+    Options(String),
+    /// The device refuses.
+    #[error("{0}")]
+    Device(#[source] DeviceError),
+    /// Too little memory is left for a KV cache.
+    #[error(
+        "the KV cache needs {needed_bytes} bytes for one sequence of {needed_tokens} tokens, {available_bytes} are left: the limit is {} bytes, of which {:.0} % may be used, {} are taken by weights, {} by workspace, {} by others; raise the limit or lower --max-model-len",
+        memory.limit, utilization * 100.0, memory.weights, memory.workspace, memory.other
+    )]
+    DoesNotFit {
+        /// Bytes of the blocks of one sequence.
+        needed_bytes: u64,
+        /// Its tokens.
+        needed_tokens: u32,
+        /// What is left for blocks.
+        available_bytes: u64,
+        /// The device's account.
+        memory: Memory,
+        /// `--gpu-memory-utilization`.
+        utilization: f64,
+    },
+}
+
+/// Loads the model in `files` onto the device that `make_device` makes for it. Everything that can be checked from
+/// the files' headers is checked before the device is made.
+pub fn load(
+    files: &ModelFiles,
+    options: &LoadOptions,
+    make_device: impl FnOnce(DeviceConfig) -> Result<Box<dyn Device>, DeviceError>,
+    mut progress: impl FnMut(Progress),
+) -> Result<LoadedModel, LoadError> {
+    let generation_config = files.open("generation_config.json")?;
+    let config = LlamaConfig::parse(&files.require("config.json")?, generation_config.as_deref())?;
+    let max_model_len = max_model_len(&config, options)?;
+    let weight_files = WeightFiles::open(files)?;
+    let weights = LlamaWeights::take(&config, weight_files.tensors()?)?;
+
+    let device_config = device_config(&config, options, max_model_len)?;
+    let (limits, precision) = (device_config.limits, device_config.precision);
+    let mut device = make_device(device_config).map_err(LoadError::Device)?;
+    let total_bytes = weight_files.n_bytes();
+    let model = Llama::prepare(&config, &weights, &mut *device, &mut |done_bytes| {
+        progress(Progress {
+            done_bytes,
+            total_bytes,
+        });
+    })?;
+
+    let (n_blocks, max_model_len) = plan_blocks(
+        options,
+        &limits,
+        max_model_len,
+        device.memory(),
+        device.block_bytes(),
+    )?;
+    device.allocate_kv(n_blocks).map_err(LoadError::Device)?;
+    Ok(LoadedModel {
+        facts: ModelFacts {
+            vocab_size: config.vocab_size as u32,
+            max_model_len,
+            eos_token_ids: config.eos_token_ids,
+            dtype: match precision {
+                Precision::BF16 => Dtype::BF16,
+                Precision::F32 => Dtype::F32,
+            },
+            limits,
+            n_blocks,
+            block_size: options.block_size.get(),
+        },
+        memory: device.memory(),
+        kv_cache_bytes: u64::from(n_blocks) * device.block_bytes(),
+        device: device.describe(),
+        executor: ModelExecutor { device, model },
+    })
+}
+
+fn max_model_len(config: &LlamaConfig, options: &LoadOptions) -> Result<u32, LoadError> {
+    let longest = config.max_position_embeddings;
+    match options.max_model_len {
+        None => Ok(longest),
+        Some(wanted) if wanted.get() <= longest => Ok(wanted.get()),
+        Some(wanted) => Err(LoadError::Options(format!(
+            "--max-model-len is {wanted}, expected at most max_position_embeddings of config.json, {longest}"
+        ))),
+    }
+}
+
+fn device_config(
+    config: &LlamaConfig,
+    options: &LoadOptions,
+    max_model_len: u32,
+) -> Result<DeviceConfig, LoadError> {
+    let (n_tokens, n_sequences) = (options.max_num_batched_tokens, options.max_num_seqs);
+    if n_tokens < n_sequences {
+        return Err(LoadError::Options(format!(
+            "--max-num-batched-tokens is {n_tokens}, expected at least --max-num-seqs, {n_sequences}"
+        )));
+    }
+    let block_size = options.block_size.get() as usize;
+    Ok(DeviceConfig {
+        attention: AttentionShape {
+            n_layers: config.n_layers,
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim: config.head_dim,
+            block_size,
+        },
+        limits: Limits {
+            max_tokens: n_tokens.get() as usize,
+            max_sequences: n_sequences.get() as usize,
+            // Each sequence may draw in each step; a few more rows, so that a prompt's scores don't take long.
+            max_logits_rows: (n_sequences.get() as usize)
+                .max(64)
+                .min(n_tokens.get() as usize),
+            max_blocks_per_sequence: (max_model_len as usize).div_ceil(block_size),
+        },
+        rope: config.rope(max_model_len),
+        precision: options.precision.unwrap_or(match config.dtype {
+            Some(Dtype::F32) => Precision::F32,
+            Some(Dtype::F16 | Dtype::BF16) | None => Precision::BF16,
+        }),
+        memory_limit: options.memory_limit,
+    })
+}
+
+/// Blocks of the pool, and the longest context that one sequence alone has room for: what the memory leaves, but no
+/// more than all rows of the block-table matrix can hold.
+fn plan_blocks(
+    options: &LoadOptions,
+    limits: &Limits,
+    max_model_len: u32,
+    memory: Memory,
+    block_bytes: u64,
+) -> Result<(u32, u32), LoadError> {
+    let most = (limits.max_sequences as u64).saturating_mul(limits.max_blocks_per_sequence as u64);
+    let allowed = (memory.limit as f64 * options.memory_utilization) as u64;
+    let taken = memory
+        .weights
+        .saturating_add(memory.workspace)
+        .saturating_add(memory.other);
+    let available_bytes = allowed.saturating_sub(taken);
+    let n_blocks = match options.n_blocks {
+        Some(wanted) => wanted.get(),
+        None => (available_bytes / block_bytes.max(1))
+            .min(most)
+            .min(u64::from(u32::MAX / 2)) as u32,
+    };
+    // Without an explicit length a short context will do, but not one that no conversation fits.
+    let needed_tokens = options
+        .max_model_len
+        .map_or(max_model_len.min(options.block_size.get()), NonZeroU32::get);
+    let needed_blocks = needed_tokens.div_ceil(options.block_size.get());
+    if n_blocks >= needed_blocks {
+        return Ok((
+            n_blocks,
+            max_model_len.min(n_blocks.saturating_mul(options.block_size.get())),
+        ));
+    }
+    Err(match options.n_blocks {
+        Some(wanted) => LoadError::Options(format!(
+            "--num-gpu-blocks-override is {wanted}, expected at least {needed_blocks} blocks of {} tokens for --max-model-len, {needed_tokens}",
+            options.block_size
+        )),
+        None => LoadError::DoesNotFit {
+            needed_bytes: u64::from(needed_blocks) * block_bytes,
+            needed_tokens,
+            available_bytes,
+            memory,
+            utilization: options.memory_utilization,
+        },
+    })
+}
+
+/// A model on a device, as the engine sees it.
+pub struct ModelExecutor {
+    device: Box<dyn Device>,
+    model: Llama,
+}
+
+impl Executor for ModelExecutor {
+    fn depth(&self) -> usize {
+        self.device.depth()
+    }
+
+    fn submit(&mut self, input: &StepInput) -> Result<Ticket, DeviceError> {
+        let model = &self.model;
+        self.device.submit(input, &mut |ops| model.forward(ops))
+    }
+
+    fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError> {
+        self.device.collect(ticket)
+    }
+}
