@@ -3,6 +3,8 @@
 //! In float32 every logit is within 1e-4 of Transformers, however the prompt is cut into chunks. In bfloat16 the
 //! greedy token is the same wherever the margin between the first two exceeds the error that the golden file states.
 
+#![allow(clippy::unwrap_used)] // A test's helpers, outside of #[test] functions.
+
 mod support;
 
 use std::path::Path;
