@@ -1,1 +1,3 @@
-//! The operator: observe, plan, apply.
+//! The operator: observe, plan, apply. Only the first and the last touch the API server.
+
+pub mod plan;

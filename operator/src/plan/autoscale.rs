@@ -1,0 +1,222 @@
+//! How many replicas an autoscaled deployment should have, and why, in words.
+//!
+//! Pure: the reports, the history and the time are arguments. It knows no Kubernetes, no HTTP and no clock.
+//!
+//! Demand is counted in KV blocks (held by running sequences and needed by waiting ones; blocks that only cache are
+//! free for it) and in waiting requests; the larger answer wins, in one jump. Up at once. Down only when every answer
+//! of the stabilization window was lower, and only if the replicas that stay can carry what the ones there carry now.
+//! A replica that is silent counts as empty when scaling up and as full when scaling down, as the horizontal pod
+//! autoscaler treats missing metrics.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use kvasir_crds::LoadReport;
+use kvasir_crds::llmdeployment::Autoscaling;
+
+/// What is known of one ready replica.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ReplicaLoad {
+    /// It answered.
+    Reported(LoadReport),
+    /// It did not answer in time.
+    Silent,
+}
+
+/// The answers of the past window, by the operator's monotonic clock.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    first: Option<Duration>,
+    wanted: VecDeque<(Duration, u32)>,
+}
+
+impl History {
+    /// Adds an answer and forgets those older than `window`.
+    fn push(&mut self, now: Duration, wanted: u32, window: Duration) {
+        self.first.get_or_insert(now);
+        self.wanted.push_back((now, wanted));
+        while self
+            .wanted
+            .front()
+            .is_some_and(|(at, _)| now.saturating_sub(*at) > window)
+        {
+            self.wanted.pop_front();
+        }
+    }
+
+    /// The history reaches back over the whole window; after a restart it doesn't, and nothing is scaled down.
+    fn covers(&self, now: Duration, window: Duration) -> bool {
+        self.first
+            .is_some_and(|first| now.saturating_sub(first) >= window)
+    }
+
+    fn max(&self) -> u32 {
+        self.wanted
+            .iter()
+            .map(|(_, wanted)| *wanted)
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Replicas the deployment should have.
+    pub replicas: u32,
+    /// Why, with the numbers: for the status and the event.
+    pub reason: String,
+    /// Active blocks of all, as a whole percent; `None` where no replica reported.
+    pub utilization_percent: Option<u32>,
+    /// Waiting requests over all replicas; `None` where no replica reported.
+    pub queue_depth: Option<u64>,
+}
+
+/// Sums over the replicas that reported and serve.
+#[derive(Default)]
+struct Totals {
+    reporting: u64,
+    blocks: u64,
+    active: u64,
+    waiting_need: u64,
+    waiting: u64,
+}
+
+/// Decides. `current` is the number of replicas asked for now, `loads` one entry for each ready replica, `history` the
+/// answers before this one, to which this one is added where it rests on reports.
+pub fn decide(
+    policy: &Autoscaling,
+    current: u32,
+    loads: &[ReplicaLoad],
+    history: &mut History,
+    now: Duration,
+) -> Decision {
+    let (low, high) = (policy.min_replicas.get(), policy.max_replicas.get());
+    let bounded = current.clamp(low, high.max(low));
+    let (totals, silent) = total(loads);
+    let held = |reason: String, totals: Option<&Totals>| Decision {
+        replicas: bounded,
+        reason,
+        utilization_percent: totals.map(Totals::utilization_percent),
+        queue_depth: totals.map(|t| t.waiting),
+    };
+    if bounded != current {
+        return held(
+            format!("{current} is outside of minReplicas {low} and maxReplicas {high}"),
+            None,
+        );
+    }
+    if totals.reporting == 0 || totals.blocks == 0 {
+        return held("no replica reports its load: holding".into(), None);
+    }
+
+    let up = wanted(policy, &totals).clamp(low, high.max(low));
+    // Going down, a silent replica counts as full: an average pool of active blocks, and as much as its share.
+    let average = totals.blocks.div_ceil(totals.reporting);
+    let pessimistic = Totals {
+        reporting: totals.reporting + silent,
+        blocks: totals.blocks + silent * average,
+        active: totals.active + silent * average,
+        ..totals
+    };
+    let down = wanted(policy, &pessimistic).clamp(low, high.max(low));
+    let window = Duration::from_secs(u64::from(policy.scale_down_stabilization_seconds));
+    history.push(now, down, window);
+
+    let numbers = totals.describe(policy);
+    let (replicas, reason) = if up > current {
+        (up, format!("scaled up from {current} to {up}: {numbers}"))
+    } else if down >= current {
+        (
+            current,
+            format!("{current} replicas carry the load: {numbers}"),
+        )
+    } else if !history.covers(now, window) {
+        (
+            current,
+            format!(
+                "{down} would do, but less than scaleDownStabilizationSeconds is known: {numbers}"
+            ),
+        )
+    } else {
+        match history.max().clamp(low, high.max(low)) {
+            settled if settled < current => (
+                settled,
+                format!("scaled down from {current} to {settled}: {numbers}"),
+            ),
+            _ => (
+                current,
+                format!("{down} would do, waiting out scaleDownStabilizationSeconds: {numbers}"),
+            ),
+        }
+    };
+    Decision {
+        replicas,
+        reason,
+        utilization_percent: Some(totals.utilization_percent()),
+        queue_depth: Some(totals.waiting),
+    }
+}
+
+/// Adds up the reports of the replicas that serve, and counts the silent ones. A report without blocks or queue is as
+/// good as none, and so is one whose engine doesn't beat any more; a draining replica is neither supply nor demand.
+fn total(loads: &[ReplicaLoad]) -> (Totals, u64) {
+    const STALE_MS: u64 = 10_000;
+    let (mut totals, mut silent) = (Totals::default(), 0);
+    for load in loads {
+        match load {
+            ReplicaLoad::Reported(report) if report.draining == Some(true) => {}
+            ReplicaLoad::Reported(LoadReport {
+                blocks: Some(blocks),
+                queue: Some(queue),
+                heartbeat_age_ms,
+                ..
+            }) if heartbeat_age_ms.is_none_or(|age| age < STALE_MS) => {
+                totals.reporting += 1;
+                totals.blocks += blocks.total;
+                totals.active += blocks.active;
+                totals.waiting_need += blocks.waiting_need;
+                totals.waiting += queue.waiting;
+            }
+            ReplicaLoad::Reported(_) | ReplicaLoad::Silent => silent += 1,
+        }
+    }
+    (totals, silent)
+}
+
+/// Replicas that carry these totals, before the bounds: never less than 1.
+fn wanted(policy: &Autoscaling, totals: &Totals) -> u32 {
+    // ceil(demand / (blocks of one replica * target / 100)), in whole numbers.
+    let demand = totals.active + totals.waiting_need;
+    let capacity = totals.blocks * u64::from(policy.target_block_utilization_percent.get());
+    let by_blocks = (demand * 100 * totals.reporting).div_ceil(capacity.max(1));
+    let by_queue = totals
+        .waiting
+        .div_ceil(u64::from(policy.target_queue_depth.get()));
+    u32::try_from(by_blocks.max(by_queue).max(1)).unwrap_or(u32::MAX)
+}
+
+impl Totals {
+    fn utilization_percent(&self) -> u32 {
+        u32::try_from(self.active * 100 / self.blocks.max(1))
+            .unwrap_or(100)
+            .min(100)
+    }
+
+    fn describe(&self, policy: &Autoscaling) -> String {
+        format!(
+            "{} blocks active and {} needed by waiting requests, of {} in {} reporting replicas (target {} %); \
+             {} requests waiting (target {} per replica)",
+            self.active,
+            self.waiting_need,
+            self.blocks,
+            self.reporting,
+            policy.target_block_utilization_percent,
+            self.waiting,
+            policy.target_queue_depth
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests;
