@@ -8,4 +8,5 @@ pub mod http;
 pub mod metrics;
 pub mod model;
 pub mod output;
+pub mod startup;
 pub mod text;

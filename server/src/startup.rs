@@ -1,0 +1,173 @@
+//! From flags to a running engine: loads the model's files, starts the engine and the output thread.
+//!
+//! It knows how the parts fit together; what it says to the user is the caller's to print.
+
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::sync::Arc;
+
+use kvasir_kernels::device::{Device, DeviceConfig, DeviceError, Dtype, Precision};
+
+use crate::args::{Args, DtypeChoice, ModelSource};
+use crate::engine::{Engine, EngineError};
+use crate::http::{Ids, SamplingDefaults, Serving, unix_time};
+use crate::metrics::Metrics;
+use crate::model::{self, LoadError, LoadOptions, ModelFiles, Progress};
+use crate::output::Outputs;
+use crate::text::tokenizer::TextFiles;
+use crate::text::{TextError, TextPool, Tokenizer};
+
+/// Texts that may wait for a tokenizer thread; their callers wait with them.
+const WAITING_TEXTS: usize = 256;
+
+/// A loaded model with its engine running.
+#[derive(Debug)]
+pub struct Started {
+    /// For the routes.
+    pub serving: Serving,
+    /// To be joined: it tells how the engine ended.
+    pub engine: Engine,
+    /// What the user may want to know.
+    pub summary: Summary,
+}
+
+/// What is served, in numbers.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// The device in one line.
+    pub device: String,
+    /// The precision.
+    pub dtype: &'static str,
+    /// KV blocks.
+    pub n_blocks: u32,
+    /// Token slots in one.
+    pub block_size: u32,
+    /// Bytes of all of them.
+    pub kv_cache_bytes: u64,
+    /// The longest context.
+    pub max_model_len: u32,
+    /// Whether the model has a chat template.
+    pub can_chat: bool,
+    /// Settings of `generation_config.json` that are not built.
+    pub ignored: Vec<String>,
+}
+
+/// Why nothing is served.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The model or the flags.
+    #[error(transparent)]
+    Model(#[from] LoadError),
+    /// The model's text files.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// `generation_config.json`.
+    #[error("{0}")]
+    GenerationConfig(String),
+    /// The engine could not be started.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A thread could not be started.
+    #[error("a thread could not be started: {0}")]
+    Thread(std::io::Error),
+}
+
+/// Loads and starts everything behind the routes. It takes as long as the weights take to read.
+pub fn start(
+    args: &Args,
+    metrics: &Arc<Metrics>,
+    progress: impl FnMut(Progress),
+) -> Result<Started, StartError> {
+    let files = match &args.model {
+        ModelSource::Demo => ModelFiles::demo(),
+        ModelSource::Directory(path) => ModelFiles::directory(path)?,
+    };
+    // The small files first: what is wrong with them is found before the weights are read.
+    let tokenizer_config = files.open("tokenizer_config.json")?;
+    let chat_template = files.open("chat_template.jinja")?;
+    let tokenizer = Arc::new(Tokenizer::load(TextFiles {
+        tokenizer: &files.require("tokenizer.json")?,
+        tokenizer_config: tokenizer_config.as_deref(),
+        chat_template: chat_template.as_deref(),
+    })?);
+    let (defaults, ignored) = match files.open("generation_config.json")? {
+        Some(bytes) => SamplingDefaults::from_generation_config(&bytes)
+            .map_err(StartError::GenerationConfig)?,
+        None => (SamplingDefaults::default(), Vec::new()),
+    };
+
+    let threads = args.threads;
+    let loaded = model::load(
+        &files,
+        &options(args),
+        |config| make_device(config, threads),
+        progress,
+    )?;
+    let facts = loaded.facts;
+    let summary = Summary {
+        device: loaded.device,
+        dtype: match facts.dtype {
+            Dtype::F32 => "float32",
+            Dtype::F16 => "float16",
+            Dtype::BF16 => "bfloat16",
+        },
+        n_blocks: facts.n_blocks,
+        block_size: facts.block_size,
+        kv_cache_bytes: loaded.kv_cache_bytes,
+        max_model_len: facts.max_model_len,
+        can_chat: tokenizer.chat_template().is_ok(),
+        ignored,
+    };
+    let (engine, steps) = Engine::start(Box::new(loaded.executor), facts, args.max_waiting)?;
+    let outputs =
+        Outputs::start(engine.handle(), steps, Arc::clone(metrics)).map_err(StartError::Thread)?;
+    let waiting = NonZeroUsize::new(WAITING_TEXTS).unwrap_or(NonZeroUsize::MIN);
+    let pool = TextPool::start(text_threads(), waiting).map_err(StartError::Thread)?;
+    let serving = Serving {
+        model_name: args.served_model_name.clone(),
+        tokenizer,
+        pool,
+        outputs,
+        defaults,
+        max_prompts: args.max_prompts,
+        ids: Ids::default(),
+        created: unix_time(),
+    };
+    Ok(Started {
+        serving,
+        engine,
+        summary,
+    })
+}
+
+fn options(args: &Args) -> LoadOptions {
+    let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
+    LoadOptions {
+        block_size: at_least_one(args.block_size),
+        max_model_len: args.max_model_len.map(at_least_one),
+        max_num_seqs: at_least_one(args.max_num_seqs),
+        max_num_batched_tokens: at_least_one(args.max_num_batched_tokens),
+        n_blocks: args.n_blocks.map(at_least_one),
+        memory_utilization: args.memory_utilization,
+        precision: match args.dtype {
+            DtypeChoice::Auto => None,
+            DtypeChoice::BFloat16 => Some(Precision::BF16),
+            DtypeChoice::Float32 => Some(Precision::F32),
+        },
+        memory_limit: None,
+    }
+}
+
+fn make_device(
+    config: DeviceConfig,
+    _threads: Option<NonZeroUsize>,
+) -> Result<Box<dyn Device>, DeviceError> {
+    Ok(Box::new(kvasir_kernels::reference::ReferenceDevice::new(
+        config,
+    )))
+}
+
+/// A quarter of the cores, at most four: the engine wants the rest.
+fn text_threads() -> NonZeroUsize {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    NonZeroUsize::new((cores / 4).clamp(1, 4)).unwrap_or(NonZeroUsize::MIN)
+}
