@@ -71,7 +71,8 @@ mod tests {
 
     #[test]
     fn unknown_fields_are_ignored_and_missing_ones_stay_unknown() {
-        let report: LoadReport = serde_json::from_str(r#"{"schema":1,"novel":3,"blocks":{"total":7}}"#).unwrap();
+        let report: LoadReport =
+            serde_json::from_str(r#"{"schema":1,"novel":3,"blocks":{"total":7}}"#).unwrap();
         assert_eq!(report.blocks.map(|b| b.total), Some(7));
         assert_eq!(report.queue, None, "missing is unknown, not zero");
     }

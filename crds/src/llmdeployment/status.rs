@@ -1,0 +1,175 @@
+//! What the operator reports of an `LLMDeployment`. It owns the condition types and the closed set of reasons;
+//! which of them holds is the operator's to decide.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::KubeSchema;
+use serde::{Deserialize, Serialize};
+
+/// What the operator reports.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LLMDeploymentStatus {
+    /// metadata.generation that this status describes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Accepted, Available, Progressing, Ready and ScalingActive.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+    /// Pods that exist.
+    #[serde(default)]
+    pub replicas: i32,
+    /// Pods that serve.
+    #[serde(default)]
+    pub ready_replicas: i32,
+    /// Pods of the current revision.
+    #[serde(default)]
+    pub updated_replicas: i32,
+    /// The label selector of the pods, in its string form.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<String>,
+    /// The base URL of the OpenAI-compatible API inside the cluster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// KV blocks held by sequences, in percent of the block pools that report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub utilization_percent: Option<i32>,
+    /// Requests that wait, over the replicas that report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_depth: Option<i32>,
+    /// The last change of the number of replicas by the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_scaling: Option<LastScaling>,
+    /// Replicas that don't serve, and why; the first ten, the most telling first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    pub not_ready: Vec<NotReadyReplica>,
+}
+
+/// One change of the number of replicas.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LastScaling {
+    /// When it was decided.
+    pub time: Time,
+    /// Replicas before.
+    pub from: i32,
+    /// Replicas after.
+    pub to: i32,
+    /// Why, in words and numbers.
+    pub reason: String,
+}
+
+/// A replica that doesn't serve.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NotReadyReplica {
+    /// The pod's name; absent where no pod could be made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// One of the reasons of the conditions.
+    pub reason: String,
+    /// Why, in the words of whoever refused: scheduler, kubelet, or the server itself.
+    pub message: String,
+}
+
+/// The types of the conditions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ConditionType {
+    /// The spec is understood and its children may be made.
+    Accepted,
+    /// At least one replica serves.
+    Available,
+    /// A rollout or a scaling is under way.
+    Progressing,
+    /// Available, and the current generation is rolled out.
+    Ready,
+    /// The operator owns the number of replicas and can decide it.
+    ScalingActive,
+}
+
+impl ConditionType {
+    /// The condition's `type`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ConditionType::Accepted => "Accepted",
+            ConditionType::Available => "Available",
+            ConditionType::Progressing => "Progressing",
+            ConditionType::Ready => "Ready",
+            ConditionType::ScalingActive => "ScalingActive",
+        }
+    }
+}
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// The reasons that conditions and [`NotReadyReplica`]s give: a closed set.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Reason { $($(#[$doc])* $name),* }
+
+        impl Reason {
+            /// All of them.
+            pub const ALL: &[Reason] = &[$(Reason::$name),*];
+
+            /// The reason as conditions give it.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Reason::$name => stringify!($name)),* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The spec is understood.
+    SpecAccepted,
+    /// The spec can't be read by this operator.
+    InvalidSpec,
+    /// `spec.podTemplate` can't be laid over the pods' template.
+    InvalidPodTemplate,
+    /// An object of a child's name exists that isn't ours.
+    NameConflict,
+    /// At least one replica serves.
+    ReplicaServing,
+    /// All replicas of the current generation serve.
+    AllReplicasServing,
+    /// `spec.replicas` is 0.
+    ScaledToZero,
+    /// No pod exists yet.
+    Creating,
+    /// The replicas of the current generation are being rolled out or scaled.
+    RollingOut,
+    /// Nothing is left to roll out.
+    RolledOut,
+    /// Pods can't be created: quota, admission.
+    PodRefused,
+    /// The scheduler finds no node.
+    Unschedulable,
+    /// The image can't be pulled.
+    ImagePullFailed,
+    /// The container can't be created: a missing Secret, ConfigMap or volume.
+    ContainerRefused,
+    /// The server ended, and is started again.
+    Crashed,
+    /// The pod was evicted or its node is lost.
+    PodLost,
+    /// A probe fails of a server that once served.
+    ProbeFailing,
+    /// The server loads its model.
+    Starting,
+    /// The operator decides the number of replicas.
+    Autoscaled,
+    /// `spec.replicas` decides it.
+    FixedReplicas,
+    /// No replica reports its load: the number is held.
+    LoadUnknown,
+    /// More replicas are needed than `maxReplicas` allows.
+    AtMaxReplicas,
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}

@@ -1,0 +1,192 @@
+//! The rules' messages, evaluated as the API server does, the defaults, and the committed YAML.
+
+use kube::{CustomResourceExt, core::cel::Validator};
+use serde_json::{Value, json};
+
+use super::*;
+
+/// What the rules say of `object` on creation, joined; empty where they accept it.
+fn refusal(object: &Value) -> String {
+    let crd = serde_json::to_value(LLMDeployment::crd()).unwrap();
+    let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+    match Validator::new().validate_with_defaults(schema, object, None) {
+        Ok(()) => String::new(),
+        Err(errors) => errors
+            .into_vec()
+            .into_iter()
+            .map(|e| e.message)
+            .collect::<Vec<_>>()
+            .join("; "),
+    }
+}
+
+fn named(name: &str, spec: Value) -> Value {
+    json!({ "apiVersion": "kvasir.dev/v1alpha1", "kind": "LLMDeployment", "metadata": { "name": name }, "spec": spec })
+}
+
+#[test]
+fn rules_refuse_contradictions_and_say_the_remedy() {
+    let demo = json!({ "source": { "demo": {} } });
+    let long = "a".repeat(51);
+    for (why, name, spec, want) in [
+        (
+            "the smallest",
+            "demo",
+            json!({ "model": demo, "replicas": 1 }),
+            "",
+        ),
+        (
+            "autoscaled",
+            "demo",
+            json!({ "model": demo, "autoscaling": { "maxReplicas": 3 } }),
+            "",
+        ),
+        (
+            "zero replicas are a number",
+            "demo",
+            json!({ "model": demo, "replicas": 0 }),
+            "",
+        ),
+        (
+            "two owners of the number",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "autoscaling": { "maxReplicas": 3 } }),
+            "exactly one of spec.replicas and spec.autoscaling",
+        ),
+        (
+            "no owner of the number",
+            "demo",
+            json!({ "model": demo }),
+            "exactly one of spec.replicas and spec.autoscaling",
+        ),
+        (
+            "empty range",
+            "demo",
+            json!({ "model": demo, "autoscaling": { "minReplicas": 4, "maxReplicas": 3 } }),
+            "minReplicas must not exceed",
+        ),
+        (
+            "two sources",
+            "demo",
+            json!({ "model": { "source": { "demo": {}, "pvc": { "claimName": "c" } } }, "replicas": 1 }),
+            "exactly one of model.source.demo and model.source.pvc",
+        ),
+        (
+            "no source",
+            "demo",
+            json!({ "model": { "source": {} }, "replicas": 1 }),
+            "exactly one of model.source.demo",
+        ),
+        (
+            "a path that leaves the volume",
+            "demo",
+            json!({ "model": { "source": { "pvc": { "claimName": "c", "path": "a/../../b" } } }, "replicas": 1 }),
+            "relative to the volume's root",
+        ),
+        (
+            "dots inside a name are a name",
+            "demo",
+            json!({ "model": { "source": { "pvc": { "claimName": "c", "path": "llama-3..1/hf" } } }, "replicas": 1 }),
+            "",
+        ),
+        (
+            "an argument that is the operator's",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "engine": { "extraArgs": ["--seed=3", "--device=cpu"] } }),
+            "extraArgs must not hold",
+        ),
+        (
+            "an argument that only begins alike",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "engine": { "extraArgs": ["--port-range=3"] } }),
+            "",
+        ),
+        (
+            "a name too long for its children",
+            &long,
+            json!({ "model": demo, "replicas": 1 }),
+            "at most 50 characters",
+        ),
+        (
+            "a name that no Service may have",
+            "3b",
+            json!({ "model": demo, "replicas": 1 }),
+            "beginning with a letter",
+        ),
+        (
+            "a name with dots",
+            "llama.v1",
+            json!({ "model": demo, "replicas": 1 }),
+            "beginning with a letter",
+        ),
+    ] {
+        let got = refusal(&named(name, spec));
+        assert!(
+            if want.is_empty() {
+                got.is_empty()
+            } else {
+                got.contains(want)
+            },
+            "{why}: {got:?}"
+        );
+    }
+}
+
+#[test]
+fn absent_fields_take_their_defaults() {
+    let spec =
+        json!({ "model": { "source": { "demo": {} } }, "autoscaling": { "maxReplicas": 3 } });
+    let parsed: LLMDeployment = serde_json::from_value(named("demo", spec)).unwrap();
+    let autoscaling = parsed.spec.autoscaling.unwrap();
+    assert_eq!(parsed.spec.drain_seconds, 300);
+    assert_eq!(autoscaling.min_replicas.get(), 1);
+    assert_eq!(autoscaling.target_block_utilization_percent.get(), 80);
+    assert_eq!(autoscaling.target_queue_depth.get(), 4);
+    assert_eq!(autoscaling.scale_down_stabilization_seconds, 300);
+}
+
+#[test]
+fn quantities_may_be_numbers() {
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1,
+        "resources": { "limits": { "nvidia.com/gpu": 1, "cpu": 2, "memory": "4Gi" } } });
+    let parsed: LLMDeployment = serde_json::from_value(named("demo", spec)).unwrap();
+    assert_eq!(
+        parsed.spec.resources.unwrap().limits.unwrap()["nvidia.com/gpu"].0,
+        "1"
+    );
+}
+
+#[test]
+fn reasons_are_valid_condition_reasons() {
+    for reason in Reason::ALL {
+        assert!(
+            reason.as_str().chars().all(|c| c.is_ascii_alphanumeric()),
+            "{reason}"
+        );
+    }
+}
+
+#[test]
+fn the_committed_yaml_is_current() {
+    let want = crate::llmdeployment::yaml().unwrap();
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    for path in [
+        "crds/llmdeployments.yaml",
+        "charts/kvasir/templates/llmdeployments.yaml",
+    ] {
+        let committed = std::fs::read_to_string(format!("{root}/{path}")).unwrap_or_default();
+        assert!(
+            committed == want,
+            "{path} is stale: cargo run -p kvasir-crds --features crdgen --bin crdgen > {path}"
+        );
+    }
+    assert!(
+        !want.contains("{{"),
+        "the chart takes the file as a template"
+    );
+    assert!(
+        want.len() < 40_000,
+        "client-side apply keeps a copy in an annotation: {} bytes",
+        want.len()
+    );
+}
