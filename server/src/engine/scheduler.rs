@@ -457,3 +457,6 @@ impl Batch {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;
