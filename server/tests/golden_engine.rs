@@ -1,0 +1,250 @@
+//! Each request gives through the whole engine exactly what it gives alone: in a crowd, cut into chunks, preempted.
+//!
+//! Real models, real steps, pools and budgets so small that everything happens.
+#![allow(clippy::unwrap_used)] // A test's helpers, outside of #[test] functions.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+use std::path::Path;
+use std::sync::mpsc::Receiver;
+
+use kvasir_kernels::device::{Precision, Sampled};
+use kvasir_server::engine::{
+    Counters, Engine, FinishReason, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
+};
+use kvasir_server::model::{LoadOptions, ModelFiles, load};
+
+use support::{DeviceKind, cases, floats, golden, tokens};
+
+/// A size of everything that may matter.
+#[derive(Clone, Copy)]
+struct Shape {
+    block_size: u32,
+    n_blocks: u32,
+    max_num_seqs: u32,
+    max_num_batched_tokens: u32,
+    precision: Precision,
+}
+
+const ALONE: Shape = Shape {
+    block_size: 16,
+    n_blocks: 64,
+    max_num_seqs: 1,
+    max_num_batched_tokens: 512,
+    precision: Precision::F32,
+};
+
+fn start(case: &Path, kind: DeviceKind, shape: Shape) -> (Engine, Receiver<StepOutputs>) {
+    let positive = |n| NonZeroU32::new(n).unwrap();
+    let options = LoadOptions {
+        block_size: positive(shape.block_size),
+        max_model_len: None,
+        max_num_seqs: positive(shape.max_num_seqs),
+        max_num_batched_tokens: positive(shape.max_num_batched_tokens),
+        n_blocks: Some(positive(shape.n_blocks)),
+        memory_utilization: 0.9,
+        precision: Some(shape.precision),
+        memory_limit: None,
+    };
+    let files = ModelFiles::directory(case).unwrap();
+    let loaded = load(&files, &options, |config| kind.make(config), |_| {}).unwrap();
+    Engine::start(Box::new(loaded.executor), loaded.facts, 1000).unwrap()
+}
+
+type Answer = (Vec<Sampled>, Vec<Sampled>, FinishReason);
+
+/// Sends all requests at once, waits for all answers, and stops the engine.
+fn answers(
+    (engine, outputs): (Engine, Receiver<StepOutputs>),
+    requests: &[Request],
+) -> (BTreeMap<RequestId, Answer>, Counters) {
+    let handle = engine.handle();
+    for request in requests {
+        handle.submit(request.clone()).unwrap();
+    }
+    let mut parts: BTreeMap<RequestId, (Vec<Sampled>, Vec<Sampled>)> = BTreeMap::new();
+    let mut answers = BTreeMap::new();
+    while answers.len() < requests.len() {
+        for output in outputs.recv().unwrap() {
+            let (scores, tokens) = parts.entry(output.id).or_default();
+            scores.extend(output.prompt_logprobs);
+            tokens.extend(output.tokens);
+            if let Some(reason) = output.finished {
+                let (scores, tokens) = parts.remove(&output.id).unwrap();
+                answers.insert(output.id, (scores, tokens, reason));
+            }
+        }
+    }
+    handle.stop();
+    engine.join().unwrap();
+    let report = handle.load();
+    assert_eq!(report.blocks.unwrap().active, 0, "all blocks come back");
+    assert_eq!(report.queue.unwrap().running, 0);
+    (answers, handle.counters())
+}
+
+/// Greedy and random, short and long, scored and not.
+fn requests(case: &Path) -> Vec<Request> {
+    let golden = golden(case);
+    let prompts = golden["prompts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|prompt| tokens(&prompt["ids"]));
+    let mut requests = Vec::new();
+    for (i, prompt) in prompts.filter(|prompt| prompt.len() <= 130).enumerate() {
+        for temperature in [0.0, 0.8] {
+            requests.push(Request {
+                id: RequestId(requests.len() as u64),
+                prompt: prompt.clone(),
+                max_tokens: 24,
+                stop_token_ids: Vec::new(),
+                sampling: SamplingParams {
+                    temperature,
+                    top_p: 0.95,
+                    top_k: NonZeroU32::new(40),
+                    seed: 5 + i as u64,
+                },
+                logprobs: Some(3),
+                prompt_logprobs: (i % 2 == 1).then_some(1),
+            });
+        }
+    }
+    requests
+}
+
+fn crowd(kind: DeviceKind, precision: Precision) {
+    for case in cases() {
+        let requests = requests(&case);
+        let alone: BTreeMap<RequestId, Answer> = requests
+            .iter()
+            .flat_map(|request| {
+                let shape = Shape { precision, ..ALONE };
+                answers(start(&case, kind, shape), std::slice::from_ref(request)).0
+            })
+            .collect();
+        for (why, block_size, n_blocks, max_num_seqs, max_num_batched_tokens, preempts) in [
+            ("one crowd, one chunk", 16, 256, 64, 512, false),
+            ("small chunks", 8, 256, 16, 19, false),
+            (
+                "a pool for little more than the longest",
+                4,
+                42,
+                16,
+                24,
+                true,
+            ),
+            ("blocks of one token", 1, 180, 16, 16, true),
+        ] {
+            let shape = Shape {
+                block_size,
+                n_blocks,
+                max_num_seqs,
+                max_num_batched_tokens,
+                precision,
+            };
+            let (crowd, counters) = answers(start(&case, kind, shape), &requests);
+            for (id, answer) in &crowd {
+                assert_eq!(answer, &alone[id], "{}: {why}: {id:?}", case.display());
+            }
+            assert_eq!(
+                counters.preemptions > 0,
+                preempts,
+                "{}: {why}: {counters:?}",
+                case.display()
+            );
+        }
+    }
+}
+
+/// Greedy answers are Transformers' own, up to the first close call.
+fn greedy(kind: DeviceKind) {
+    for case in cases() {
+        let golden = golden(&case);
+        let noise = 1e-3;
+        let requests: Vec<Request> = requests(&case)
+            .into_iter()
+            .filter(|r| r.sampling.temperature == 0.0)
+            .collect();
+        let (answers, _) = answers(start(&case, kind, ALONE), &requests);
+        for request in &requests {
+            let prompts = golden["prompts"].as_array().unwrap();
+            let prompt = prompts
+                .iter()
+                .find(|prompt| tokens(&prompt["ids"]) == request.prompt)
+                .unwrap();
+            let clear = floats(&prompt["float32"]["margins"])
+                .iter()
+                .take_while(|&&margin| margin > noise)
+                .count();
+            let found: Vec<u32> = answers[&request.id]
+                .1
+                .iter()
+                .map(|sampled| sampled.token)
+                .collect();
+            let want = tokens(&prompt["float32"]["greedy"]);
+            assert_eq!(
+                found[..clear],
+                want[..clear],
+                "{}: {} tokens",
+                case.display(),
+                request.prompt.len()
+            );
+        }
+    }
+}
+
+#[test]
+fn reference_crowds_change_nothing() {
+    crowd(DeviceKind::Reference, Precision::F32);
+}
+
+#[test]
+fn reference_greedy_answers_are_those_of_transformers() {
+    greedy(DeviceKind::Reference);
+}
+
+#[test]
+fn an_abort_frees_blocks_and_a_stop_ends_what_is_left() {
+    let case = cases().into_iter().next().unwrap();
+    let (engine, outputs) = start(
+        &case,
+        DeviceKind::Reference,
+        Shape {
+            n_blocks: 12,
+            ..ALONE
+        },
+    );
+    let handle = engine.handle();
+    let request = |id, max_tokens| Request {
+        id: RequestId(id),
+        max_tokens,
+        ..requests(&case)[0].clone()
+    };
+    // The longest context is what the pool holds: more tokens than that end the answer, and never refuse it.
+    handle.submit(request(0, 500)).unwrap();
+    handle.submit(request(1, 150)).unwrap();
+    outputs.recv().unwrap();
+    assert!(handle.load().blocks.unwrap().active > 0);
+    handle.abort(RequestId(0));
+    let mut ended = None;
+    while ended.is_none() {
+        let step = outputs.recv().unwrap();
+        ended = step
+            .into_iter()
+            .find(|output| output.id == RequestId(1))
+            .and_then(|output| output.finished);
+        if ended.is_none() {
+            handle.stop();
+        }
+    }
+    assert_eq!(
+        ended,
+        Some(FinishReason::Error("the server is stopping".to_owned()))
+    );
+    engine.join().unwrap();
+    assert_eq!(handle.load().blocks.unwrap().active, 0);
+    assert_eq!(handle.submit(request(2, 1)), Err(SubmitError::Stopped));
+}
