@@ -5,7 +5,9 @@
 //! - [`device`]: the contract, [`Device`](device::Device) and [`Ops`](device::Ops), and a step's inputs and outputs.
 //! - [`sampling`]: the arithmetic of sampling, the same on every device.
 //! - [`reference`](mod@reference): the oracle, in f64, plain loops.
+//! - [`cpu`]: AMX, AVX-512 bf16, AVX2 and portable code behind one contract, on its own threads.
 
+pub mod cpu;
 pub mod device;
 pub mod mapped;
 pub mod reference;
