@@ -5,6 +5,7 @@
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 
+use kvasir_kernels::cpu::CpuDevice;
 use kvasir_kernels::device::{Device, DeviceConfig, DeviceError, Dtype, Precision};
 
 use crate::args::{Args, DtypeChoice, ModelSource};
@@ -159,11 +160,13 @@ fn options(args: &Args) -> LoadOptions {
 
 fn make_device(
     config: DeviceConfig,
-    _threads: Option<NonZeroUsize>,
+    threads: Option<NonZeroUsize>,
 ) -> Result<Box<dyn Device>, DeviceError> {
-    Ok(Box::new(kvasir_kernels::reference::ReferenceDevice::new(
-        config,
-    )))
+    // The container's share of the machine counts: more threads than that wait for each other.
+    let threads = threads
+        .or_else(|| std::thread::available_parallelism().ok())
+        .unwrap_or(NonZeroUsize::MIN);
+    Ok(Box::new(CpuDevice::new(config, threads)?))
 }
 
 /// A quarter of the cores, at most four: the engine wants the rest.

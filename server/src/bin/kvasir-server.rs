@@ -2,7 +2,7 @@
 //!
 //! Exit codes: 0 after a drain, 1 where the server failed, 2 where the user can mend it; one sentence says what.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,9 +75,14 @@ async fn run(args: Args) -> Result<(), Failure> {
         engine,
         summary,
     } = loaded.await?;
-    println!("{}", announcement(&args, address, &summary));
     let handle = engine.handle();
     app.ready(serving);
+    // Whoever started the server may not care to read on.
+    let _ = writeln!(
+        std::io::stdout(),
+        "{}",
+        announcement(&args, address, &summary)
+    );
     let (ended, engine_ended) = engine_ended;
     std::thread::spawn(move || {
         let _ = ended.send(engine.join());

@@ -135,7 +135,7 @@ fn check_message(i: usize, message: Value) -> Result<Value, ApiError> {
         };
         (key, value)
     });
-    Ok(entries.collect())
+    Ok(Value::from_pairs(entries))
 }
 
 struct Asked {

@@ -60,11 +60,14 @@ fn parse(serving: &Serving, body: &[u8]) -> Result<Asked, ApiError> {
     let mut fields = Fields::parse(body)?;
     let params = Params::take(&mut fields, &serving.defaults)?;
     serving.check_model(params.model.as_deref())?;
-    let prompts: Prompts = fields.take("prompt")?.ok_or_else(|| ApiError::field("prompt", "missing; the field is required"))
-        .map_err(|e| match e.message.contains("untagged enum") {
-            true => ApiError::field("prompt", "expected a string, a list of strings, a list of token ids, or a list of such lists"),
-            false => e,
-        })?;
+    let prompts = match fields.take::<Prompts>("prompt") {
+        Ok(Some(prompts)) => prompts,
+        Ok(None) => return Err(ApiError::field("prompt", "missing; the field is required")),
+        Err(_) => {
+            let expected = "expected a string, a list of strings, a list of token ids, or a list of such lists";
+            return Err(ApiError::field("prompt", expected));
+        }
+    };
     let asked = Asked {
         prompts: prompts.into_list(),
         max_tokens: fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS),

@@ -182,10 +182,16 @@ pub(super) fn take_n_logprobs(fields: &mut Fields, name: &str) -> Result<Option<
 }
 
 fn take_stop(fields: &mut Fields) -> Result<StopStrings, ApiError> {
-    let strings = match fields.take("stop")? {
-        None => Vec::new(),
-        Some(OneOrMore::One(one)) => vec![one],
-        Some(OneOrMore::More(more)) => more,
+    let strings = match fields.take("stop") {
+        Ok(None) => Vec::new(),
+        Ok(Some(OneOrMore::One(one))) => vec![one],
+        Ok(Some(OneOrMore::More(more))) => more,
+        Err(_) => {
+            return Err(ApiError::field(
+                "stop",
+                "expected a string or a list of strings",
+            ));
+        }
     };
     if strings.len() > MAX_STOP_STRINGS {
         return Err(ApiError::field(
@@ -319,7 +325,7 @@ mod tests {
             ),
             (
                 r#"{"stop": 3}"#,
-                "stop: data did not match any variant of untagged enum OneOrMore",
+                "stop: expected a string or a list of strings",
             ),
             (
                 r#"{"n": 2}"#,

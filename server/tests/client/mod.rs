@@ -1,0 +1,177 @@
+//! A real server process on a port of its own, and a small HTTP client that shows what really comes over the wire.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "the lint's exception for tests does not reach their modules"
+)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Nothing that is waited for takes this long on any machine.
+const LONG: Duration = Duration::from_secs(60);
+
+/// Killed when dropped.
+pub(crate) struct Server {
+    pub(crate) child: Child,
+    address: String,
+}
+
+impl Server {
+    /// Serves the demo model with these flags, and waits until it says so.
+    pub(crate) fn start(flags: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
+            .args(["--port", "0", "--num-gpu-blocks-override", "256"])
+            .args(flags)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let address = lines.find_map(|line| {
+            let line = line.unwrap();
+            line.split_once("http://")
+                .map(|(_, rest)| rest.split(' ').next().unwrap().to_owned())
+        });
+        Self {
+            child,
+            address: address.expect("the server says where it serves"),
+        }
+    }
+
+    pub(crate) fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream
+    }
+
+    /// Sends a request and reads the answer's head.
+    pub(crate) fn open(&self, method: &str, path: &str, body: &str) -> Answer {
+        let mut stream = self.connect();
+        send(&mut stream, method, path, body);
+        Answer::read(stream)
+    }
+
+    pub(crate) fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let answer = self.open("POST", path, &body.to_string());
+        let status = answer.status;
+        (status, serde_json::from_str(&answer.text()).unwrap())
+    }
+
+    pub(crate) fn get(&self, path: &str) -> (u16, String) {
+        let answer = self.open("GET", path, "");
+        (answer.status, answer.text())
+    }
+
+    /// Asks `/load` until it is as wanted.
+    pub(crate) fn wait_for_load(&self, why: &str, wanted: impl Fn(&Value) -> bool) {
+        let start = Instant::now();
+        loop {
+            let load: Value = serde_json::from_str(&self.get("/load").1).unwrap();
+            if wanted(&load) {
+                return;
+            }
+            assert!(start.elapsed() < LONG, "{why}: {load}");
+            std::thread::yield_now();
+        }
+    }
+
+    pub(crate) fn signal(&self, name: &str) {
+        let status = Command::new("kill")
+            .args(["-s", name, &self.child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub(crate) fn send(stream: &mut TcpStream, method: &str, path: &str, body: &str) {
+    let n = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {n}\r\n\r\n{body}"
+    )
+    .unwrap();
+}
+
+/// An answer whose body is read as it comes.
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    reader: BufReader<TcpStream>,
+}
+
+impl Answer {
+    pub(crate) fn read(stream: TcpStream) -> Self {
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        let status = line.split(' ').nth(1).unwrap().parse().unwrap();
+        let mut headers = Vec::new();
+        loop {
+            line.clear();
+            reader.read_line(&mut line).unwrap();
+            match line.trim_end().split_once(": ") {
+                Some((name, value)) => headers.push((name.to_lowercase(), value.to_owned())),
+                None => {
+                    return Self {
+                        status,
+                        headers,
+                        reader,
+                    };
+                }
+            }
+        }
+    }
+
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, value)| value.as_str())
+    }
+
+    /// The next chunk of a body without a length; `None` at its end.
+    pub(crate) fn chunk(&mut self) -> Option<String> {
+        let mut line = String::new();
+        self.reader.read_line(&mut line).unwrap();
+        let n = usize::from_str_radix(line.trim_end(), 16).expect("the length of a chunk");
+        let mut chunk = vec![0; n + 2];
+        self.reader.read_exact(&mut chunk).unwrap();
+        chunk.truncate(n);
+        (n > 0).then(|| String::from_utf8(chunk).expect("chunks end between characters"))
+    }
+
+    pub(crate) fn text(mut self) -> String {
+        match self.header("content-length").map(|n| n.parse().unwrap()) {
+            Some(n) => {
+                let mut body = vec![0; n];
+                self.reader.read_exact(&mut body).unwrap();
+                String::from_utf8(body).unwrap()
+            }
+            None => std::iter::from_fn(|| self.chunk()).collect(),
+        }
+    }
+
+    /// The objects of an event stream, which must end with `[DONE]`.
+    pub(crate) fn events(self) -> Vec<Value> {
+        let text = self.text();
+        let mut events: Vec<&str> = text.split("\n\n").filter(|e| !e.is_empty()).collect();
+        assert_eq!(events.pop(), Some("data: [DONE]"));
+        events
+            .into_iter()
+            .map(|e| serde_json::from_str(e.strip_prefix("data: ").unwrap()).unwrap())
+            .collect()
+    }
+}

@@ -1,0 +1,489 @@
+//! The server as its clients see it: a real process, a real port, the bundled demo model.
+
+mod client;
+
+use std::io::{Read, Write};
+
+use client::{Answer, Server, send};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+fn question() -> Value {
+    json!([{"role": "user", "content": "What is a block table?"}])
+}
+
+/// Runs until it is stopped: the whole context, and no end of sequence.
+fn endless(stream: bool) -> Value {
+    json!({"prompt": "A block", "max_tokens": 2000, "ignore_eos": true, "stream": stream})
+}
+
+#[test]
+fn a_stream_adds_up_to_the_whole_answer() {
+    let server = Server::start(&[]);
+    let asked = json!({"messages": question(), "max_tokens": 60, "return_token_ids": true, "logprobs": true, "top_logprobs": 2});
+    let (status, whole) = server.post(CHAT, &asked);
+    assert_eq!(status, 200, "{whole}");
+    let choice = &whole["choices"][0];
+    let text = choice["message"]["content"].as_str().unwrap();
+    assert!(text.contains("block"), "{text}");
+    assert_eq!(choice["finish_reason"], "stop");
+    let ids = choice["token_ids"].as_array().unwrap();
+    assert_eq!(whole["usage"]["completion_tokens"], ids.len());
+    assert_eq!(
+        whole["usage"]["prompt_tokens"],
+        whole["prompt_token_ids"].as_array().unwrap().len()
+    );
+    let scored = choice["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(scored.len(), ids.len());
+    assert!(
+        scored
+            .iter()
+            .all(|t| t["top_logprobs"].as_array().unwrap().len() == 2)
+    );
+
+    let mut asked = asked;
+    asked["stream"] = json!(true);
+    asked["stream_options"] = json!({"include_usage": true});
+    let events = server.open("POST", CHAT, &asked.to_string()).events();
+    let delta = |e: &Value| {
+        e["choices"][0]["delta"]["content"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert_eq!(events.iter().map(delta).collect::<String>(), text);
+    let streamed_ids = events.iter().flat_map(|e| {
+        e["choices"][0]["token_ids"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default()
+    });
+    assert_eq!(&streamed_ids.collect::<Vec<_>>(), ids);
+    assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
+    assert_eq!(events[0]["prompt_token_ids"], whole["prompt_token_ids"]);
+    assert_eq!(events.last().unwrap()["usage"], whole["usage"]);
+    assert_eq!(
+        events[events.len() - 2]["choices"][0]["finish_reason"],
+        "stop"
+    );
+
+    let (_, tokens) = server.post("/tokenize", &json!({"messages": question()}));
+    assert_eq!(tokens["tokens"], whole["prompt_token_ids"]);
+    assert_eq!(tokens["max_model_len"], 2048);
+}
+
+#[test]
+fn completions_take_text_and_tokens_one_or_many() {
+    let server = Server::start(&[]);
+    let (_, tokens) = server.post("/tokenize", &json!({"prompt": "A block table"}));
+    let ids = &tokens["tokens"];
+    let text_of = |prompt: Value| {
+        let (status, answer) = server.post(
+            COMPLETIONS,
+            &json!({"prompt": prompt, "max_tokens": 8, "echo": true}),
+        );
+        assert_eq!(status, 200, "{answer}");
+        let choices = answer["choices"].as_array().unwrap().iter();
+        choices
+            .map(|c| c["text"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let one = text_of(json!("A block table"));
+    assert!(
+        one[0].starts_with("A block table") && one[0].len() > 13,
+        "{one:?}"
+    );
+    assert_eq!(text_of(ids.clone()), one);
+    assert_eq!(text_of(json!([ids, ids])), [one[0].clone(), one[0].clone()]);
+    assert_eq!(
+        text_of(json!(["A block table", "The pool"]))[0],
+        one[0],
+        "the same in company"
+    );
+
+    // An echo with log-probabilities and no new token scores the prompt.
+    let asked = json!({"prompt": ids, "max_tokens": 0, "echo": true, "logprobs": 0});
+    let scores =
+        server.post(COMPLETIONS, &asked).1["choices"][0]["logprobs"]["token_logprobs"].clone();
+    let scores = scores.as_array().unwrap();
+    assert_eq!(scores.len(), ids.as_array().unwrap().len());
+    assert!(scores[0].is_null() && scores[1..].iter().all(|p| p.as_f64().unwrap() <= 0.0));
+}
+
+#[test]
+fn no_part_of_a_stop_string_leaks() {
+    let server = Server::start(&[]);
+    let asked = json!({"messages": question(), "stream": true});
+    let content = |e: &Value| {
+        e["choices"][0]["delta"]["content"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let whole: String = server
+        .open("POST", CHAT, &asked.to_string())
+        .events()
+        .iter()
+        .map(content)
+        .collect();
+    // It begins inside one word and ends inside another.
+    let at = whole.find(' ').unwrap();
+    let stop = &whole[at - 1..at + 4];
+    let mut asked = asked;
+    asked["stop"] = json!([stop, "never comes"]);
+    let events = server.open("POST", CHAT, &asked.to_string()).events();
+    assert_eq!(
+        events.iter().map(content).collect::<String>(),
+        whole[..at - 1]
+    );
+    let last = &events.last().unwrap()["choices"][0];
+    assert_eq!(
+        (&last["finish_reason"], &last["stop_reason"]),
+        (&json!("stop"), &json!(stop))
+    );
+    server.wait_for_load("the rest is not computed", |load| {
+        load["blocks"]["active"] == 0
+    });
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let server = Server::start(&["--max-body-bytes", "20000"]);
+    for (why, path, body, status, param, part) in [
+        (
+            "not JSON",
+            CHAT,
+            "{\"messages\": ".to_owned(),
+            400,
+            json!(null),
+            "not a JSON object",
+        ),
+        (
+            "no messages",
+            CHAT,
+            "{}".into(),
+            400,
+            json!("messages"),
+            "missing",
+        ),
+        (
+            "no prompt",
+            COMPLETIONS,
+            "{}".into(),
+            400,
+            json!("prompt"),
+            "missing",
+        ),
+        (
+            "wrong prompt",
+            COMPLETIONS,
+            json!({"prompt": {"a": 1}}).to_string(),
+            400,
+            json!("prompt"),
+            "expected a string",
+        ),
+        (
+            "empty prompt",
+            COMPLETIONS,
+            json!({"prompt": []}).to_string(),
+            400,
+            json!("prompt"),
+            "0 prompts",
+        ),
+        (
+            "bad token",
+            COMPLETIONS,
+            json!({"prompt": [999_999]}).to_string(),
+            400,
+            json!("prompt"),
+            "vocabulary",
+        ),
+        (
+            "unbuilt",
+            CHAT,
+            json!({"messages": question(), "n": 2}).to_string(),
+            400,
+            json!("n"),
+            "not supported",
+        ),
+        (
+            "unbuilt",
+            CHAT,
+            json!({"messages": question(), "tools": [{}]}).to_string(),
+            400,
+            json!("tools"),
+            "not supported",
+        ),
+        (
+            "unknown",
+            CHAT,
+            json!({"messages": question(), "tempratur": 1}).to_string(),
+            400,
+            json!("tempratur"),
+            "unknown",
+        ),
+        (
+            "image",
+            CHAT,
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}).to_string(),
+            400,
+            json!("messages[0].content[0]"),
+            "text",
+        ),
+        (
+            "model",
+            CHAT,
+            json!({"model": "gpt-9", "messages": question()}).to_string(),
+            404,
+            json!("model"),
+            "kvasir-demo",
+        ),
+        (
+            "too long",
+            COMPLETIONS,
+            json!({"prompt": vec![5; 2048], "max_tokens": 1}).to_string(),
+            400,
+            json!("prompt"),
+            "2048",
+        ),
+        (
+            "too large",
+            COMPLETIONS,
+            "x".repeat(20001),
+            413,
+            json!(null),
+            "20000 bytes",
+        ),
+        (
+            "no such path",
+            "/v1/embeddings",
+            "{}".into(),
+            404,
+            json!(null),
+            "/v1/embeddings",
+        ),
+        (
+            "wrong method",
+            "/v1/models",
+            "{}".into(),
+            405,
+            json!(null),
+            "POST",
+        ),
+    ] {
+        let answer = server.open("POST", path, &body);
+        assert_eq!(answer.status, status, "{why}");
+        let error: Value = serde_json::from_str(&answer.text()).unwrap();
+        let error = &error["error"];
+        assert_eq!(error["param"], param, "{why}: {error}");
+        assert!(
+            error["message"].as_str().unwrap().contains(part),
+            "{why}: {error}"
+        );
+        assert!(error["type"].is_string(), "{why}: {error}");
+    }
+    let (status, answer) = server.post(CHAT, &json!({"model": "kvasir-demo", "messages": [{"role": "user",
+        "content": [{"type": "text", "text": "What is a"}, {"type": "text", "text": "block table?"}]}],
+        "max_completion_tokens": 3, "n": 1, "user": "me", "temperature": 0.5, "seed": 7}));
+    assert_eq!(
+        (status, &answer["choices"][0]["finish_reason"]),
+        (200, &json!("length"))
+    );
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_blocks() {
+    let server = Server::start(&[]);
+    let mut answer = server.open("POST", COMPLETIONS, &endless(true).to_string());
+    assert!(answer.chunk().unwrap().starts_with("data: "));
+    // One that waits for a whole answer.
+    let mut waiting = server.connect();
+    send(
+        &mut waiting,
+        "POST",
+        COMPLETIONS,
+        &endless(false).to_string(),
+    );
+    server.wait_for_load("both run", |load| load["queue"]["running"] == 2);
+    drop(answer);
+    drop(waiting);
+    server.wait_for_load("both are gone", |load| {
+        load["queue"]["running"] == 0 && load["blocks"]["active"] == 0
+    });
+    let metrics = server.get("/metrics").1;
+    let line = "vllm:request_success_total{finished_reason=\"abort\",model_name=\"kvasir-demo\"} 2";
+    assert!(metrics.contains(line), "{metrics}");
+    let samples = "vllm:time_to_first_token_seconds_count{model_name=\"kvasir-demo\"} 2";
+    assert!(metrics.contains(samples), "one sample a request: {metrics}");
+}
+
+#[test]
+fn a_slow_reader_holds_nobody_up() {
+    let server = Server::start(&[]);
+    // It never reads: not even the head of its answer.
+    let mut slow = server.connect();
+    send(&mut slow, "POST", COMPLETIONS, &endless(true).to_string());
+    server.wait_for_load("it runs", |load| load["queue"]["running"] == 1);
+    let (status, answer) = server.post(CHAT, &json!({"messages": question()}));
+    assert_eq!(status, 200, "{answer}");
+    let events = Answer::read(slow).events();
+    assert_eq!(
+        events.last().unwrap()["choices"][0]["finish_reason"],
+        "length"
+    );
+}
+
+#[test]
+fn a_full_queue_is_429() {
+    let server = Server::start(&["--max-num-seqs", "1", "--max-waiting", "1"]);
+    let mut running = server.open("POST", COMPLETIONS, &endless(true).to_string());
+    running.chunk().unwrap();
+    let mut waiting = server.connect();
+    send(
+        &mut waiting,
+        "POST",
+        COMPLETIONS,
+        &endless(true).to_string(),
+    );
+    server.wait_for_load("one waits", |load| load["queue"]["waiting"] == 1);
+    let refused = server.open("POST", COMPLETIONS, &endless(false).to_string());
+    assert_eq!(
+        (refused.status, refused.header("retry-after")),
+        (429, Some("1"))
+    );
+    let error: Value = serde_json::from_str(&refused.text()).unwrap();
+    assert_eq!(error["error"]["code"], "queue_full");
+    // Of several prompts none is left behind.
+    let (status, _) = server.post(COMPLETIONS, &json!({"prompt": ["a", "b"]}));
+    assert_eq!(status, 429);
+    drop(running);
+    drop(waiting);
+    server.wait_for_load("all are gone", |load| {
+        load["queue"]["running"] == 0 && load["queue"]["waiting"] == 0
+    });
+}
+
+#[test]
+fn a_drain_loses_no_answer() {
+    let mut server = Server::start(&["--drain-accept-seconds", "2"]);
+    let mut stream = server.open("POST", COMPLETIONS, &endless(true).to_string());
+    let mut text = stream.chunk().unwrap();
+    // A client that keeps its connection and asks again later.
+    let mut kept = server.connect();
+    send(&mut kept, "GET", "/ready", "");
+    let first = Answer::read(kept.try_clone().unwrap());
+    assert_eq!((first.status, first.header("connection")), (200, None));
+    assert_eq!(first.text(), "ready\n");
+
+    server.signal("TERM");
+    server.wait_for_load("it drains", |load| load["draining"] == true);
+    assert_eq!(server.get("/ready").0, 503);
+    assert_eq!(server.get("/health").0, 200);
+    send(
+        &mut kept,
+        "POST",
+        CHAT,
+        &json!({"messages": question()}).to_string(),
+    );
+    let late = Answer::read(kept);
+    assert_eq!(
+        (late.status, late.header("connection")),
+        (200, Some("close")),
+        "still accepted, and told to leave"
+    );
+    late.text();
+
+    while let Some(chunk) = stream.chunk() {
+        text.push_str(&chunk);
+    }
+    assert!(
+        text.ends_with("data: [DONE]\n\n") && text.contains("\"finish_reason\":\"length\""),
+        "the stream ends whole"
+    );
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn the_second_signal_ends_at_once() {
+    let mut server = Server::start(&[]);
+    let mut stream = server.open("POST", COMPLETIONS, &endless(true).to_string());
+    stream.chunk().unwrap();
+    server.signal("TERM");
+    server.wait_for_load("it drains", |load| load["draining"] == true);
+    server.signal("INT");
+    assert_eq!(server.child.wait().unwrap().code(), Some(130));
+}
+
+#[test]
+fn an_idle_server_leaves_at_once_on_ctrl_c() {
+    let mut server = Server::start(&["--drain-accept-seconds", "600"]);
+    server.signal("INT");
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_crowd_of_connections_does_not_hide_the_probes() {
+    let server = Server::start(&["--max-connections", "1"]);
+    let mut held = server.connect();
+    // Half a request: it holds its connection.
+    held.write_all(b"GET /v1/models HTTP/1.1\r\n").unwrap();
+    assert_eq!(server.get("/health").0, 200);
+    let refused = server.open("GET", "/v1/models", "");
+    assert_eq!(
+        (refused.status, refused.header("connection")),
+        (503, Some("close"))
+    );
+    held.write_all(b"host: x\r\n\r\n").unwrap();
+    assert_eq!(Answer::read(held).status, 200);
+}
+
+#[test]
+fn heads_and_bodies_must_come_in_time() {
+    let server = Server::start(&["--read-timeout-seconds", "0.3"]);
+    let mut head = server.connect();
+    head.write_all(b"GET /health HTTP/1.1\r\n").unwrap();
+    let mut body = server.connect();
+    body.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        .unwrap();
+    assert_eq!(Answer::read(body).status, 408);
+    let mut rest = Vec::new();
+    head.read_to_end(&mut rest).unwrap();
+    assert!(
+        rest.is_empty() || rest.starts_with(b"HTTP/1.1 408"),
+        "closed by the server"
+    );
+}
+
+#[test]
+fn mistakes_of_the_user_are_exit_code_2_and_a_sentence() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let empty = tempfile::tempdir().unwrap();
+    for (flags, part) in [
+        (
+            vec!["--device", "cuda"],
+            "this build of kvasir-server has no CUDA device",
+        ),
+        (vec!["--port", port.as_str()], "can't be listened on"),
+        (
+            vec!["--port", "0", "--model", empty.path().to_str().unwrap()],
+            "tokenizer.json is missing",
+        ),
+        (
+            vec!["--port", "0", "--max-model-len", "4096"],
+            "--max-model-len is 4096",
+        ),
+        (vec!["--no-such-flag"], "--no-such-flag"),
+    ] {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
+            .args(&flags)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{flags:?}: {said}");
+        assert!(said.contains(part), "{flags:?}: {said}");
+        assert!(!said.contains("panicked"), "{flags:?}: {said}");
+    }
+}
