@@ -119,6 +119,8 @@ def vary(question, rng):
         question = rng.choice(BEFORE) + question
     if rng.random() < 0.2:
         question += rng.choice(AFTER)
+    if rng.random() < 0.5:
+        question = question.replace("kvasir", "Kvasir")
     words = question.split(" ")
     if len(words) > 4 and rng.random() < 0.12:
         del words[rng.randrange(len(words))]

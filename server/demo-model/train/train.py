@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the demo model on corpus.jsonl and writes it, with its tokenizer, as a Hugging Face directory.
 
-    python train.py [--corpus build/corpus.jsonl] [--out ..] [--epochs 4] [--minutes 45]
+    python train.py [--corpus build/corpus.jsonl] [--out ..] [--epochs 3] [--minutes 600]
 
 Needs torch, transformers and tokenizers; uses a GPU where there is one. Stops early, with the learning rate brought
 down, so as to end within --minutes.
@@ -147,8 +147,8 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--corpus", type=pathlib.Path, default=HERE / "build" / "corpus.jsonl")
     arguments.add_argument("--out", type=pathlib.Path, default=HERE.parent)
-    arguments.add_argument("--epochs", type=int, default=4)
-    arguments.add_argument("--minutes", type=float, default=45)
+    arguments.add_argument("--epochs", type=int, default=3)
+    arguments.add_argument("--minutes", type=float, default=600)
     options = arguments.parse_args()
     torch.manual_seed(7)
     device = "cuda" if torch.cuda.is_available() else "cpu"
