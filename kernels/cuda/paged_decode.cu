@@ -1,0 +1,203 @@
+// Attention of one new token a sequence over its paged KV cache (flash decoding: split over the KV length).
+//
+// Grid (partitions, kv heads * tiles of 16 grouped query heads, sequences); 4 warps. A partition is 256 consecutive
+// positions; its tiles of 16 tokens go to the warps in turn, and every tile of K and V is read once for all query heads
+// of its group. Each warp runs its own pipeline of asynchronous copies. Warps are merged in order, partitions by
+// merge_partitions in order: the result depends on the absolute positions only, not on the batch or the grid.
+//
+// Not measured yet; the limit is the bandwidth of a copy.
+#include "attention_tile.cuh"
+#include "kv_cache.cuh"
+
+struct DecodeSequence {
+    uint32_t row;       // of the block tables
+    uint32_t token;     // row of qkv and out
+    uint32_t position;  // of the token; all ones: inert
+    uint32_t unused;
+};
+
+struct PagedDecodeArgs {
+    KvCache cache;
+    bf16* out;                        // [T, out_stride]: n_heads heads
+    const bf16* qkv;                  // [T, qkv_stride]: query heads first, rotated
+    const DecodeSequence* sequences;  // [grid z]
+    float* partial_out;               // [sequence][head][max_partitions][head_dim], unnormalised
+    float* partial_softmax;           // [sequence][head][max_partitions][2]: maximum (log2), sum
+    uint32_t out_stride, qkv_stride;
+    uint32_t n_heads;
+    uint32_t max_partitions;
+    float scale_log2;  // scale * log2(e)
+    uint32_t unused;
+};
+
+constexpr int PARTITION = 256;
+constexpr int DECODE_WARPS = 4;
+constexpr int DECODE_TILE = 16;
+
+/// Stages of a warp's pipeline: what fits twice (head sizes to 128) into a multiprocessor's shared memory.
+template <int D>
+constexpr int decode_stages = D <= 64 ? 4 : D <= 128 ? 3 : 2;
+
+/// Elements of a tile of keys, or of values.
+template <int D>
+constexpr int decode_tile_elements = DECODE_TILE * row_stride<D>;
+
+/// Starts the copies of one tile: keys, then values. Tokens at or past `length` become zeros.
+template <int D>
+static __device__ inline void load_decode_tile(bf16* keys, const KvCache& cache, uint32_t row, uint32_t head,
+                                               uint32_t first, uint32_t length) {
+    static_assert(DECODE_TILE * D / 8 % 32 == 0, "every lane copies the same number of chunks");
+    const uint32_t lane = threadIdx.x % 32;
+    const uint32_t token = first + lane % DECODE_TILE;
+    const uint32_t mine = token < length ? key_chunk(cache, row, token, head) : 0;
+    const uint4* layer = reinterpret_cast<const uint4*>(cache.layer);
+    const uint32_t to_value = value_offset(cache);
+    bf16* values = keys + decode_tile_elements<D>;
+#pragma unroll
+    for (int i = 0; i < DECODE_TILE * D / 8 / 32; ++i) {
+        const uint32_t chunk = i * 32 + lane;
+        const uint32_t t = chunk / (D / 8), c = chunk % (D / 8);
+        const bool valid = first + t < length;
+        const uint32_t from = __shfl_sync(ALL_LANES, mine, t) + c;
+        copy_async_16(keys + t * row_stride<D> + c * 8, layer + from, valid);
+        copy_async_16(values + t * row_stride<D> + c * 8, layer + from + (valid ? to_value : 0), valid);
+    }
+}
+
+/// Shared memory: the 16 query rows, then each warp's ring of (keys, values), reused for the warps' results
+/// ([16][D] floats each, which a stage always holds), then [warps][16] maxima and sums.
+template <int D>
+static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
+    constexpr int stages = decode_stages<D>;
+    constexpr int stage_elements = 2 * decode_tile_elements<D>;
+    static_assert(stage_elements * sizeof(bf16) >= 16 * D * sizeof(float), "a warp's result fits into one stage");
+    const KvCache& cache = args.cache;
+    const DecodeSequence sequence = args.sequences[blockIdx.z];
+    const uint32_t length = sequence.position + 1;  // 0 if inert
+    const uint32_t start = blockIdx.x * PARTITION;
+    if (start >= length) return;
+    const uint32_t end = min(start + PARTITION, length);
+    const uint32_t group = args.n_heads / cache.n_kv_heads;
+    const uint32_t head_tiles = (group + 15) / 16;
+    const uint32_t kv_head = blockIdx.y / head_tiles;
+    const uint32_t first_in_group = blockIdx.y % head_tiles * 16;
+    const uint32_t n_rows = min(group - first_in_group, 16u);
+    const uint32_t first_head = kv_head * group + first_in_group;
+    const uint32_t warp = threadIdx.x / 32;
+
+    bf16* shared_queries = reinterpret_cast<bf16*>(shared_memory());
+    bf16* rings = shared_queries + 16 * row_stride<D>;
+    bf16* ring = rings + warp * stages * stage_elements;
+    float* maxima = reinterpret_cast<float*>(rings + DECODE_WARPS * stages * stage_elements);
+    float* sums = maxima + DECODE_WARPS * 16;
+
+    // The warp's tiles: warp, warp + 4, ...
+    const uint32_t n_tiles = (end - start + DECODE_TILE - 1) / DECODE_TILE;
+    const auto load = [&](uint32_t j) {
+        const uint32_t tile = warp + j * DECODE_WARPS;
+        if (tile < n_tiles)
+            load_decode_tile<D>(ring + j % stages * stage_elements, cache, sequence.row, kv_head,
+                                start + tile * DECODE_TILE, end);
+        copy_async_commit();
+    };
+#pragma unroll
+    for (int j = 0; j < stages - 1; ++j) load(j);
+
+    const bf16* query = args.qkv + uint64_t(sequence.token) * args.qkv_stride + first_head * D;
+    for (uint32_t chunk = threadIdx.x; chunk < 16 * D / 8; chunk += blockDim.x) {
+        const uint32_t r = chunk / (D / 8), c = chunk % (D / 8);
+        *reinterpret_cast<uint4*>(shared_queries + r * row_stride<D> + c * 8) =
+            r < n_rows ? *reinterpret_cast<const uint4*>(query + r * D + c * 8) : uint4{0, 0, 0, 0};
+    }
+    __syncthreads();
+    const Queries<D> queries(shared_queries);
+    Accumulator<D> accumulator;
+    const uint32_t lane = threadIdx.x % 32;
+    for (uint32_t j = 0; warp + j * DECODE_WARPS < n_tiles; ++j) {
+        copy_async_wait<stages - 2>();
+        __syncwarp();  // This tile is there for all lanes, and all are done with the tile before.
+        load(j + stages - 1);
+        const bf16* keys = ring + j % stages * stage_elements;
+        float s[DECODE_TILE / 8][4];
+        scores<D>(s, queries, keys);
+        const uint32_t first = start + (warp + j * DECODE_WARPS) * DECODE_TILE;
+#pragma unroll
+        for (int n = 0; n < DECODE_TILE / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t position = first + n * 8 + lane % 4 * 2 + i % 2;
+                s[n][i] = position < end ? s[n][i] * args.scale_log2 : MINUS_INFINITY;
+            }
+        accumulator.add(s, keys + decode_tile_elements<D>);
+    }
+    accumulator.finish();
+    copy_async_wait<0>();
+    __syncwarp();  // The ring is free.
+
+    float* result = reinterpret_cast<float*>(ring);
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            result[(lane / 4 + i / 2 * 8) * D + d * 8 + lane % 4 * 2 + i % 2] = accumulator.o[d][i];
+    if (lane % 4 == 0) {
+        for (int r = 0; r < 2; ++r) {
+            maxima[warp * 16 + lane / 4 + r * 8] = accumulator.m[r];
+            sums[warp * 16 + lane / 4 + r * 8] = accumulator.l[r];
+        }
+    }
+    __syncthreads();
+
+    for (uint32_t e = threadIdx.x; e < n_rows * D; e += blockDim.x) {
+        const uint32_t r = e / D, d = e % D;
+        float top = MINUS_INFINITY;
+        for (int w = 0; w < DECODE_WARPS; ++w) top = fmaxf(top, maxima[w * 16 + r]);
+        float o = 0.0f, l = 0.0f;
+        for (int w = 0; w < DECODE_WARPS; ++w) {
+            const float share = power_of_two(maxima[w * 16 + r] - top);
+            o += share * reinterpret_cast<const float*>(rings + w * stages * stage_elements)[r * D + d];
+            l += share * sums[w * 16 + r];
+        }
+        const uint32_t head = first_head + r;
+        if (length <= PARTITION) {  // the only partition
+            args.out[uint64_t(sequence.token) * args.out_stride + head * D + d] = to_bf16(o / l);
+            continue;
+        }
+        const uint64_t at = (uint64_t(blockIdx.z) * args.n_heads + head) * args.max_partitions + blockIdx.x;
+        args.partial_out[at * D + d] = o;
+        if (d == 0) {
+            args.partial_softmax[2 * at] = top;
+            args.partial_softmax[2 * at + 1] = l;
+        }
+    }
+}
+
+KERNEL(paged_decode_64, PagedDecodeArgs, 128, 1) { paged_decode<64>(args); }
+KERNEL(paged_decode_80, PagedDecodeArgs, 128, 1) { paged_decode<80>(args); }
+KERNEL(paged_decode_96, PagedDecodeArgs, 128, 1) { paged_decode<96>(args); }
+KERNEL(paged_decode_128, PagedDecodeArgs, 128, 1) { paged_decode<128>(args); }
+KERNEL(paged_decode_192, PagedDecodeArgs, 128, 1) { paged_decode<192>(args); }
+KERNEL(paged_decode_256, PagedDecodeArgs, 128, 1) { paged_decode<256>(args); }
+
+// Grid (heads, sequences), a thread for each element of a head. Partitions are summed in order.
+KERNEL(merge_partitions, PagedDecodeArgs, 256, 1) {
+    const DecodeSequence sequence = args.sequences[blockIdx.y];
+    const uint32_t length = sequence.position + 1;
+    if (length <= PARTITION) return;  // inert, or paged_decode wrote the result
+    const uint32_t n_partitions = (length + PARTITION - 1) / PARTITION;
+    const uint32_t head_dim = args.cache.head_dim;
+    const uint64_t first = (uint64_t(blockIdx.y) * args.n_heads + blockIdx.x) * args.max_partitions;
+    const float* softmax = args.partial_softmax + 2 * first;
+    const float* partial = args.partial_out + first * head_dim;
+    const uint32_t d = threadIdx.x;
+    float top = MINUS_INFINITY;
+    for (uint32_t p = 0; p < n_partitions; ++p) top = fmaxf(top, softmax[2 * p]);
+    float o = 0.0f, l = 0.0f;
+#pragma unroll 4
+    for (uint32_t p = 0; p < n_partitions; ++p) {
+        const float share = power_of_two(softmax[2 * p] - top);
+        o += share * partial[uint64_t(p) * head_dim + d];
+        l += share * softmax[2 * p + 1];
+    }
+    args.out[uint64_t(sequence.token) * args.out_stride + blockIdx.x * head_dim + d] = to_bf16(o / l);
+}

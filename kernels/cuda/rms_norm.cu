@@ -1,0 +1,57 @@
+// RMSNorm (arXiv 1910.07467), alone or fused with the addition that comes before it in a transformer:
+//   residual += x;  out = residual / sqrt(mean(residual^2) + epsilon) * weight
+//
+// One block of 256 threads a row. The sum's order depends on the width only: each thread's chunks of 8 columns in order,
+// then a butterfly over the lanes, then the warps in order. Padding columns are zeros and stay zeros.
+#include "platform.cuh"
+
+struct RmsNormArgs {
+    bf16* out;            // [T, out_stride]
+    bf16* residual;       // [T, residual_stride], updated; null: no addition
+    const bf16* x;        // [T, x_stride]
+    const float* weight;  // [8 * chunks], zeros past `cols`
+    uint32_t cols, chunks;
+    uint32_t out_stride, residual_stride, x_stride;
+    float epsilon;
+};
+
+constexpr int NORM_THREADS = 256;
+constexpr int NORM_WARPS = NORM_THREADS / 32;
+
+// Shared memory: NORM_WARPS floats.
+KERNEL(rms_norm, RmsNormArgs, NORM_THREADS, 1) {
+    float* sums = reinterpret_cast<float*>(shared_memory());
+    const uint4* x = reinterpret_cast<const uint4*>(args.x + uint64_t(blockIdx.x) * args.x_stride);
+    uint4* residual =
+        args.residual ? reinterpret_cast<uint4*>(args.residual + uint64_t(blockIdx.x) * args.residual_stride) : nullptr;
+    uint4* out = reinterpret_cast<uint4*>(args.out + uint64_t(blockIdx.x) * args.out_stride);
+
+    float sum = 0.0f;
+    for (uint32_t c = threadIdx.x; c < args.chunks; c += NORM_THREADS) {
+        float v[8];
+        unpack(v, x[c]);
+        if (residual) {
+            float r[8];
+            unpack(r, residual[c]);
+            for (int i = 0; i < 8; ++i) r[i] += v[i];
+            const uint4 rounded = pack(r);
+            residual[c] = rounded;
+            unpack(v, rounded);  // The norm is of what the residual keeps.
+        }
+        for (int i = 0; i < 8; ++i) sum += v[i] * v[i];
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    float total = 0.0f;
+    for (int w = 0; w < NORM_WARPS; ++w) total += sums[w];
+    const float inverse = 1.0f / sqrtf(total / float(args.cols) + args.epsilon);
+
+    const uint4* source = residual ? residual : x;
+    for (uint32_t c = threadIdx.x; c < args.chunks; c += NORM_THREADS) {
+        float v[8];
+        unpack(v, source[c]);
+        for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse * args.weight[8 * c + i];
+        out[c] = pack(v);
+    }
+}

@@ -1,0 +1,174 @@
+// Draws or scores rows of logits, token for token what kernels/src/sampling.rs gives: the same fixed sequences of
+// correctly rounded binary32 operations (never fused), the same integers, the same ties.
+//
+// One block of 1024 threads a row. The kept set of top-k and top-p is a threshold on a 64-bit key (logit, then lowest
+// id), found by radix selection over 8 bits at a time, weighted by 1 (top-k) or by fixed-point mass (top-p): integers
+// have one sum, whatever the order.
+#include "sampling.cuh"
+
+struct SampleRow {
+    float temperature, top_p;
+    uint32_t top_k;         // 0 keeps all
+    uint32_t output_index;
+    uint64_t seed;
+    uint32_t score;         // the token to report on; all ones: draw one
+    int32_t n_logprobs;     // -1: none
+};
+
+struct SampleArgs {
+    const float* logits;     // [L, stride]
+    const SampleRow* rows;   // [L]
+    uint32_t* tokens;        // [L]; the next step's embed reads them
+    float* logprobs;         // [L]
+    uint32_t* top_ids;       // [L, MAX_TOP], most likely first
+    float* top_logprobs;     // [L, MAX_TOP]
+    uint32_t vocabulary, stride;
+};
+
+constexpr int SAMPLE_THREADS = 1024;
+constexpr int SAMPLE_WARPS = SAMPLE_THREADS / 32;
+constexpr int MAX_TOP = 256;
+
+struct SampleShared {
+    uint64_t histogram[256];
+    uint64_t top[MAX_TOP];
+    uint64_t words[SAMPLE_WARPS];  // one a warp, of a reduction
+    uint64_t prefix;               // of the key that is being selected
+    uint64_t rest;                 // weight still to be reached below it
+    uint32_t bucket, n_top;
+};
+
+/// A score and its token as one integer: the larger score wins, the lower token among equals.
+static __device__ inline uint64_t best_of_block(SampleShared& shared, uint64_t key) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        const uint64_t other = __shfl_xor_sync(ALL_LANES, key, lanes);
+        key = other > key ? other : key;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared.words[threadIdx.x / 32] = key;
+    __syncthreads();
+    for (int w = 0; w < SAMPLE_WARPS; ++w) key = shared.words[w] > key ? shared.words[w] : key;
+    return key;
+}
+
+static __device__ inline uint64_t sum_of_block(SampleShared& shared, uint64_t x) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(ALL_LANES, x, lanes);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared.words[threadIdx.x / 32] = x;
+    __syncthreads();
+    uint64_t sum = 0;
+    for (int w = 0; w < SAMPLE_WARPS; ++w) sum += shared.words[w];
+    return sum;
+}
+
+/// The largest key T, with the last bits cleared once it is alone, such that the keys >= T (and >= `floor`) weigh at
+/// least `wanted` > 0. All of them together weigh no less.
+template <typename Weight>
+static __device__ inline uint64_t select_key(SampleShared& shared, const float* logits, uint32_t n, uint64_t floor,
+                                             uint64_t wanted, Weight weight) {
+    uint64_t prefix = 0, rest = wanted;
+    for (int shift = 56; shift >= 0; shift -= 8) {
+        __syncthreads();
+        if (threadIdx.x < 256) shared.histogram[threadIdx.x] = 0;
+        __syncthreads();
+        for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS) {
+            const uint64_t key = order_key(logits[id], id);
+            if (key < floor || (shift < 56 && key >> (shift + 8) != prefix)) continue;
+            atomicAdd(reinterpret_cast<unsigned long long*>(&shared.histogram[key >> shift & 255]),
+                      (unsigned long long)(weight(logits[id])));
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            uint32_t bucket = 255;
+            while (bucket > 0 && shared.histogram[bucket] < rest) rest -= shared.histogram[bucket--];
+            shared.prefix = prefix << 8 | bucket;
+            shared.rest = rest;
+        }
+        __syncthreads();
+        prefix = shared.prefix;
+        rest = shared.rest;
+    }
+    return prefix;
+}
+
+/// Shared memory: SampleShared.
+KERNEL(sample, SampleArgs, SAMPLE_THREADS, 1) {
+    SampleShared& shared = *reinterpret_cast<SampleShared*>(shared_memory());
+    const SampleRow row = args.rows[blockIdx.x];
+    const float* logits = args.logits + uint64_t(blockIdx.x) * args.stride;
+    const uint32_t n = args.vocabulary;
+
+    // The largest logit, the lowest id among equals; NaN and -infinity are never it, unless there is nothing else.
+    uint64_t mine = score_key(MINUS_INFINITY, 0);
+    for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS)
+        if (logits[id] > MINUS_INFINITY) {
+            const uint64_t key = score_key(logits[id], id);
+            mine = key > mine ? key : mine;
+        }
+    const uint32_t best = key_id(best_of_block(shared, mine));
+    const float max = logits[best];
+
+    uint32_t token = best;
+    if (row.score != 0xffffffff) {
+        token = row.score;
+    } else if (row.temperature != 0.0f && fabsf(max) < -MINUS_INFINITY) {
+        const auto mass = [&](float logit) { return mass_of(scaled(logit, max, row.temperature)); };
+        uint64_t floor = 0;
+        if (row.top_k != 0 && row.top_k < n)
+            floor = select_key(shared, logits, n, 0, row.top_k, [](float) { return uint64_t(1); });
+        if (row.top_p < 1.0f) {
+            uint64_t total = 0;
+            for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS)
+                if (order_key(logits[id], id) >= floor) total += mass(logits[id]);
+            total = sum_of_block(shared, total);
+            // ceil(total * top_p) with top_p to 32 binary places: sum << 32 >= total * share, in 64 bits.
+            const uint64_t share = uint64_t(double(row.top_p) * 4294967296.0);
+            const uint64_t low = total * share;
+            uint64_t wanted = (__umul64hi(total, share) << 32 | low >> 32) + ((low & 0xffffffff) != 0);
+            wanted = wanted == 0 ? 1 : wanted;
+            floor = select_key(shared, logits, n, floor, wanted, mass);
+        }
+        mine = 0;
+        for (uint32_t group = threadIdx.x; group < (n + 3) / 4; group += SAMPLE_THREADS) {
+            uint32_t words[4] = {group, row.output_index, 0, 0};
+            philox4x32_10(words, uint32_t(row.seed), uint32_t(row.seed >> 32));
+            for (uint32_t i = 0; i < 4 && group * 4 + i < n; ++i) {
+                const uint32_t id = group * 4 + i;
+                if (floor != 0 && order_key(logits[id], id) < floor) continue;
+                const float score = __fadd_rn(scaled(logits[id], max, row.temperature), gumbel(words[i]));
+                if (!(score > MINUS_INFINITY)) continue;
+                const uint64_t key = score_key(score, id);
+                mine = key > mine ? key : mine;
+            }
+        }
+        token = key_id(best_of_block(shared, mine));
+    }
+    if (threadIdx.x == 0) args.tokens[blockIdx.x] = token;
+    if (row.n_logprobs < 0) return;
+
+    uint64_t sum = 0;
+    for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS) sum += mass_of(__fsub_rn(logits[id], max));
+    sum = sum_of_block(shared, sum);
+    const float ln_sum = exact_ln(__fmul_rn(__ull2float_rn(sum), 1.0f / MASS_ONE));
+    const auto logprob = [&](float logit) { return __fsub_rn(__fsub_rn(logit, max), ln_sum); };
+    if (threadIdx.x == 0) args.logprobs[blockIdx.x] = logprob(logits[token]);
+
+    const uint32_t n_top = min(min(uint32_t(row.n_logprobs), n), uint32_t(MAX_TOP));
+    if (n_top == 0) return;
+    const uint64_t floor = select_key(shared, logits, n, 0, n_top, [](float) { return uint64_t(1); });
+    if (threadIdx.x == 0) shared.n_top = 0;
+    __syncthreads();
+    for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS) {
+        const uint64_t key = order_key(logits[id], id);
+        if (key >= floor) shared.top[atomicAdd(&shared.n_top, 1u)] = key;
+    }
+    __syncthreads();
+    if (threadIdx.x < n_top) {
+        const uint64_t key = shared.top[threadIdx.x];
+        uint32_t rank = 0;
+        for (uint32_t i = 0; i < n_top; ++i) rank += shared.top[i] > key;
+        const uint32_t id = key_id(key);
+        args.top_ids[uint64_t(blockIdx.x) * MAX_TOP + rank] = id;
+        args.top_logprobs[uint64_t(blockIdx.x) * MAX_TOP + rank] = logprob(logits[id]);
+    }
+}

@@ -1,0 +1,31 @@
+// out[t] = silu(gate[t]) * up[t], where gate_up[t] holds the gate first (Shazeer, arXiv 2002.05202).
+//
+// Grid (rows, pieces of 8 * 128 columns).
+#include "platform.cuh"
+
+struct SwigluArgs {
+    bf16* out;            // [T, out_stride]
+    const bf16* gate_up;  // [T, in_stride]: n gates, n ups
+    uint32_t n;
+    uint32_t out_stride, in_stride;
+    uint32_t unused;
+};
+
+static __device__ inline float swiglu_of(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
+KERNEL(swiglu, SwigluArgs, 128, 1) {
+    const bf16* gate = args.gate_up + uint64_t(blockIdx.x) * args.in_stride;
+    const bf16* up = gate + args.n;
+    bf16* out = args.out + uint64_t(blockIdx.x) * args.out_stride;
+    const uint32_t first = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (args.n % 8 == 0) {  // Then `up` is aligned to 16 bytes, and no chunk is partial.
+        if (first >= args.n) return;
+        float g[8], u[8];
+        unpack(g, *reinterpret_cast<const uint4*>(gate + first));
+        unpack(u, *reinterpret_cast<const uint4*>(up + first));
+        for (int i = 0; i < 8; ++i) g[i] = swiglu_of(g[i], u[i]);
+        *reinterpret_cast<uint4*>(out + first) = pack(g);
+        return;
+    }
+    for (uint32_t i = first; i < first + 8 && i < args.n; ++i) out[i] = to_bf16(swiglu_of(to_float(gate[i]), to_float(up[i])));
+}

@@ -1,0 +1,187 @@
+//! Sampling, token for token and bit for bit what `kvasir_kernels::sampling` gives.
+
+use crate::shim::{Launch, Noise, launch};
+use kvasir_kernels::device::{LogitsRow, LogitsWant, Sampling};
+use kvasir_kernels::sampling::{Scratch, sample_row};
+use std::num::NonZeroU32;
+
+#[repr(C)]
+struct SampleRow {
+    temperature: f32,
+    top_p: f32,
+    top_k: u32,
+    output_index: u32,
+    seed: u64,
+    score: u32,
+    n_logprobs: i32,
+}
+
+#[repr(C)]
+struct SampleArgs {
+    logits: *const f32,
+    rows: *const SampleRow,
+    tokens: *mut u32,
+    logprobs: *mut f32,
+    top_ids: *mut u32,
+    top_logprobs: *mut f32,
+    vocabulary: u32,
+    stride: u32,
+}
+
+const MAX_TOP: usize = 256;
+/// `SampleShared` of sample.cu.
+const SHARED_BYTES: u32 = (256 + 256 + 32 + 2) * 8 + 8;
+
+fn encode(row: &LogitsRow) -> SampleRow {
+    let mut out = SampleRow {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        output_index: 0,
+        seed: 0,
+        score: u32::MAX,
+        n_logprobs: row.n_logprobs.map_or(-1, i32::from),
+    };
+    match row.want {
+        LogitsWant::Score { token } => out.score = token,
+        LogitsWant::Sample(s) => {
+            out.temperature = s.temperature;
+            out.top_p = s.top_p;
+            out.top_k = s.top_k.map_or(0, NonZeroU32::get);
+            out.output_index = s.output_index;
+            out.seed = s.seed;
+        }
+    }
+    out
+}
+
+fn check(why: &str, logits: &[f32], rows: &[LogitsRow], seed: u64) {
+    let vocabulary = logits.len() / rows.len();
+    let encoded: Vec<SampleRow> = rows.iter().map(encode).collect();
+    let n = rows.len();
+    let (mut tokens, mut logprobs) = (vec![u32::MAX; n], vec![0.0_f32; n]);
+    let (mut top_ids, mut top_logprobs) = (vec![u32::MAX; n * MAX_TOP], vec![0.0_f32; n * MAX_TOP]);
+    let args = SampleArgs {
+        logits: logits.as_ptr(),
+        rows: encoded.as_ptr(),
+        tokens: tokens.as_mut_ptr(),
+        logprobs: logprobs.as_mut_ptr(),
+        top_ids: top_ids.as_mut_ptr(),
+        top_logprobs: top_logprobs.as_mut_ptr(),
+        vocabulary: vocabulary as u32,
+        stride: vocabulary as u32,
+    };
+    let grid = Launch {
+        grid: [n as u32, 1, 1],
+        threads: 1024,
+        shared_bytes: SHARED_BYTES,
+        seed,
+    };
+    // SAFETY: every vector holds what the fields above say.
+    unsafe { launch("sample", grid, &args) };
+    let mut scratch = Scratch::default();
+    for (l, row) in rows.iter().enumerate() {
+        let want = sample_row(&logits[l * vocabulary..][..vocabulary], row, &mut scratch);
+        assert_eq!(
+            tokens[l], want.token,
+            "{why}: row {l} of {vocabulary}, {row:?}"
+        );
+        let Some(logprob) = want.logprob else {
+            continue;
+        };
+        let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+        assert!(
+            same(logprobs[l], logprob),
+            "{why}: {} for {logprob}",
+            logprobs[l]
+        );
+        for (i, (id, logprob)) in want.top.into_iter().enumerate() {
+            assert_eq!(top_ids[l * MAX_TOP + i], id, "{why}: place {i} of row {l}");
+            assert!(
+                same(top_logprobs[l * MAX_TOP + i], logprob),
+                "{why}: place {i} of row {l}"
+            );
+        }
+    }
+}
+
+fn rows(noise: &mut Noise, vocabulary: usize) -> Vec<LogitsRow> {
+    let mut out = Vec::new();
+    for temperature in [0.0, 0.3, 1.0, 7.0] {
+        for top_p in [1.0, 0.9, 0.5, 1e-12] {
+            for top_k in [
+                None,
+                NonZeroU32::new(1),
+                NonZeroU32::new(40),
+                NonZeroU32::new(1_000_000),
+            ] {
+                let sampling = Sampling {
+                    temperature,
+                    top_p,
+                    top_k,
+                    seed: noise.word(),
+                    output_index: noise.word() as u32,
+                };
+                let n_logprobs = [None, Some(0), Some(20), Some(255)][out.len() % 4];
+                out.push(LogitsRow {
+                    token: 0,
+                    want: LogitsWant::Sample(sampling),
+                    n_logprobs,
+                });
+            }
+        }
+    }
+    let token = (noise.word() % vocabulary as u64) as u32;
+    out.push(LogitsRow {
+        token: 0,
+        want: LogitsWant::Score { token },
+        n_logprobs: Some(5),
+    });
+    out
+}
+
+#[test]
+fn draws_are_those_of_the_host() {
+    let mut noise = Noise(20);
+    for (why, vocabulary, seed) in [
+        ("one token", 1, 1),
+        ("odd", 3, 2),
+        ("small", 700, 3),
+        ("several a thread", 2501, 4),
+    ] {
+        let rows = rows(&mut noise, vocabulary);
+        let spread: Vec<f32> = (0..rows.len() * vocabulary)
+            .map(|_| noise.unit() * 9.0)
+            .collect();
+        check(why, &spread, &rows, seed);
+        let ties: Vec<f32> = spread.iter().map(|x| x.round()).collect();
+        check(&format!("{why}, with ties"), &ties, &rows, seed);
+    }
+}
+
+#[test]
+fn odd_logits_are_those_of_the_host() {
+    let mut noise = Noise(21);
+    let odd = [
+        f32::NAN,
+        f32::NEG_INFINITY,
+        f32::INFINITY,
+        -0.0,
+        0.0,
+        1e30,
+        -1e30,
+        1e-40,
+    ];
+    for (why, choice) in [
+        ("all kinds", &odd[..]),
+        ("no infinity", &odd[3..]),
+        ("masked", &odd[..2]),
+        ("some masked", &[f32::NAN, f32::NEG_INFINITY, 0.5, 0.25][..]),
+    ] {
+        let rows = rows(&mut noise, 9);
+        let logits: Vec<f32> = (0..rows.len() * 9)
+            .map(|_| choice[noise.word() as usize % choice.len()])
+            .collect();
+        check(why, &logits, &rows, 5);
+    }
+}
