@@ -1,0 +1,361 @@
+//! The CPU device at the shape of a 1.1B Llama (random weights), against the limits of the machine, measured in the
+//! same run: read bandwidth of 2 GB, and the arithmetic of one product that stays in the cache.
+//!
+//! `cargo bench -p kvasir-kernels --bench cpu -- [threads] [isa]`, e.g. `-- 2 avx512`.
+#![allow(clippy::unwrap_used)]
+
+use kvasir_kernels::cpu::{CpuDevice, Isa};
+use kvasir_kernels::device::*;
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+const HIDDEN: usize = 2048;
+const INTERMEDIATE: usize = 5632;
+const LAYERS: usize = 22;
+const HEADS: usize = 32;
+const KV_HEADS: usize = 4;
+const HEAD_DIM: usize = 64;
+const VOCABULARY: usize = 32_000;
+const BLOCK: usize = 16;
+
+fn main() {
+    let mut arguments = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with("--"));
+    let n_threads: usize = arguments.next().map_or(2, |n| n.parse().unwrap());
+    let wanted = arguments.next().map(|name| name.to_lowercase());
+    let isa = Isa::available(Precision::BF16)
+        .into_iter()
+        .find(|isa| {
+            wanted
+                .as_ref()
+                .is_none_or(|name| format!("{isa:?}").to_lowercase() == *name)
+        })
+        .expect("an instruction set of this machine");
+
+    let bandwidth: Vec<f64> = (1..=n_threads).map(read_bandwidth).collect();
+    for (n, bandwidth) in (1..).zip(&bandwidth) {
+        println!("read bandwidth, {n} thread(s): {bandwidth:.1} GB/s");
+    }
+    let limit = *bandwidth.last().unwrap();
+    let mut bench = Bench::new(n_threads, isa);
+    println!("{}", bench.device.describe());
+    let peak = bench.peak_flops();
+    println!("products in the cache: {:.0} GFLOP/s", peak / 1e9);
+
+    let gigabytes = bench.weight_bytes / 1e9;
+    println!(
+        "{:<24}{:>9}{:>10}{:>8}{:>10}{:>8}{:>11}",
+        "step", "ms", "GB/s", "% read", "GFLOP/s", "% peak", "tokens/s"
+    );
+    for (name, n_sequences, n_tokens, context) in [
+        ("decode, batch 1", 1, 1, 128),
+        ("decode, batch 8", 8, 1, 128),
+        ("decode, batch 16", 16, 1, 128),
+        ("prefill of 128", 1, 128, 0),
+        ("prefill of 512", 1, 512, 0),
+        ("decode, batch 1, at 2000", 1, 1, 2000),
+    ] {
+        let seconds = bench.step_seconds(n_sequences, n_tokens, context);
+        let tokens = (n_sequences * n_tokens) as f64;
+        let flops = tokens * bench.weight_bytes / seconds;
+        let read = gigabytes / seconds;
+        println!(
+            "{name:<24}{:>9.2}{read:>10.1}{:>8.0}{:>10.0}{:>8.0}{:>11.1}",
+            seconds * 1e3,
+            100.0 * read / limit,
+            flops / 1e9,
+            100.0 * flops / peak,
+            tokens / seconds
+        );
+    }
+}
+
+struct Bench {
+    device: CpuDevice,
+    table: Weight,
+    head: Weight,
+    norm: Vector,
+    layers: Vec<[Weight; 4]>,
+    buffers: [Buffer; 9],
+    /// Of the matrices that every step reads; also its FLOP for each token, as bf16 has two bytes.
+    weight_bytes: f64,
+}
+
+impl Bench {
+    fn new(n_threads: usize, isa: Isa) -> Self {
+        let config = DeviceConfig {
+            attention: AttentionShape {
+                n_layers: LAYERS,
+                n_heads: HEADS,
+                n_kv_heads: KV_HEADS,
+                head_dim: HEAD_DIM,
+                block_size: BLOCK,
+            },
+            limits: Limits {
+                max_tokens: 512,
+                max_sequences: 16,
+                max_logits_rows: 16,
+                max_blocks_per_sequence: 2048 / BLOCK,
+            },
+            rope: Rope {
+                inverse_frequencies: (0..HEAD_DIM / 2)
+                    .map(|i| 1e4f32.powf(-(i as f32) / 32.0))
+                    .collect(),
+                scale: 1.0,
+                max_positions: 2048,
+            },
+            precision: Precision::BF16,
+            memory_limit: None,
+        };
+        let mut device =
+            CpuDevice::with_isa(config, NonZeroUsize::new(n_threads).unwrap(), isa).unwrap();
+        let bytes: Vec<u8> = (0..VOCABULARY * HIDDEN)
+            .scan(1u32, |state, _| {
+                *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                Some(half::bf16::from_f32(
+                    ((*state >> 8) as f32 / 8_388_608.0 - 1.0) * 0.03,
+                ))
+            })
+            .flat_map(half::bf16::to_le_bytes)
+            .collect();
+        let mut weight_bytes = 0;
+        let mut weight = |rows: usize, cols: usize| {
+            weight_bytes += rows * cols * 2;
+            let view = TensorView {
+                dtype: Dtype::BF16,
+                shape: [rows, cols],
+                bytes: &bytes[..rows * cols * 2],
+            };
+            device.prepare_weight(&[view]).unwrap()
+        };
+        let qkv_width = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+        let head = weight(VOCABULARY, HIDDEN);
+        let layers = (0..LAYERS)
+            .map(|_| {
+                let attention = [weight(qkv_width, HIDDEN), weight(HIDDEN, HEADS * HEAD_DIM)];
+                [
+                    attention[0],
+                    attention[1],
+                    weight(2 * INTERMEDIATE, HIDDEN),
+                    weight(HIDDEN, INTERMEDIATE),
+                ]
+            })
+            .collect();
+        let weight_bytes = weight_bytes as f64;
+        let ones: Vec<u8> = (0..HIDDEN).flat_map(|_| 1f32.to_le_bytes()).collect();
+        let norm = TensorView {
+            dtype: Dtype::F32,
+            shape: [1, HIDDEN],
+            bytes: &ones,
+        };
+        let norm = device.prepare_vector(&[norm]).unwrap();
+        let widths = [
+            HIDDEN,
+            HIDDEN,
+            qkv_width,
+            HEADS * HEAD_DIM,
+            HIDDEN,
+            2 * INTERMEDIATE,
+            INTERMEDIATE,
+        ];
+        let mut buffers: Vec<Buffer> = widths
+            .into_iter()
+            .map(|cols| device.plan_buffer(Rows::Tokens, cols).unwrap())
+            .collect();
+        buffers.push(device.plan_buffer(Rows::Logits, HIDDEN).unwrap());
+        buffers.push(device.plan_buffer(Rows::Logits, VOCABULARY).unwrap());
+        device.allocate_kv(2048).unwrap();
+        let buffers = buffers.try_into().unwrap();
+        Self {
+            device,
+            table: head,
+            head,
+            norm,
+            layers,
+            buffers,
+            weight_bytes,
+        }
+    }
+
+    /// Median seconds of a step of `n_sequences` with `n_tokens` each, from position `context` on.
+    fn step_seconds(&mut self, n_sequences: usize, n_tokens: usize, context: usize) -> f64 {
+        let mut input = StepInput::default();
+        for sequence in 0..n_sequences as u32 {
+            let n_blocks = (context + n_tokens).div_ceil(BLOCK) as u32;
+            let blocks = (0..n_blocks)
+                .map(|i| BlockId((sequence * 128 + i * 37 % 128) % 2048))
+                .collect();
+            input.table_updates.push(TableUpdate {
+                row: TableRow(sequence),
+                first: 0,
+                blocks,
+            });
+            input.spans.push(Span {
+                row: TableRow(sequence),
+                first_token: input.tokens.len() as u32,
+                n_tokens: n_tokens as u32,
+                first_position: context as u32,
+            });
+            input
+                .tokens
+                .extend((0..n_tokens as u32).map(|t| TokenInput::Id(t * 7 + sequence)));
+            let sampling = Sampling {
+                temperature: 0.0,
+                top_p: 1.0,
+                top_k: None,
+                seed: 0,
+                output_index: 0,
+            };
+            input.logits.push(LogitsRow {
+                token: input.tokens.len() as u32 - 1,
+                want: LogitsWant::Sample(sampling),
+                n_logprobs: None,
+            });
+        }
+        median(9, || self.step(&input))
+    }
+
+    fn step(&mut self, input: &StepInput) {
+        let Self {
+            device,
+            table,
+            head,
+            norm,
+            layers,
+            buffers,
+            ..
+        } = self;
+        let [
+            x,
+            normed,
+            qkv,
+            mixed,
+            delta,
+            gate_up,
+            activated,
+            last,
+            logits,
+        ] = *buffers;
+        let (table, head, norm) = (*table, *head, *norm);
+        let mut forward = |ops: &mut dyn Ops| {
+            ops.embed(x, table);
+            ops.rms_norm(normed, x, norm, 1e-5);
+            for (layer, [qkv_weight, o, gate_up_weight, down]) in layers.iter().enumerate() {
+                ops.matmul(qkv, normed, *qkv_weight, None);
+                ops.rope_append(qkv, layer);
+                ops.attention(mixed, qkv, layer, 0.125);
+                ops.matmul(delta, mixed, *o, None);
+                ops.add_rms_norm(normed, x, delta, norm, 1e-5);
+                ops.matmul(gate_up, normed, *gate_up_weight, None);
+                ops.swiglu(activated, gate_up);
+                ops.matmul(delta, activated, *down, None);
+                ops.add_rms_norm(normed, x, delta, norm, 1e-5);
+            }
+            ops.gather_logits_rows(last, normed);
+            ops.matmul(logits, last, head, None);
+            ops.sample(logits);
+        };
+        let ticket = device.submit(input, &mut forward).unwrap();
+        device.collect(ticket).unwrap();
+    }
+
+    /// One 2048 x 2048 product, again and again: what the kernels reach when no weight comes from memory.
+    fn peak_flops(&mut self) -> f64 {
+        const REPEATS: usize = 20;
+        let [_, normed, _, _, delta, ..] = self.buffers;
+        let weight = self.layers[0][1];
+        let input = StepInput {
+            tokens: vec![TokenInput::Id(1); 480],
+            table_updates: vec![TableUpdate {
+                row: TableRow(0),
+                first: 0,
+                blocks: (0..30).map(BlockId).collect(),
+            }],
+            spans: vec![Span {
+                row: TableRow(0),
+                first_token: 0,
+                n_tokens: 480,
+                first_position: 0,
+            }],
+            ..StepInput::default()
+        };
+        let device = &mut self.device;
+        let seconds = median(9, || {
+            let ticket = device
+                .submit(&input, &mut |ops| {
+                    (0..REPEATS).for_each(|_| ops.matmul(delta, normed, weight, None))
+                })
+                .unwrap();
+            device.collect(ticket).unwrap();
+        });
+        (2 * 480 * HIDDEN * HIDDEN * REPEATS) as f64 / seconds
+    }
+}
+
+fn median(n: usize, mut run: impl FnMut()) -> f64 {
+    run();
+    let mut seconds: Vec<f64> = (0..n)
+        .map(|_| {
+            let start = Instant::now();
+            run();
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    seconds.sort_by(f64::total_cmp);
+    seconds[n / 2]
+}
+
+/// The best of several reads of 2 GB, in GB/s.
+fn read_bandwidth(n_threads: usize) -> f64 {
+    let words = vec![1u64; 1 << 28];
+    let mut best = f64::INFINITY;
+    for _ in 0..7 {
+        let start = Instant::now();
+        let sum: u64 = std::thread::scope(|scope| {
+            let parts = words
+                .chunks(words.len() / n_threads)
+                .map(|part| scope.spawn(move || sum_of(part)));
+            parts
+                .collect::<Vec<_>>()
+                .into_iter()
+                .map(|part| part.join().unwrap())
+                .sum()
+        });
+        assert_eq!(sum, words.len() as u64);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    (words.len() * 8) as f64 / best / 1e9
+}
+
+fn sum_of(words: &[u64]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the machine has AVX-512.
+        return unsafe { sum_avx512(words) };
+    }
+    words.iter().sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn sum_avx512(words: &[u64]) -> u64 {
+    use std::arch::x86_64::*;
+    let mut sums = [_mm512_setzero_si512(); 8];
+    let (chunks, rest) = words.as_chunks::<64>();
+    for chunk in chunks {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: eight vectors of eight words are the chunk's 64; prefetching reads nothing.
+            unsafe {
+                let at = chunk.as_ptr().add(8 * i);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(512).cast());
+                *sum = _mm512_add_epi64(*sum, _mm512_loadu_si512(at.cast()));
+            }
+        }
+    }
+    let all = sums
+        .into_iter()
+        .map(|sum| _mm512_reduce_add_epi64(sum) as u64)
+        .sum::<u64>();
+    all + rest.iter().sum::<u64>()
+}
