@@ -2,9 +2,14 @@
 //! however it ends. Without root they are skipped, and say so; with `CI=true` that is a failure.
 
 mod foundation;
+mod refusals;
 mod removal;
+mod scene;
+mod serving;
+mod sidecar;
 
 use kvasir_e2e::cluster::{Cluster, is_root};
+use kvasir_e2e::image::recipes;
 use kvasir_e2e::toolchain::Toolchain;
 use kvasir_e2e::{Error, progress};
 use std::path::Path;
@@ -26,6 +31,17 @@ fn cluster() -> Option<&'static Cluster> {
             None
         })
         .as_ref()
+}
+
+/// The cluster with the project's image on its nodes.
+fn with_image() -> Option<&'static Cluster> {
+    static IMPORTED: OnceLock<()> = OnceLock::new();
+    let cluster = cluster()?;
+    IMPORTED.get_or_init(|| {
+        let image = recipes::kvasir().expect("the image is built");
+        cluster.import(&image).expect("the nodes take it");
+    });
+    Some(cluster)
 }
 
 fn start() -> Result<Cluster, Error> {

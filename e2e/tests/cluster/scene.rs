@@ -1,0 +1,160 @@
+//! What a test works in: a namespace of its own, kubectl in it, and Python clients that run inside a node
+//! and so know the names and addresses of the cluster. Removed when the test ends.
+
+use kvasir_e2e::cluster::Cluster;
+use kvasir_e2e::command::{run, run_with_input};
+use kvasir_e2e::wait::{Seen, until};
+use kvasir_e2e::{Error, toolchain};
+use serde_json::Value;
+use std::io::Read as _;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+/// The namespace of one test.
+pub(crate) struct Scene {
+    pub(crate) cluster: &'static Cluster,
+    pub(crate) namespace: &'static str,
+}
+
+impl Scene {
+    pub(crate) fn new(cluster: &'static Cluster, namespace: &'static str) -> Self {
+        run(cluster.kubectl().args(["create", "namespace", namespace])).expect("a namespace");
+        Self { cluster, namespace }
+    }
+
+    pub(crate) fn kubectl(&self, args: &[&str]) -> Result<String, Error> {
+        run(self
+            .cluster
+            .kubectl()
+            .args(["--namespace", self.namespace])
+            .args(args))
+    }
+
+    pub(crate) fn apply(&self, yaml: &str) -> Result<String, Error> {
+        let mut command = self.cluster.kubectl();
+        run_with_input(
+            command.args([
+                "--namespace",
+                self.namespace,
+                "apply",
+                "--server-side",
+                "-f",
+                "-",
+            ]),
+            yaml,
+        )
+    }
+
+    /// An object or a list, as JSON.
+    pub(crate) fn get(&self, args: &[&str]) -> Result<Value, Error> {
+        let text = self.kubectl(&[&["get", "-o", "json"], args].concat())?;
+        Ok(serde_json::from_str(&text).expect("kubectl prints JSON"))
+    }
+
+    pub(crate) fn until<T>(
+        &self,
+        what: &str,
+        limit_s: u64,
+        look: impl FnMut() -> Result<Seen<T>, Error>,
+    ) -> T {
+        until(
+            what,
+            Duration::from_secs(limit_s),
+            Duration::from_millis(300),
+            look,
+        )
+        .expect("it comes about")
+    }
+
+    /// The base URL of a server's API, by its Service's name.
+    pub(crate) fn url(&self, name: &str) -> String {
+        let service = self.get(&["service", name]).expect("the Service");
+        let port = &service["spec"]["ports"][0]["port"];
+        format!(
+            "http://{name}.{}.svc.cluster.local:{port}/v1",
+            self.namespace
+        )
+    }
+
+    /// Asks through the Service's name with the `openai` package, from inside a node.
+    pub(crate) fn ask(&self, name: &str, question: &str) -> Value {
+        let url = self.url(name);
+        let said = self.until("an answer through the Service", 20, || {
+            run(self.python("ask.py").args([&url, "kvasir-demo", question])).map(Seen::Yes)
+        });
+        serde_json::from_str(&said).expect("the script prints JSON")
+    }
+
+    /// Begins `n_workers` clients that stream answers of `n_tokens` one after the other.
+    pub(crate) fn load(&self, name: &str, n_workers: u32, n_tokens: u32) -> Load {
+        let mut command = self.python("load.py");
+        command.args([
+            self.url(name),
+            "kvasir-demo".into(),
+            n_workers.to_string(),
+            n_tokens.to_string(),
+        ]);
+        let child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the load starts");
+        Load { child }
+    }
+
+    fn python(&self, script: &str) -> std::process::Command {
+        let python = toolchain::python().expect("the Python packages");
+        let mut command = self.cluster.nodes()[0].command(python.join("bin/python"));
+        command.arg(toolchain::workspace().join("e2e/python").join(script));
+        command
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let told = self.kubectl(&["get", "pods,events", "-o", "wide"]);
+            kvasir_e2e::progress::say(told.unwrap_or_else(|error| error.to_string()));
+        }
+        let _ = run(self.cluster.kubectl().args([
+            "delete",
+            "namespace",
+            self.namespace,
+            "--wait=false",
+        ]));
+    }
+}
+
+/// Clients at work.
+pub(crate) struct Load {
+    child: Child,
+}
+
+impl Load {
+    /// Lets each client finish its answer; (whole answers, failures).
+    pub(crate) fn end(mut self) -> (u64, Vec<String>) {
+        drop(self.child.stdin.take());
+        let mut said = String::new();
+        self.child
+            .stdout
+            .take()
+            .expect("its output")
+            .read_to_string(&mut said)
+            .expect("text");
+        self.child.wait().expect("it ends");
+        let said: Value = serde_json::from_str(&said).expect("the script prints JSON");
+        let failures = said["failures"].as_array().cloned().unwrap_or_default();
+        (
+            said["whole"].as_u64().unwrap_or_default(),
+            failures.iter().map(ToString::to_string).collect(),
+        )
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
