@@ -224,3 +224,13 @@ fn reference_float32_logits_are_those_of_transformers() {
 fn reference_tokens_are_those_of_transformers_where_the_margin_decides() {
     bfloat16_tokens(DeviceKind::Reference);
 }
+
+#[test]
+fn cpu_float32_logits_are_those_of_transformers() {
+    float32_logits(DeviceKind::Cpu);
+}
+
+#[test]
+fn cpu_bfloat16_tokens_are_those_of_transformers_where_the_margin_decides() {
+    bfloat16_tokens(DeviceKind::Cpu);
+}

@@ -167,3 +167,113 @@ impl<'f> Tensors<'f> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::config::LlamaConfig;
+    use crate::model::llama::LlamaWeights;
+
+    fn smallest() -> (Vec<u8>, Vec<u8>) {
+        let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/smallest");
+        let read = |name: &str| std::fs::read(case.join(name)).unwrap();
+        (read("config.json"), read(SINGLE))
+    }
+
+    /// What loading says of a directory that holds these files.
+    fn take(config: &[u8], files: &[(&str, &[u8])]) -> Result<(), LoadError> {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            std::fs::write(directory.path().join(name), bytes).unwrap();
+        }
+        let files = WeightFiles::open(&ModelFiles::directory(directory.path())?)?;
+        LlamaWeights::take(&LlamaConfig::parse(config, None)?, files.tensors()?).map(drop)
+    }
+
+    /// The config with one piece of text replaced.
+    fn changed(config: &[u8], from: &str, to: &str) -> Vec<u8> {
+        let text = String::from_utf8(config.to_vec()).unwrap();
+        assert!(text.contains(from), "{from}");
+        text.replace(from, to).into_bytes()
+    }
+
+    #[test]
+    fn a_tensor_that_does_not_fit_is_one_sentence() {
+        let (config, weights) = smallest();
+        take(&config, &[(SINGLE, &weights)]).unwrap();
+        let shape = changed(&config, "\"vocab_size\": 13", "\"vocab_size\": 14");
+        let missing = changed(
+            &config,
+            "\"num_hidden_layers\": 1",
+            "\"num_hidden_layers\": 2",
+        );
+        let tied = changed(
+            &config,
+            "\"tie_word_embeddings\": false",
+            "\"tie_word_embeddings\": true",
+        );
+        take(&tied, &[(SINGLE, &weights)]).unwrap();
+        let index = |name: &str| format!(r#"{{"weight_map":{{"lm_head.weight":"{name}"}}}}"#);
+        for (config, files, want) in [
+            (
+                &shape,
+                vec![(SINGLE, &weights[..])],
+                "model.safetensors: tensor model.embed_tokens.weight has the shape [13, 7], expected [14, 7]",
+            ),
+            (
+                &missing,
+                vec![(SINGLE, &weights[..])],
+                "*.safetensors: tensor model.layers.1.self_attn.q_proj.weight is missing, expected one of shape [6, 7]",
+            ),
+            (
+                &config,
+                vec![(SINGLE, &weights[..weights.len() - 1])],
+                "model.safetensors: not a whole safetensors file",
+            ),
+            (
+                &config,
+                vec![(SINGLE, &[][..])],
+                "model.safetensors: not a whole safetensors file",
+            ),
+            (
+                &config,
+                vec![(INDEX, index("../elsewhere").as_bytes())],
+                "model.safetensors.index.json: weight_map holds \"../elsewhere\", expected a file name",
+            ),
+            (
+                &config,
+                vec![(INDEX, b"{}")],
+                "model.safetensors.index.json: weight_map is missing",
+            ),
+        ] {
+            let found = take(config, &files).unwrap_err().to_string();
+            assert!(found.starts_with(want), "{found}\nexpected: {want}");
+        }
+        let absent = take(&config, &[(INDEX, index("a.safetensors").as_bytes())])
+            .unwrap_err()
+            .to_string();
+        assert!(absent.contains("a.safetensors is missing"), "{absent}");
+    }
+
+    proptest! {
+        #[test]
+        fn mutated_headers_never_panic(
+            changes in prop::collection::vec((0..1400usize, any::<u8>()), 1..6),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let (config, mut weights) = smallest();
+            for (at, byte) in changes {
+                let at = at % weights.len();
+                weights[at] = byte;
+            }
+            if let Some(cut) = cut {
+                weights.truncate(cut.index(weights.len()));
+            }
+            let _ = take(&config, &[(SINGLE, &weights)]);
+        }
+    }
+}

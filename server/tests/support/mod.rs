@@ -1,8 +1,10 @@
 //! What the golden tests share: the cases, their files, and the devices.
 #![allow(dead_code)]
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use kvasir_kernels::cpu::CpuDevice;
 use kvasir_kernels::device::{
     AttentionShape, Device, DeviceConfig, DeviceError, Limits, Precision,
 };
@@ -17,12 +19,18 @@ pub(crate) const MAX_TOKENS: usize = 512;
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum DeviceKind {
     Reference,
+    /// One thread and many give the same; two are the fewest that share work.
+    Cpu,
 }
 
 impl DeviceKind {
     pub(crate) fn make(self, config: DeviceConfig) -> Result<Box<dyn Device>, DeviceError> {
         match self {
             Self::Reference => Ok(Box::new(ReferenceDevice::new(config))),
+            Self::Cpu => Ok(Box::new(CpuDevice::new(
+                config,
+                NonZeroUsize::MIN.saturating_add(1),
+            )?)),
         }
     }
 }
