@@ -1,6 +1,7 @@
 //! End-to-end tests on a real cluster, which all of them share and which goes away with this process,
 //! however it ends. Without root they are skipped, and say so; with `CI=true` that is a failure.
 
+mod chart;
 mod foundation;
 mod refusals;
 mod removal;
