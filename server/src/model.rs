@@ -308,3 +308,125 @@ impl Executor for ModelExecutor {
         self.device.collect(ticket)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        max_tokens: 64,
+        max_sequences: 4,
+        max_logits_rows: 64,
+        max_blocks_per_sequence: 8,
+    };
+
+    fn options(n_blocks: Option<u32>, max_model_len: Option<u32>) -> LoadOptions {
+        let positive = |n| NonZeroU32::new(n).unwrap();
+        LoadOptions {
+            block_size: positive(16),
+            max_model_len: max_model_len.map(positive),
+            max_num_seqs: positive(4),
+            max_num_batched_tokens: positive(64),
+            n_blocks: n_blocks.map(positive),
+            memory_utilization: 0.5,
+            precision: None,
+            memory_limit: None,
+        }
+    }
+
+    #[test]
+    fn blocks_are_what_the_memory_leaves() {
+        for (why, limit, n_blocks, max_model_len, want) in [
+            (
+                "half the limit, less what is taken",
+                2_600,
+                None,
+                None,
+                Ok((10, 128)),
+            ),
+            (
+                "no more than the rows of the table can hold",
+                1 << 40,
+                None,
+                None,
+                Ok((32, 128)),
+            ),
+            (
+                "a small pool shortens the context",
+                1_000,
+                None,
+                None,
+                Ok((2, 32)),
+            ),
+            (
+                "unless its length was asked for",
+                1_000,
+                None,
+                Some(128),
+                Err("the KV cache needs 800 bytes for one sequence of 128 tokens, 200 are left"),
+            ),
+            (
+                "nothing is left",
+                100,
+                None,
+                None,
+                Err("the KV cache needs 100 bytes for one sequence of 16 tokens, 0 are left"),
+            ),
+            (
+                "the override counts, not the memory",
+                0,
+                Some(5),
+                None,
+                Ok((5, 80)),
+            ),
+            (
+                "but must hold what was asked for",
+                0,
+                Some(5),
+                Some(128),
+                Err("--num-gpu-blocks-override is 5, expected at least 8 blocks of 16 tokens"),
+            ),
+        ] {
+            let memory = Memory {
+                limit,
+                weights: 200,
+                workspace: 60,
+                other: 40,
+            };
+            let found = plan_blocks(&options(n_blocks, max_model_len), &LIMITS, 128, memory, 100);
+            match (found, want) {
+                (Ok(found), Ok(want)) => assert_eq!(found, want, "{why}"),
+                (Err(found), Err(want)) => {
+                    assert!(found.to_string().starts_with(want), "{why}: {found}")
+                }
+                (found, want) => panic!("{why}: {found:?}, expected {want:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_demo_model_loads_and_knows_its_end() {
+        let make = |config| {
+            let device = kvasir_kernels::reference::ReferenceDevice::new(config);
+            Ok(Box::new(device) as Box<dyn Device>)
+        };
+        let mut last = None;
+        let loaded = load(
+            &ModelFiles::demo(),
+            &options(Some(8), None),
+            make,
+            |progress| last = Some(progress),
+        );
+        let facts = loaded.unwrap_or_else(|error| panic!("{error}")).facts;
+        assert_eq!(
+            (facts.n_blocks, facts.max_model_len, facts.dtype),
+            (8, 128, Dtype::BF16)
+        );
+        assert_eq!(facts.eos_token_ids.len(), 1);
+        let progress = last.unwrap();
+        assert!(
+            progress.done_bytes <= progress.total_bytes
+                && progress.done_bytes * 10 > progress.total_bytes * 9
+        );
+    }
+}
