@@ -1,6 +1,9 @@
 //! The CPU device through its contract: a small transformer layer against the f64 oracle at edge shapes, and against
 //! itself bit by bit, however its tokens are cut into steps and over threads.
 
+// The helpers of tests unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
 use kvasir_kernels::cpu::{CpuDevice, Isa};
 use kvasir_kernels::device::*;
 use kvasir_kernels::reference::ReferenceDevice;

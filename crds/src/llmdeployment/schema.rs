@@ -27,7 +27,6 @@ pub(super) fn resources(_: &mut SchemaGenerator) -> Schema {
     let quantities = json_schema!({
         "type": "object",
         "additionalProperties": {
-            "anyOf": [{ "type": "integer" }, { "type": "string" }],
             "pattern": r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$",
             "x-kubernetes-int-or-string": true
         }
