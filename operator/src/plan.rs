@@ -3,3 +3,191 @@
 //! It knows no API server and no clock: what was observed, the history and the time are arguments.
 
 pub mod autoscale;
+pub mod children;
+pub mod pod_template;
+pub mod status;
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::{Resource, ResourceExt};
+use kvasir_crds::llmdeployment::{LLMDeployment, LLMDeploymentStatus, LastScaling};
+
+use crate::observe::Observed;
+use children::Children;
+use status::StatusInput;
+
+/// Load figures alone are written to the status at most this often.
+const LOAD_STATUS_INTERVAL: Duration = Duration::from_secs(15);
+/// How often the replicas of an autoscaled deployment are asked for their load.
+const AUTOSCALE_INTERVAL: Duration = Duration::from_secs(2);
+/// How soon to look again at a deployment that isn't ready, whose events come without a watch.
+const NOT_READY_INTERVAL: Duration = Duration::from_secs(5);
+/// How soon to look again where nothing is expected to happen.
+const RESYNC_INTERVAL: Duration = Duration::from_secs(300);
+
+/// The time, by both clocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// Since the operator's start; for what is measured.
+    pub monotonic: Duration,
+    /// For what users read.
+    pub wall: Timestamp,
+}
+
+/// What is remembered of one deployment between reconciles, by UID. Lost in a restart, and then only a little slower.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    autoscale: autoscale::History,
+    load_status_at: Option<Duration>,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The children as they should be; `None` where nothing may be touched.
+    pub children: Option<Children>,
+    /// What to tell the user, in order.
+    pub events: Vec<Note>,
+    /// The status, where it changes.
+    pub status: Option<LLMDeploymentStatus>,
+    /// When to look again, if nothing happens before.
+    pub recheck_after: Duration,
+}
+
+/// An event on the `LLMDeployment`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// CamelCase, from a closed set.
+    pub reason: &'static str,
+    /// What the operator did.
+    pub action: &'static str,
+    /// In words, with the numbers.
+    pub message: String,
+}
+
+/// Plans one reconcile. `default_image` is used where the deployment names none and none runs yet.
+pub fn plan(
+    deployment: &LLMDeployment,
+    observed: &Observed,
+    history: &mut History,
+    now: Now,
+    default_image: &str,
+) -> Plan {
+    let conflict = name_conflict(deployment, observed);
+    let running = observed.deployment.as_ref().filter(|_| conflict.is_none());
+    let current = running.and_then(|child| child.spec.as_ref()?.replicas);
+
+    let decision = deployment.spec.autoscaling.as_ref().map(|policy| {
+        let current = current.map_or(policy.min_replicas.get(), |n| u32::try_from(n).unwrap_or(0));
+        autoscale::decide(
+            policy,
+            current,
+            &observed.loads,
+            &mut history.autoscale,
+            now.monotonic,
+        )
+    });
+    let replicas = match (&decision, deployment.spec.replicas) {
+        (Some(decision), _) => i32::try_from(decision.replicas).unwrap_or(i32::MAX),
+        (None, replicas) => replicas.unwrap_or(1),
+    };
+    let scaling = match (&decision, current) {
+        (Some(decision), Some(from)) if from != replicas => Some(LastScaling {
+            time: Time(now.wall),
+            from,
+            to: replicas,
+            reason: decision.reason.clone(),
+        }),
+        _ => None,
+    };
+
+    let children = children::children(deployment, replicas, default_image, running);
+    let status = status::status(&StatusInput {
+        deployment,
+        accepted: children.as_ref().map(drop).map_err(String::as_str),
+        name_conflict: conflict.as_deref(),
+        child: running,
+        pods: &observed.pods,
+        warnings: &observed.warnings,
+        decision: decision.as_ref(),
+        scaling: scaling.as_ref(),
+        now: now.wall,
+    });
+    let recheck_after = match () {
+        () if deployment.spec.autoscaling.is_some() => AUTOSCALE_INTERVAL,
+        () if status.ready_replicas < replicas => NOT_READY_INTERVAL,
+        () => RESYNC_INTERVAL,
+    };
+    let events = scaling
+        .map(|s| Note {
+            reason: if s.to > s.from {
+                "ScaledUp"
+            } else {
+                "ScaledDown"
+            },
+            action: "Scale",
+            message: s.reason,
+        })
+        .into_iter()
+        .collect();
+    Plan {
+        children: children.ok().filter(|_| conflict.is_none()),
+        events,
+        status: changed(deployment.status.as_ref(), status, history, now),
+        recheck_after,
+    }
+}
+
+/// The status where it differs from the one there is; figures of load alone wait for their interval.
+fn changed(
+    before: Option<&LLMDeploymentStatus>,
+    status: LLMDeploymentStatus,
+    history: &mut History,
+    now: Now,
+) -> Option<LLMDeploymentStatus> {
+    let Some(before) = before else {
+        return Some(status);
+    };
+    if *before == status {
+        return None;
+    }
+    let only_load = LLMDeploymentStatus {
+        utilization_percent: before.utilization_percent,
+        queue_depth: before.queue_depth,
+        ..status.clone()
+    } == *before;
+    let recent = history
+        .load_status_at
+        .is_some_and(|at| now.monotonic.saturating_sub(at) < LOAD_STATUS_INTERVAL);
+    if only_load && recent {
+        return None;
+    }
+    history.load_status_at = Some(now.monotonic);
+    Some(status)
+}
+
+/// The sentence for an object of a child's name that the deployment doesn't control; such an object is never touched.
+fn name_conflict(deployment: &LLMDeployment, observed: &Observed) -> Option<String> {
+    fn foreign<K: Resource<DynamicType = ()>>(
+        deployment: &LLMDeployment,
+        object: Option<&K>,
+    ) -> Option<String> {
+        let object = object?;
+        let controlled = object.owner_references().iter().any(|owner| {
+            owner.controller == Some(true) && Some(&owner.uid) == deployment.metadata.uid.as_ref()
+        });
+        (!controlled).then(|| {
+            format!(
+                "the {} {} exists and is not controlled by this LLMDeployment: delete it, or give the LLMDeployment another name",
+                K::kind(&()),
+                object.name_any()
+            )
+        })
+    }
+    foreign(deployment, observed.deployment.as_ref())
+        .or_else(|| foreign(deployment, observed.service.as_ref()))
+        .or_else(|| foreign(deployment, observed.budget.as_ref()))
+        .or_else(|| foreign(deployment, observed.account.as_ref()))
+}

@@ -1,0 +1,133 @@
+//! Carries a plan out: server-side apply of the children, deletion of orphans, events, and the status last.
+//!
+//! It decides nothing. An object that already is as planned is not written again.
+
+use k8s_openapi::NamespaceResourceScope;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client, Resource, ResourceExt};
+use kvasir_crds::LLMDeployment;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::observe::Observed;
+use crate::plan::Plan;
+
+/// The field manager of everything that the operator writes.
+pub const FIELD_MANAGER: &str = "kvasir-operator";
+
+/// Carries out `plan`.
+///
+/// # Errors
+/// What the API server says; what was written before stays, and the next reconcile goes on from there.
+pub async fn apply(
+    client: &Client,
+    deployment: &LLMDeployment,
+    observed: &Observed,
+    plan: &Plan,
+) -> kube::Result<()> {
+    if let Some(children) = &plan.children {
+        child(client, &children.account, observed.account.as_ref()).await?;
+        child(client, &children.service, observed.service.as_ref()).await?;
+        child(client, &children.budget, observed.budget.as_ref()).await?;
+        child(client, &children.deployment, observed.deployment.as_ref()).await?;
+    }
+    for note in &plan.events {
+        // A recorder of its own for each: a shared one would merge two scalings into one event with the first's words.
+        let reporter = Reporter {
+            controller: FIELD_MANAGER.into(),
+            instance: None,
+        };
+        let event = Event {
+            type_: EventType::Normal,
+            reason: note.reason.to_owned(),
+            note: Some(note.message.clone()),
+            action: note.action.to_owned(),
+            secondary: None,
+        };
+        Recorder::new(client.clone(), reporter)
+            .publish(&event, &deployment.object_ref(&()))
+            .await?;
+    }
+    if let Some(status) = &plan.status {
+        let api: Api<LLMDeployment> =
+            Api::namespaced(client.clone(), &deployment.namespace().unwrap_or_default());
+        let patch = json!({
+            "apiVersion": LLMDeployment::api_version(&()), "kind": LLMDeployment::kind(&()), "status": status,
+        });
+        let params = PatchParams::apply(FIELD_MANAGER).force();
+        match api
+            .patch_status(&deployment.name_any(), &params, &Patch::Apply(&patch))
+            .await
+        {
+            // Deleted in between: nothing to report on.
+            Err(kube::Error::Api(status)) if status.is_not_found() => {}
+            other => drop(other?),
+        }
+    }
+    Ok(())
+}
+
+/// Applies one child, unless what exists already holds every field of it.
+async fn child<K>(client: &Client, wanted: &K, existing: Option<&K>) -> kube::Result<()>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + Serialize
+        + DeserializeOwned,
+{
+    if existing.is_some_and(|existing| holds(existing, wanted)) {
+        return Ok(());
+    }
+    let api: Api<K> = Api::namespaced(client.clone(), &wanted.namespace().unwrap_or_default());
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    api.patch(&wanted.name_any(), &params, &Patch::Apply(wanted))
+        .await?;
+    tracing::info!(kind = %K::kind(&()), name = %wanted.name_any(), "applied");
+    Ok(())
+}
+
+/// `existing` has every field that `wanted` has. A field that the user took out of the spec changes the annotation
+/// `kvasir.dev/revision`, and so is a difference too.
+fn holds<K: Serialize>(existing: &K, wanted: &K) -> bool {
+    match (serde_json::to_value(existing), serde_json::to_value(wanted)) {
+        (Ok(existing), Ok(wanted)) => includes(&existing, &wanted),
+        _ => false,
+    }
+}
+
+fn includes(existing: &Value, wanted: &Value) -> bool {
+    match (existing, wanted) {
+        (Value::Object(existing), Value::Object(wanted)) => wanted
+            .iter()
+            .all(|(key, value)| existing.get(key).is_some_and(|e| includes(e, value))),
+        (Value::Array(existing), Value::Array(wanted)) => {
+            existing.len() == wanted.len()
+                && existing.iter().zip(wanted).all(|(e, w)| includes(e, w))
+        }
+        _ => existing == wanted,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaulted_fields_are_no_difference_and_changed_ones_are() {
+        let wanted = json!({"spec": {"ports": [{"port": 80}], "selector": {"a": "b"}}});
+        let existing = json!({"spec": {"ports": [{"port": 80, "protocol": "TCP"}], "selector": {"a": "b"}, "type": "x"}});
+        assert!(includes(&existing, &wanted));
+        assert!(!includes(&wanted, &existing), "a field that is missing");
+        assert!(
+            !includes(&existing, &json!({"spec": {"ports": [{"port": 81}]}})),
+            "another value"
+        );
+        assert!(
+            !includes(&existing, &json!({"spec": {"ports": []}})),
+            "an element too many"
+        );
+    }
+}

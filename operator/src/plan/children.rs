@@ -1,0 +1,343 @@
+//! The children of an `LLMDeployment` as they should be: Deployment, Service, PodDisruptionBudget, ServiceAccount.
+//! Pure. It owns their content and the revision that decides whether pods roll; the number of replicas is handed in,
+//! and it doesn't know what the API server holds beyond the running Deployment.
+
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{PodTemplateSpec, Service, ServiceAccount};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::{Resource, ResourceExt};
+use kvasir_crds::LLMDeployment;
+use kvasir_crds::llmdeployment::{ModelSource, SELECTOR_LABEL};
+use serde_json::{Value, json};
+
+use super::pod_template::{MODELS, SERVER, lay_over};
+
+/// The port of API, metrics and load report, in pods and Services.
+pub const PORT: u16 = 8000;
+
+/// The label of the hash over the user's fields that shape pods.
+pub const REVISION_LABEL: &str = "kvasir.dev/revision";
+
+/// The value of `app.kubernetes.io/managed-by`.
+pub const MANAGED_BY: &str = "kvasir-operator";
+
+/// How long a model may take to load before the kubelet starts it again.
+const STARTUP_SECONDS: u32 = 3600;
+
+/// Set beyond [`STARTUP_SECONDS`], so that a model that loads is not called stuck.
+const PROGRESS_DEADLINE_SECONDS: u32 = 3900;
+
+/// All of them carry the deployment's name, and its owner reference.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Children {
+    /// The replicas.
+    pub deployment: Deployment,
+    /// The endpoint.
+    pub service: Service,
+    /// Evictions take one replica at a time.
+    pub budget: PodDisruptionBudget,
+    /// The pods' identity, with no rights and no token.
+    pub account: ServiceAccount,
+}
+
+/// The children of `d`. Where `running`, the Deployment as observed, has the same revision, its pods stay as they
+/// are: neither a new `default_image` nor a new operator rolls them.
+///
+/// # Errors
+/// One sentence for the condition Accepted: what of `spec.podTemplate` can't be laid over.
+pub fn children(
+    d: &LLMDeployment,
+    replicas: i32,
+    default_image: &str,
+    running: Option<&Deployment>,
+) -> Result<Children, String> {
+    let name = d.name_any();
+    let metadata = json!({
+        "name": name,
+        "namespace": d.namespace(),
+        "labels": labels(&name),
+        "ownerReferences": d.controller_owner_ref(&()).into_iter().collect::<Vec<_>>(),
+    });
+    let selector = json!({ SELECTOR_LABEL: name });
+    let template = template(d, default_image, running)?;
+    Ok(Children {
+        deployment: typed(json!({
+            "metadata": metadata,
+            "spec": {
+                "replicas": replicas,
+                "selector": { "matchLabels": selector },
+                // A new replica serves before an old one goes: no request finds fewer of them.
+                "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
+                "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
+                "revisionHistoryLimit": 3,
+                "template": template,
+            }
+        }))?,
+        service: typed(json!({
+            "metadata": metadata,
+            "spec": {
+                "selector": selector,
+                "ports": [{ "name": "http", "port": PORT, "protocol": "TCP", "targetPort": "http" }],
+            }
+        }))?,
+        budget: typed(json!({
+            "metadata": metadata,
+            "spec": { "maxUnavailable": 1, "selector": { "matchLabels": selector } }
+        }))?,
+        account: typed(json!({ "metadata": metadata, "automountServiceAccountToken": false }))?,
+    })
+}
+
+/// The base URL of the API inside the cluster.
+#[must_use]
+pub fn endpoint(d: &LLMDeployment) -> String {
+    format!(
+        "http://{}.{}.svc:{PORT}/v1",
+        d.name_any(),
+        d.namespace().unwrap_or_default()
+    )
+}
+
+/// The hash over the user's fields that shape pods. The number of replicas is not among them.
+#[must_use]
+pub fn revision(d: &LLMDeployment) -> String {
+    let spec = &d.spec;
+    let fields = json!({
+        "model": spec.model,
+        "engine": spec.engine,
+        "image": spec.image,
+        "imagePullPolicy": spec.image_pull_policy,
+        "resources": spec.resources,
+        "drainSeconds": spec.drain_seconds,
+        "podTemplate": spec.pod_template,
+    });
+    // FNV-1a: it must be the same in every release, and only has to tell one object's revisions apart.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    fnv(&fields, &mut hash);
+    format!("{hash:016x}")
+}
+
+/// Hashes a value with its members in the order of their names, so that no map's own order matters.
+fn fnv(value: &Value, hash: &mut u64) {
+    let mut feed = |bytes: &[u8]| {
+        for byte in bytes {
+            *hash = (*hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    };
+    match value {
+        Value::Object(members) => {
+            let mut members: Vec<_> = members
+                .iter()
+                .filter(|(_, value)| !value.is_null())
+                .collect();
+            members.sort_by_key(|(name, _)| *name);
+            feed(b"{");
+            for (name, value) in members {
+                fnv(&Value::String(name.clone()), hash);
+                fnv(value, hash);
+            }
+        }
+        Value::Array(items) => {
+            feed(b"[");
+            feed(&items.len().to_le_bytes());
+            for item in items {
+                fnv(item, hash);
+            }
+        }
+        scalar => feed(scalar.to_string().as_bytes()),
+    }
+}
+
+fn labels(name: &str) -> Value {
+    json!({
+        SELECTOR_LABEL: name,
+        "app.kubernetes.io/name": "kvasir-server",
+        "app.kubernetes.io/instance": name,
+        "app.kubernetes.io/managed-by": MANAGED_BY,
+    })
+}
+
+/// The template of the pods: rendered, unless the running one has the same revision and differs from it.
+fn template(
+    d: &LLMDeployment,
+    default_image: &str,
+    running: Option<&Deployment>,
+) -> Result<PodTemplateSpec, String> {
+    let revision = revision(d);
+    let kept = running
+        .and_then(|running| running.spec.as_ref())
+        .map(|spec| &spec.template)
+        .filter(|template| revision_of(template) == Some(&revision));
+    let Some(kept) = kept else {
+        return render(d, default_image, &revision);
+    };
+    let containers = kept.spec.iter().flat_map(|spec| &spec.containers);
+    let image = containers
+        .filter(|c| c.name == SERVER)
+        .find_map(|c| c.image.as_deref());
+    let rendered = render(d, image.unwrap_or(default_image), &revision)?;
+    // The API server adds defaults to what it was given. Applying those too would make them ours, so the rendered
+    // template is applied as long as it says the same.
+    let same = match (serde_json::to_value(&rendered), serde_json::to_value(kept)) {
+        (Ok(rendered), Ok(kept)) => contains(&kept, &rendered),
+        _ => false,
+    };
+    Ok(if same { rendered } else { kept.clone() })
+}
+
+/// The revision that a pod template carries.
+fn revision_of(template: &PodTemplateSpec) -> Option<&String> {
+    template
+        .metadata
+        .as_ref()?
+        .labels
+        .as_ref()?
+        .get(REVISION_LABEL)
+}
+
+/// `whole` says all that `part` says.
+fn contains(whole: &Value, part: &Value) -> bool {
+    match (whole, part) {
+        (Value::Object(whole), Value::Object(part)) => part
+            .iter()
+            .all(|(key, part)| whole.get(key).is_some_and(|whole| contains(whole, part))),
+        (Value::Array(whole), Value::Array(part)) => {
+            whole.len() == part.len()
+                && whole
+                    .iter()
+                    .zip(part)
+                    .all(|(whole, part)| contains(whole, part))
+        }
+        (whole, part) => whole == part,
+    }
+}
+
+fn render(
+    d: &LLMDeployment,
+    default_image: &str,
+    revision: &str,
+) -> Result<PodTemplateSpec, String> {
+    let spec = &d.spec;
+    let name = d.name_any();
+    let probe = |path: &str, period: u32, failures: u32| {
+        json!({
+            "httpGet": { "path": path, "port": "http" },
+            "periodSeconds": period, "timeoutSeconds": 5, "failureThreshold": failures
+        })
+    };
+    let mut labels = labels(&name);
+    labels[REVISION_LABEL] = revision.into();
+    let mut server = json!({
+        "name": SERVER,
+        "image": spec.image.as_deref().unwrap_or(default_image),
+        "command": ["/kvasir-server"],
+        "args": args(d),
+        "env": spec.engine.as_ref().map(|engine| engine.env.as_slice()).unwrap_or_default(),
+        "ports": [{ "name": "http", "containerPort": PORT, "protocol": "TCP" }],
+        "resources": spec.resources.clone().unwrap_or_default(),
+        "startupProbe": probe("/ready", 2, STARTUP_SECONDS / 2),
+        "readinessProbe": probe("/ready", 2, 2),
+        "livenessProbe": probe("/health", 10, 6),
+        // The last line of a server that ended stands in the pod's status, and from there in ours.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": false,
+            "readOnlyRootFilesystem": true,
+            "capabilities": { "drop": ["ALL"] },
+        },
+    });
+    if let Some(policy) = spec.image_pull_policy {
+        server["imagePullPolicy"] = policy.as_str().into();
+    }
+    let mut pod = json!({
+        "serviceAccountName": name,
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "terminationGracePeriodSeconds": i64::from(spec.drain_seconds) + 10,
+        "securityContext": {
+            "runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
+            "seccompProfile": { "type": "RuntimeDefault" },
+        },
+    });
+    if let ModelSource::Pvc(source) = &spec.model.source {
+        server["volumeMounts"] =
+            json!([{ "name": MODELS, "mountPath": "/models", "readOnly": true }]);
+        pod["volumes"] = json!([{
+            "name": MODELS,
+            "persistentVolumeClaim": { "claimName": source.claim_name, "readOnly": true }
+        }]);
+    }
+    pod["containers"] = json!([server]);
+    let base: PodTemplateSpec = typed(json!({ "metadata": { "labels": labels }, "spec": pod }))?;
+    match &spec.pod_template {
+        Some(overlay) => lay_over(&base, overlay),
+        None => Ok(base),
+    }
+}
+
+/// The server's arguments: those that follow from the spec, then the user's own.
+fn args(d: &LLMDeployment) -> Vec<String> {
+    let spec = &d.spec;
+    let model = match &spec.model.source {
+        ModelSource::Demo(_) => "demo".to_owned(),
+        ModelSource::Pvc(source) => match &source.path {
+            Some(path) => format!("/models/{path}"),
+            None => "/models".to_owned(),
+        },
+    };
+    let served_name = spec
+        .model
+        .served_name
+        .clone()
+        .or_else(|| match spec.model.source {
+            ModelSource::Demo(_) => None,
+            ModelSource::Pvc(_) => Some(d.name_any()),
+        });
+    let device = if wants_gpu(d) { "cuda" } else { "cpu" };
+    let engine = spec.engine.clone().unwrap_or_default();
+    let number = |n: Option<i32>| n.map(|n| n.to_string());
+    [
+        ("--host", Some("0.0.0.0".to_owned())),
+        ("--port", Some(PORT.to_string())),
+        ("--device", Some(device.to_owned())),
+        ("--model", Some(model)),
+        ("--served-model-name", served_name),
+        ("--drain-seconds", Some(spec.drain_seconds.to_string())),
+        ("--max-model-len", number(engine.max_model_len)),
+        ("--max-num-seqs", number(engine.max_num_seqs)),
+        (
+            "--max-num-batched-tokens",
+            number(engine.max_num_batched_tokens),
+        ),
+        ("--block-size", number(engine.block_size)),
+        ("--num-gpu-blocks-override", number(engine.kv_blocks)),
+        (
+            "--dtype",
+            engine.dtype.map(|dtype| dtype.as_str().to_owned()),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(flag, value)| value.map(|value| [flag.to_owned(), value]))
+    .flatten()
+    .chain(engine.extra_args)
+    .collect()
+}
+
+/// A GPU is asked for: a quantity of `nvidia.com/gpu` that isn't 0.
+fn wants_gpu(d: &LLMDeployment) -> bool {
+    let resources = d.spec.resources.iter();
+    resources
+        .flat_map(|r| [&r.limits, &r.requests])
+        .flatten()
+        .filter_map(|quantities| quantities.get("nvidia.com/gpu"))
+        .any(|quantity| quantity.0.trim() != "0")
+}
+
+/// `value` as a type of Kubernetes.
+fn typed<K: serde::de::DeserializeOwned>(value: Value) -> Result<K, String> {
+    serde_json::from_value(value)
+        .map_err(|e| format!("a child can't be written from the spec: {e}"))
+}
+
+#[cfg(test)]
+mod tests;

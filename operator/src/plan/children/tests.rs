@@ -1,0 +1,142 @@
+//! Golden files of the children, and the promises about when pods roll.
+
+use super::*;
+
+fn deployment(spec: Value) -> LLMDeployment {
+    serde_json::from_value(json!({
+        "apiVersion": "kvasir.dev/v1alpha1", "kind": "LLMDeployment",
+        "metadata": { "name": "llama", "namespace": "models", "uid": "0c3e", "generation": 1 },
+        "spec": spec
+    }))
+    .unwrap()
+}
+
+fn demo() -> Value {
+    json!({ "model": { "source": { "demo": {} } }, "replicas": 1 })
+}
+
+fn full() -> Value {
+    json!({
+        "model": { "source": { "pvc": { "claimName": "weights", "path": "llama-3.2-1b" } } },
+        "image": "registry.example/kvasir:7", "imagePullPolicy": "IfNotPresent",
+        "engine": { "maxModelLen": 4096, "kvBlocks": 512, "dtype": "bfloat16", "extraArgs": ["--threads", "4"],
+            "env": [{ "name": "RUST_LOG", "value": "debug" }] },
+        "resources": { "limits": { "nvidia.com/gpu": 1, "memory": "16Gi" } },
+        "autoscaling": { "maxReplicas": 4 }, "drainSeconds": 60,
+        "podTemplate": { "spec": { "nodeSelector": { "gpu": "h100" },
+            "containers": [{ "name": "server", "volumeMounts": [{ "name": "scratch", "mountPath": "/tmp" }] }],
+            "volumes": [{ "name": "scratch", "emptyDir": {} }] } }
+    })
+}
+
+#[test]
+fn golden_files_are_current() {
+    for (file, spec) in [("demo.json", demo()), ("pvc-gpu.json", full())] {
+        let made = children(&deployment(spec), 2, "kvasir.dev/kvasir:0.1.0", None).unwrap();
+        let got = serde_json::to_string_pretty(&json!([
+            made.deployment,
+            made.service,
+            made.budget,
+            made.account
+        ]))
+        .unwrap()
+            + "\n";
+        let path = format!("{}/tests/golden/{file}", env!("CARGO_MANIFEST_DIR"));
+        if std::env::var_os("KVASIR_BLESS").is_some() {
+            std::fs::write(&path, &got).unwrap();
+        }
+        let want: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap_or_default())
+            .unwrap_or_default();
+        let got: Value = serde_json::from_str(&got).unwrap();
+        assert_eq!(
+            got, want,
+            "{file} is stale: KVASIR_BLESS=1 cargo test -p kvasir-operator"
+        );
+    }
+}
+
+#[test]
+fn pods_roll_only_with_the_users_fields() {
+    let first = children(&deployment(demo()), 1, "kvasir:1", None)
+        .unwrap()
+        .deployment;
+    // As the API server holds it: with defaults beside what it was given.
+    let mut held = serde_json::to_value(&first).unwrap();
+    held["spec"]["template"]["spec"]["restartPolicy"] = "Always".into();
+    held["spec"]["template"]["spec"]["containers"][0]["terminationMessagePath"] =
+        "/dev/termination-log".into();
+    let held: Deployment = serde_json::from_value(held).unwrap();
+    let template = |spec: Value, image: &str, held: &Deployment| {
+        children(&deployment(spec), 1, image, Some(held))
+            .unwrap()
+            .deployment
+            .spec
+            .unwrap()
+            .template
+    };
+    let original = &first.spec.as_ref().unwrap().template;
+
+    assert_eq!(
+        &template(demo(), "kvasir:2", &held),
+        original,
+        "a new default image rolls nothing"
+    );
+    let mut more = demo();
+    more["replicas"] = 5.into();
+    assert_eq!(
+        &template(more, "kvasir:2", &held),
+        original,
+        "scaling rolls nothing"
+    );
+
+    let mut elder = held.clone();
+    let container = &mut elder
+        .spec
+        .as_mut()
+        .unwrap()
+        .template
+        .spec
+        .as_mut()
+        .unwrap()
+        .containers[0];
+    container.readiness_probe = None;
+    let kept = template(demo(), "kvasir:1", &elder);
+    assert_eq!(
+        kept,
+        elder.spec.as_ref().unwrap().template,
+        "what an elder operator rendered is kept whole"
+    );
+
+    let mut changed = demo();
+    changed["engine"] = json!({ "maxNumSeqs": 3 });
+    let rolled = template(changed, "kvasir:2", &held);
+    assert_ne!(revision_of(&rolled), revision_of(original));
+    assert_eq!(
+        rolled.spec.unwrap().containers[0].image.as_deref(),
+        Some("kvasir:2"),
+        "a change takes the new default"
+    );
+}
+
+#[test]
+fn a_revision_is_the_same_in_every_release() {
+    assert_eq!(
+        revision(&deployment(demo())),
+        "REVISION",
+        "a change here rolls every pod of every user"
+    );
+}
+
+#[test]
+fn a_gpu_is_asked_for_by_a_quantity_that_is_not_0() {
+    for (quantity, want) in [
+        (json!(1), true),
+        (json!("2"), true),
+        (json!(0), false),
+        (json!("0"), false),
+    ] {
+        let mut spec = demo();
+        spec["resources"] = json!({ "limits": { "nvidia.com/gpu": quantity } });
+        assert_eq!(args(&deployment(spec)).contains(&"cuda".to_owned()), want);
+    }
+}
