@@ -157,6 +157,7 @@ async fn reconcile(
 fn on_error(deployment: Arc<LLMDeployment>, error: &kube::Error, context: Arc<Context>) -> Action {
     let failures = context.memory(&deployment.uid().unwrap_or_default(), |memory| {
         memory.failures = memory.failures.saturating_add(1);
+        memory.history.forget_status();
         memory.failures
     });
     let delay = FIRST_RETRY

@@ -20,6 +20,7 @@ use kvasir_crds::{LoadReport, llmdeployment};
 
 use crate::plan::autoscale::ReplicaLoad;
 use crate::plan::children::PORT;
+use crate::plan::pod_template::SERVER;
 
 /// How long a replica may take to answer `/load`; a later answer is silence.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(1);
@@ -41,7 +42,8 @@ pub struct Observed {
     pub pods: Vec<Pod>,
     /// Warnings about those pods and about the ReplicaSets that make them; empty where every pod is ready.
     pub warnings: Vec<Event>,
-    /// One entry for each pod that is ready and not being deleted; empty where the spec has no autoscaling.
+    /// One entry for each pod whose server has started and that is not being deleted; empty where the spec has no
+    /// autoscaling. A server that hangs is no longer ready, yet must count as silent rather than as gone.
     pub loads: Vec<ReplicaLoad>,
 }
 
@@ -139,7 +141,7 @@ pub async fn observe(
     let loads = if deployment.spec.autoscaling.is_some() {
         let serving = pods
             .iter()
-            .filter(|pod| is_ready(pod) && pod.metadata.deletion_timestamp.is_none());
+            .filter(|pod| has_started(pod) && pod.metadata.deletion_timestamp.is_none());
         let addresses = serving.filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref());
         join_all(addresses.map(|ip| reader.read(ip))).await
     } else {
@@ -196,6 +198,18 @@ pub fn is_ready(pod: &Pod) -> bool {
     conditions
         .iter()
         .any(|c| c.type_ == "Ready" && c.status == "True")
+}
+
+/// The server's startup probe has passed: it has served since its container started.
+fn has_started(pod: &Pod) -> bool {
+    let containers = pod
+        .status
+        .as_ref()
+        .and_then(|s| s.container_statuses.as_deref())
+        .unwrap_or_default();
+    containers
+        .iter()
+        .any(|c| c.name == SERVER && c.started == Some(true))
 }
 
 /// The name of the `LLMDeployment` that a pod serves.

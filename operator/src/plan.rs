@@ -41,6 +41,14 @@ pub struct Now {
 pub struct History {
     autoscale: autoscale::History,
     load_status_at: Option<Duration>,
+    status: Option<LLMDeploymentStatus>,
+}
+
+impl History {
+    /// To be called where a plan could not be carried out: what the status holds is then no longer known.
+    pub fn forget_status(&mut self) {
+        self.status = None;
+    }
 }
 
 /// What is to be done.
@@ -75,6 +83,11 @@ pub fn plan(
     now: Now,
     default_image: &str,
 ) -> Plan {
+    // The status written last, which the watch may not have brought back yet: planning from an older one would take
+    // the last scaling out of it.
+    let mut deployment = deployment.clone();
+    deployment.status = history.status.clone().or(deployment.status);
+    let deployment = &deployment;
     let conflict = name_conflict(deployment, observed);
     let running = observed.deployment.as_ref().filter(|_| conflict.is_none());
     let current = running.and_then(|child| child.spec.as_ref()?.replicas);
@@ -148,6 +161,7 @@ fn changed(
     now: Now,
 ) -> Option<LLMDeploymentStatus> {
     let Some(before) = before else {
+        history.status = Some(status.clone());
         return Some(status);
     };
     if *before == status {
@@ -165,6 +179,7 @@ fn changed(
         return None;
     }
     history.load_status_at = Some(now.monotonic);
+    history.status = Some(status.clone());
     Some(status)
 }
 

@@ -186,7 +186,7 @@ fn template(
 }
 
 /// The revision that a pod template carries.
-fn revision_of(template: &PodTemplateSpec) -> Option<&String> {
+pub(super) fn revision_of(template: &PodTemplateSpec) -> Option<&String> {
     template
         .metadata
         .as_ref()?
@@ -232,7 +232,6 @@ fn render(
         "image": spec.image.as_deref().unwrap_or(default_image),
         "command": ["/kvasir-server"],
         "args": args(d),
-        "env": spec.engine.as_ref().map(|engine| engine.env.as_slice()).unwrap_or_default(),
         "ports": [{ "name": "http", "containerPort": PORT, "protocol": "TCP" }],
         "resources": spec.resources.clone().unwrap_or_default(),
         "startupProbe": probe("/ready", 2, STARTUP_SECONDS / 2),
@@ -246,6 +245,10 @@ fn render(
             "capabilities": { "drop": ["ALL"] },
         },
     });
+    // An empty list would not be held by the API server, and so differ from what is read back.
+    if let Some(engine) = spec.engine.as_ref().filter(|engine| !engine.env.is_empty()) {
+        server["env"] = json!(engine.env);
+    }
     if let Some(policy) = spec.image_pull_policy {
         server["imagePullPolicy"] = policy.as_str().into();
     }

@@ -153,10 +153,11 @@ fn is_empty(value: &Value) -> bool {
 }
 
 /// Objects are merged member by member, lists of objects by the key that identifies their members, and anything
-/// else is replaced. A null changes nothing.
+/// else is replaced. A null or an empty list changes nothing.
 fn merge(base: &mut Value, overlay: &Value) {
     match (base, overlay) {
         (_, Value::Null) => {}
+        (_, Value::Array(overlay)) if overlay.is_empty() => {}
         (Value::Object(base), Value::Object(overlay)) => {
             for (key, value) in overlay {
                 merge(base.entry(key).or_insert(Value::Null), value);

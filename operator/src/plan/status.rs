@@ -13,7 +13,7 @@ use kvasir_crds::llmdeployment::{
 };
 
 use super::autoscale::Decision;
-use super::children::endpoint;
+use super::children::{endpoint, revision, revision_of};
 use super::pod_template::SERVER;
 use crate::observe::is_ready;
 
@@ -107,10 +107,19 @@ fn conditions(
     };
     let is_accepted = accepted == Reason::SpecAccepted;
     let wanted = input.child.and_then(|child| child.spec.as_ref()?.replicas);
+    let asked = match input.decision {
+        Some(decision) => i32::try_from(decision.replicas).ok(),
+        None => input.deployment.spec.replicas,
+    };
+    let revision = revision(input.deployment);
+    // The Deployment as observed may still be of the generation before: what is rolled out must be what is asked for.
     let rolled_out = input.child.is_some_and(|child| {
         let status = child.status.clone().unwrap_or_default();
+        let template = child.spec.as_ref().map(|spec| &spec.template);
         let wanted = wanted.unwrap_or(1);
-        status.observed_generation == child.metadata.generation
+        asked == Some(wanted)
+            && template.and_then(revision_of) == Some(&revision)
+            && status.observed_generation == child.metadata.generation
             && status.updated_replicas.unwrap_or(0) == wanted
             && status.replicas.unwrap_or(0) == wanted
             && ready >= wanted
@@ -357,3 +366,6 @@ fn refused(container: &ContainerStatus) -> Option<(Reason, String)> {
         ),
     ))
 }
+
+#[cfg(test)]
+mod tests;

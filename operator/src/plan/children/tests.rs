@@ -122,7 +122,7 @@ fn pods_roll_only_with_the_users_fields() {
 fn a_revision_is_the_same_in_every_release() {
     assert_eq!(
         revision(&deployment(demo())),
-        "REVISION",
+        "9aa977875e308282",
         "a change here rolls every pod of every user"
     );
 }
