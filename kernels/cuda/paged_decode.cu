@@ -5,7 +5,8 @@
 // of its group. Each warp runs its own pipeline of asynchronous copies. Warps are merged in order, partitions by
 // merge_partitions in order: the result depends on the absolute positions only, not on the batch or the grid.
 //
-// Not measured yet; the limit is the bandwidth of a copy.
+// Measured on an H100 (32/8 heads, size 128, block 16), K and V read per second: 64 x 4k 2690 GB/s, 8 x 4k 2216, 1 x 4k
+// 1194 (14.0 us), 1 x 32k 1663. A 1 GiB copy gave 2429 GB/s (read + written) in the same run.
 #include "attention_tile.cuh"
 #include "kv_cache.cuh"
 

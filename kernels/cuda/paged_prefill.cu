@@ -4,7 +4,8 @@
 // stand side by side, so that K and V are read once for all of them. Tiles of 64 keys (32 from head size 192) at absolute
 // positions, double-buffered by asynchronous copies. A row's result depends on its position only, not on the chunking.
 //
-// Not measured yet; the limit of mma.sync is about 60 % of the tensor cores' peak.
+// Measured on an H100 (32/8 heads, size 128, block 16, causal): 2k 170 TFLOP/s, 8k 243, 16k 254; PyTorch's attention on
+// contiguous inputs gave 393, 616 and 660 in the same run. mma.sync is limited to about 60 % of the tensor cores' peak.
 #include "attention_tile.cuh"
 #include "kv_cache.cuh"
 

@@ -420,8 +420,8 @@ fn rope_turns_pairs_and_appends() {
         let mut world = World::new(shape, &[0, 0, 300], &mut noise);
         world.cache.fill(0xffff);
         let stride = (n_heads + 2 * n_kv_heads) * head_dim;
-        let positions = [5_u32, INERT, 299, 0];
-        let rows = [1_u32, 0, 2, 0];
+        let positions = vec![5_u32, INERT, 299, 0];
+        let rows = vec![1_u32, 0, 2, 0];
         let half = head_dim / 2;
         let frequencies: Vec<f32> = (0..half)
             .map(|i| 10_000_f32.powf(-(i as f32) / half as f32))

@@ -92,8 +92,8 @@ fn embed_takes_known_and_sampled_tokens() {
     for cols in [1_usize, 8, 100, 1032] {
         let stride = cols.next_multiple_of(8);
         let table = padded(&mut noise, 7, cols);
-        let tokens = [0, 6, 1 << 31 | 1, 3];
-        let previous = [4, 5];
+        let tokens = vec![0_u32, 6, 1 << 31 | 1, 3];
+        let previous = vec![4_u32, 5];
         let mut out = vec![0xffff_u16; tokens.len() * stride];
         let args = EmbedArgs {
             out: out.as_mut_ptr(),
@@ -119,7 +119,7 @@ fn embed_takes_known_and_sampled_tokens() {
 fn gather_takes_rows_by_index() {
     let x = padded(&mut Noise(2), 5, 1100);
     let stride = x.len() / 5;
-    let index = [4_u32, 0, 4];
+    let index = vec![4_u32, 0, 4];
     let mut out = vec![0xffff_u16; index.len() * stride];
     let args = GatherRowsArgs {
         out: out.as_mut_ptr(),
@@ -161,7 +161,7 @@ fn blocks_are_copied_in_every_layer() {
     let (layers, blocks, block) = (3, 4, 264);
     let before = Noise(3).bf16s(layers * blocks * block);
     let mut cache = before.clone();
-    let pairs = [0_u32, 3, 2, 1];
+    let pairs = vec![0_u32, 3, 2, 1];
     let args = CopyBlocksArgs {
         cache: cache.as_mut_ptr(),
         pairs: pairs.as_ptr(),

@@ -25,6 +25,10 @@ pub(crate) struct Launch {
 /// # Safety
 /// `Args` mirrors the kernel's struct of arguments; its pointers are valid for what the kernel does with them.
 pub(crate) unsafe fn launch<Args>(name: &str, launch: Launch, args: &Args) {
+    if crate::gpu::wanted() {
+        // SAFETY: the caller's promise.
+        return unsafe { crate::gpu::launch(name, launch, std::ptr::from_ref(args).cast()) };
+    }
     type Run = unsafe extern "C" fn(*mut c_void, *const u32, u32, u32, *const c_void, u64);
     // SAFETY: `kvasir_shim_launch` has this signature (shim.cpp), and `<name>_args_bytes` is a u32 (shim.h).
     unsafe {
