@@ -104,10 +104,14 @@ def theirs(binary, model, threads):
     return {"prefill 128": rows[1]["speed_pp"]} | {f"decode, batch {b}": rows[b]["speed_tg"] for b in BATCHES}
 
 
-def bandwidth(binary):
-    """GB/s of the best read of 2 GB, as the kernels' benchmark measures it with two threads."""
-    output = subprocess.run([binary], capture_output=True, text=True, check=True).stdout
-    return float(next(line for line in output.splitlines() if line.startswith("read bandwidth")).split()[-2])
+def bandwidth(binary, threads):
+    """GB/s of the best read of 2 GB: the first thing that the kernels' benchmark prints."""
+    with subprocess.Popen([binary, str(threads), "--bench"], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith(f"read bandwidth, {threads} thread"):
+                process.kill()
+                return float(line.split()[-2])
+    sys.exit(f"{binary} printed no read bandwidth for {threads} threads")
 
 
 def main():
@@ -123,7 +127,7 @@ def main():
 
     reads, kvasir, llama = [], [], []
     for i in range(args.rounds):  # interleaved, so that a noisy minute hits everybody
-        reads.append(bandwidth(args.bandwidth))
+        reads.append(bandwidth(args.bandwidth, args.threads))
         kvasir.append(ours(args.server, args.model, args.threads))
         llama.append(theirs(args.llama, args.model, args.threads))
         print(f"round {i + 1} of {args.rounds}: {kvasir[-1]} {llama[-1]}", file=sys.stderr)

@@ -20,7 +20,7 @@ fi
 [ -f "$cache/model/model.gguf" ] || "$cache/venv/bin/python" e2e/benchmarks/random_llama.py "$cache/model"
 
 cargo build --release --locked -p kvasir-server
-bandwidth=$(cargo bench --locked -p kvasir-kernels --bench read_bandwidth --no-run --message-format=json |
+bandwidth=$(cargo bench --locked -p kvasir-kernels --bench cpu --no-run --message-format=json |
     python3 -c 'import json,sys; print([m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable")][-1])')
 exec "$cache/venv/bin/python" e2e/benchmarks/cpu_peers.py --server target/release/kvasir-server \
     --bandwidth "$bandwidth" --llama "$bench" --model "$cache/model" "$@"
