@@ -13,7 +13,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::runtime::controller::{Action, Config, Controller};
+use kube::runtime::controller::{self, Action, Config, Controller};
 use kube::runtime::reflector::{self, ObjectRef};
 use kube::runtime::{WatchStreamExt, predicates, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -81,6 +81,7 @@ pub async fn run(
     .applied_objects()
     .predicate_filter(predicates::generation, Default::default());
     let owned = watcher::Config::default().labels(SELECTOR_LABEL);
+    let series = Arc::clone(&metrics);
     let context = Arc::new(Context {
         client: client.clone(),
         loads: LoadReader::default(),
@@ -104,7 +105,13 @@ pub async fn run(
         })
         .graceful_shutdown_on(stop)
         .run(reconcile, on_error, context)
-        .for_each(|_| std::future::ready(()))
+        .for_each(|outcome| {
+            // The children of a deployment that is gone go after it, and trigger this for each.
+            if let Err(controller::Error::ObjectNotFound(gone)) = outcome {
+                series.forget(gone.namespace.as_deref().unwrap_or_default(), &gone.name);
+            }
+            std::future::ready(())
+        })
         .await;
 }
 
@@ -131,7 +138,10 @@ async fn reconcile(
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&uid);
-        context.metrics.forget(&deployment);
+        context.metrics.forget(
+            &deployment.namespace().unwrap_or_default(),
+            &deployment.name_any(),
+        );
         return Ok(Action::await_change());
     }
     let observed = observe(&context.client, &context.loads, &deployment).await?;

@@ -100,18 +100,12 @@ impl Metrics {
     }
 
     /// Drops the series of a deployment that is gone.
-    pub fn forget(&self, deployment: &LLMDeployment) {
-        let (namespace, name) = (
-            deployment.namespace().unwrap_or_default(),
-            deployment.name_any(),
-        );
+    pub fn forget(&self, namespace: &str, name: &str) {
         for state in STATES {
             // An error says that the series did not exist.
-            let _ = self
-                .replicas
-                .remove_label_values(&[&namespace, &name, state]);
+            let _ = self.replicas.remove_label_values(&[namespace, name, state]);
         }
-        let _ = self.target.remove_label_values(&[&namespace, &name]);
+        let _ = self.target.remove_label_values(&[namespace, name]);
     }
 
     /// Records a reconcile that failed.

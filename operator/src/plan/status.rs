@@ -201,7 +201,10 @@ fn conditions(
             let message = if unknown {
                 decision.reason.clone()
             } else {
-                format!("{} replicas", decision.replicas)
+                format!(
+                    "{} of at most {} replicas",
+                    decision.replicas, policy.max_replicas
+                )
             };
             condition(
                 ConditionType::ScalingActive,
