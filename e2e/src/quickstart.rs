@@ -7,7 +7,7 @@ use crate::wait::{Seen, until};
 use crate::{Error, chat, progress, toolchain};
 use serde_json::Value;
 use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Stdio};
+use std::process::{Child, ChildStdout, Stdio};
 use std::time::Duration;
 
 /// The namespace of the operator.
@@ -117,6 +117,8 @@ pub fn ask_demo(access: &Access) -> Result<(), Error> {
 struct Forward {
     child: Child,
     port: u16,
+    // Held open: kubectl says there that it handles a connection, and would die of a closed pipe.
+    _said: Option<BufReader<ChildStdout>>,
 }
 
 impl Forward {
@@ -143,9 +145,10 @@ impl Forward {
                 source,
             })?;
         let mut line = String::new();
-        if let Some(stdout) = child.stdout.take() {
+        let mut said = child.stdout.take().map(BufReader::new);
+        if let Some(said) = &mut said {
             // An unreadable line holds no port, which the next statement reports.
-            let _ = BufReader::new(stdout).read_line(&mut line);
+            let _ = said.read_line(&mut line);
         }
         let Some(port) = forwarded_port(&line) else {
             let _ = child.kill();
@@ -153,7 +156,11 @@ impl Forward {
                 "kubectl port-forward said no port; it said {line:?}"
             )));
         };
-        Ok(Self { child, port })
+        Ok(Self {
+            child,
+            port,
+            _said: said,
+        })
     }
 }
 
