@@ -30,9 +30,14 @@ fn the_chart_lints_and_its_objects_are_accepted() {
     ])
     .expect("rendered");
     run_with_input(
-        cluster
-            .kubectl()
-            .args(["apply", "--server-side", "--dry-run=server", "-f", "-"]),
+        cluster.kubectl().args([
+            "apply",
+            "--server-side",
+            "--dry-run=server",
+            "--force-conflicts",
+            "-f",
+            "-",
+        ]),
         &objects,
     )
     .expect("accepted");

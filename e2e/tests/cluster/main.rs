@@ -3,16 +3,19 @@
 
 mod chart;
 mod foundation;
+mod gpu;
+mod lifecycle;
 mod refusals;
 mod removal;
+mod scaling;
 mod scene;
 mod serving;
 mod sidecar;
 
 use kvasir_e2e::cluster::{Cluster, is_root};
-use kvasir_e2e::image::recipes;
+use kvasir_e2e::image::{Image, recipes};
 use kvasir_e2e::toolchain::Toolchain;
-use kvasir_e2e::{Error, progress};
+use kvasir_e2e::{Error, progress, quickstart};
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -41,8 +44,31 @@ fn with_image() -> Option<&'static Cluster> {
     IMPORTED.get_or_init(|| {
         let image = recipes::kvasir().expect("the image is built");
         cluster.import(&image).expect("the nodes take it");
+        let next = Image {
+            reference: next_reference(),
+            ..image
+        };
+        cluster
+            .import(&next)
+            .expect("the nodes take it by its next name too");
     });
     Some(cluster)
+}
+
+/// The cluster with the operator on it.
+fn kvasir() -> Option<&'static Cluster> {
+    static INSTALLED: OnceLock<()> = OnceLock::new();
+    let cluster = with_image()?;
+    INSTALLED.get_or_init(|| {
+        let reference = recipes::kvasir_reference();
+        quickstart::install(&cluster.access(), &reference).expect("the operator is installed");
+    });
+    Some(cluster)
+}
+
+/// A second reference of the same image, to upgrade to.
+fn next_reference() -> String {
+    format!("{}-next", recipes::kvasir_reference())
 }
 
 fn start() -> Result<Cluster, Error> {

@@ -51,6 +51,42 @@ impl Scene {
         Ok(serde_json::from_str(&text).expect("kubectl prints JSON"))
     }
 
+    /// The deployment `name`, once `seen` says so; on a time-out the error quotes its whole status.
+    pub(crate) fn await_deployment(
+        &self,
+        what: &str,
+        name: &str,
+        limit_s: u64,
+        seen: impl Fn(&Value) -> bool,
+    ) -> Value {
+        self.until(what, limit_s, || {
+            let object = self.get(&["llmdeployment", name])?;
+            Ok(if seen(&object) {
+                Seen::Yes(object)
+            } else {
+                Seen::NotYet(object["status"].to_string())
+            })
+        })
+    }
+
+    pub(crate) fn await_ready(&self, name: &str) -> Value {
+        self.await_deployment("the deployment is Ready", name, 120, |object| {
+            condition(object, "Ready")["status"] == "True"
+                && object["status"]["observedGeneration"] == object["metadata"]["generation"]
+        })
+    }
+
+    /// The pods of the deployment `name` that are not going away.
+    pub(crate) fn pods(&self, name: &str) -> Result<Vec<Value>, Error> {
+        let label = format!("kvasir.dev/llmdeployment={name}");
+        let list = self.get(&["pods", "-l", &label])?;
+        let pods = list["items"].as_array().cloned().unwrap_or_default();
+        Ok(pods
+            .into_iter()
+            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
+            .collect())
+    }
+
     pub(crate) fn until<T>(
         &self,
         what: &str,
@@ -113,7 +149,7 @@ impl Scene {
 impl Drop for Scene {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let told = self.kubectl(&["get", "pods,events", "-o", "wide"]);
+            let told = self.kubectl(&["get", "llmdeployments,pods,events", "-o", "wide"]);
             kvasir_e2e::progress::say(told.unwrap_or_else(|error| error.to_string()));
         }
         let _ = run(self.cluster.kubectl().args([
@@ -157,4 +193,24 @@ impl Drop for Load {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A condition of an object, null when it has none of that type.
+pub(crate) fn condition(object: &Value, kind: &str) -> Value {
+    let conditions = object["status"]["conditions"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
+    conditions
+        .into_iter()
+        .find(|condition| condition["type"] == kind)
+        .unwrap_or_default()
+}
+
+/// The manifest of a deployment of the demo model; `rest` are further lines of its spec.
+pub(crate) fn demo(name: &str, rest: &str) -> String {
+    format!(
+        "apiVersion: kvasir.dev/v1alpha1\nkind: LLMDeployment\nmetadata: {{name: {name}}}\nspec:\n  \
+         model: {{servedName: kvasir-demo, source: {{demo: {{}}}}}}\n{rest}\n"
+    )
 }

@@ -1,0 +1,53 @@
+//! Deployments that ask for GPUs, on nodes that have none: the status says what stands in the way, in the
+//! words of whoever knows. A node offers GPUs when its status says so; no device is needed to be scheduled.
+
+use crate::kvasir;
+use crate::scene::{Scene, demo};
+use kvasir_e2e::command::run;
+use kvasir_e2e::wait::Seen;
+
+const GPU: &str = "  replicas: 1\n  drainSeconds: 5\n  resources: {requests: {cpu: 50m}, limits: {nvidia.com/gpu: 1}}";
+
+#[test]
+fn the_scheduler_is_quoted_until_capacity_appears_and_then_the_server() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "gpu");
+    scene.apply(&demo("large", GPU)).expect("accepted");
+    scene.await_deployment("the status quotes the scheduler", "large", 60, |object| {
+        object["status"]
+            .to_string()
+            .contains("Insufficient nvidia.com/gpu")
+    });
+
+    let offer = r#"[{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "8"}]"#;
+    run(cluster.kubectl().args([
+        "patch",
+        "node",
+        "node-2",
+        "--subresource=status",
+        "--type=json",
+        "-p",
+        offer,
+    ]))
+    .expect("the node offers GPUs");
+    let pod = scene.until("the pod is scheduled", 60, || {
+        let pod = scene
+            .pods("large")?
+            .into_iter()
+            .find(|pod| pod["spec"]["nodeName"] == "node-2");
+        Ok(pod.map_or_else(|| Seen::NotYet("no pod on node-2".into()), Seen::Yes))
+    });
+    let container = &pod["spec"]["containers"][0];
+    assert_eq!(container["resources"]["requests"]["nvidia.com/gpu"], "1");
+    let args = container["args"].to_string();
+    assert!(
+        args.contains("cuda"),
+        "the server is told to use the GPU: {args}"
+    );
+    // It never falls back to the CPU: it says why it cannot run, and the status repeats it.
+    let object = scene.await_deployment("the status quotes the server", "large", 90, |object| {
+        let status = object["status"].to_string().to_lowercase();
+        status.contains("cuda") && !status.contains("insufficient")
+    });
+    assert_eq!(object["status"]["readyReplicas"], 0);
+}

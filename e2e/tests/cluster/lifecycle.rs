@@ -1,0 +1,125 @@
+//! A deployment from apply to delete, and what an upgrade of the operator leaves alone.
+
+use crate::scene::{Scene, demo};
+use crate::{kvasir, next_reference};
+use kvasir_e2e::quickstart;
+use kvasir_e2e::wait::Seen;
+use std::collections::BTreeSet;
+
+const ONE: &str = "  replicas: 1\n  drainSeconds: 5\n  resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}";
+
+#[test]
+fn a_deployment_answers_and_its_deletion_leaves_nothing() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "answers");
+    scene.apply(&demo("demo", ONE)).expect("accepted");
+    let object = scene.await_ready("demo");
+    assert_eq!(object["status"]["readyReplicas"], 1);
+    let said = scene.ask("demo", "What is a block table?");
+    assert!(
+        said["pieces"].as_array().expect("pieces").len() > 3,
+        "the answer came in pieces: {said}"
+    );
+    assert!(
+        said["answer"].as_str().expect("text").contains("block"),
+        "the answer is about blocks: {said}"
+    );
+
+    scene
+        .kubectl(&["delete", "llmdeployment", "demo"])
+        .expect("deleted");
+    scene.until("nothing is left", 60, || {
+        let kinds = "deployments,replicasets,pods,services,endpointslices,poddisruptionbudgets,serviceaccounts";
+        let left = scene.get(&[kinds])?;
+        let names: Vec<String> = left["items"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|item| item["metadata"]["name"] != "default")
+            .map(|item| format!("{}/{}", item["kind"], item["metadata"]["name"]))
+            .collect();
+        Ok(if names.is_empty() { Seen::Yes(()) } else { Seen::NotYet(names.join(", ")) })
+    });
+}
+
+#[test]
+fn kubectl_scale_works_where_replicas_are_fixed_and_only_there() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "scale");
+    scene.apply(&demo("fixed", ONE)).expect("accepted");
+    scene
+        .kubectl(&["scale", "llmdeployment", "fixed", "--replicas=2"])
+        .expect("scaled");
+    scene.await_deployment("two replicas serve", "fixed", 90, |object| {
+        object["status"]["readyReplicas"] == 2
+    });
+
+    scene
+        .apply(&demo("owned", "  autoscaling: {maxReplicas: 3}"))
+        .expect("accepted");
+    let error = scene
+        .kubectl(&["scale", "llmdeployment", "owned", "--replicas=2"])
+        .expect_err("refused");
+    assert!(
+        error
+            .to_string()
+            .contains("the operator owns the number of replicas"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_killed_pod_is_replaced() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "replaced");
+    scene.apply(&demo("demo", ONE)).expect("accepted");
+    scene.await_ready("demo");
+    let pods = scene.pods("demo").expect("pods");
+    let killed = pods[0]["metadata"]["name"]
+        .as_str()
+        .expect("a name")
+        .to_owned();
+    scene
+        .kubectl(&["delete", "pod", &killed, "--grace-period=0", "--force"])
+        .expect("killed");
+    scene.until("another pod serves", 90, || {
+        let ready = scene.get(&["llmdeployment", "demo"])?["status"]["readyReplicas"] == 1;
+        let other = scene
+            .pods("demo")?
+            .iter()
+            .all(|pod| pod["metadata"]["name"] != killed.as_str());
+        Ok(if ready && other {
+            Seen::Yes(())
+        } else {
+            Seen::NotYet("not yet".into())
+        })
+    });
+    scene.ask("demo", "What is a block table?");
+}
+
+#[test]
+fn an_upgrade_of_the_operator_rolls_no_pod() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "upgrade");
+    scene.apply(&demo("demo", ONE)).expect("accepted");
+    scene.await_ready("demo");
+    let uids = || -> BTreeSet<String> {
+        let pods = scene.pods("demo").expect("pods");
+        pods.iter()
+            .map(|pod| pod["metadata"]["uid"].to_string())
+            .collect()
+    };
+    let before = uids();
+    quickstart::install(&cluster.access(), &next_reference()).expect("upgraded");
+    // A change that only the new operator can have made shows that it has looked at the deployment.
+    scene
+        .kubectl(&["scale", "llmdeployment", "demo", "--replicas=2"])
+        .expect("scaled");
+    scene.await_deployment("two replicas serve", "demo", 120, |object| {
+        object["status"]["readyReplicas"] == 2
+    });
+    assert!(
+        uids().is_superset(&before),
+        "the pod from before the upgrade still runs"
+    );
+}

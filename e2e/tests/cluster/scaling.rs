@@ -1,0 +1,98 @@
+//! The number of replicas under real load: up in one decision, down when idle, and never at the cost of an
+//! answer.
+
+use crate::kvasir;
+use crate::scene::{Scene, demo};
+use kvasir_e2e::wait::Seen;
+
+#[test]
+fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "autoscale");
+    let spec = "  drainSeconds: 5\n  engine: {maxNumSeqs: 2}\n  \
+        autoscaling: {minReplicas: 1, maxReplicas: 3, targetQueueDepth: 2, scaleDownStabilizationSeconds: 5}\n  \
+        resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}";
+    scene.apply(&demo("demo", spec)).expect("accepted");
+    scene.await_ready("demo");
+    let load = scene.load("demo", 24, 400);
+    let object = scene.await_deployment("three replicas are wanted", "demo", 60, |object| {
+        object["status"]["lastScaling"]["to"] == 3
+    });
+    assert_eq!(
+        object["status"]["lastScaling"]["from"], 1,
+        "in one decision: {}",
+        object["status"]
+    );
+    scene.await_deployment("three replicas serve", "demo", 90, |object| {
+        object["status"]["readyReplicas"] == 3
+    });
+    let (whole, failures) = load.end();
+    assert!(
+        whole > 0 && failures.is_empty(),
+        "{whole} whole answers; failures: {failures:?}"
+    );
+    scene.await_deployment("one replica is left", "demo", 120, |object| {
+        object["status"]["lastScaling"]["to"] == 1 && object["status"]["replicas"] == 1
+    });
+    let events = scene.get(&["events"]).expect("events").to_string();
+    assert!(
+        events.contains("LLMDeployment"),
+        "each decision is an Event of the deployment"
+    );
+}
+
+#[test]
+fn fewer_replicas_and_a_rolling_update_break_no_stream() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "rollout");
+    let spec = |replicas: u32, variable: &str| {
+        let env = format!("{{env: [{{name: KVASIR_E2E, value: {variable}}}]}}");
+        demo(
+            "demo",
+            &format!(
+                "  drainSeconds: 60\n  replicas: {replicas}\n  engine: {env}\n  \
+             resources: {{requests: {{cpu: 50m, memory: 128Mi}}, limits: {{memory: 1Gi}}}}"
+            ),
+        )
+    };
+    scene.apply(&spec(3, "before")).expect("accepted");
+    scene.await_deployment("three replicas serve", "demo", 120, |object| {
+        object["status"]["readyReplicas"] == 3
+    });
+    let load = scene.load("demo", 9, 1_500);
+    scene.apply(&spec(2, "before")).expect("accepted");
+    scene.until("two pods are left", 120, || {
+        let pods = scene.get(&["pods", "-l", "kvasir.dev/llmdeployment=demo"])?;
+        let n_pods = pods["items"].as_array().map_or(0, Vec::len);
+        Ok(if n_pods == 2 {
+            Seen::Yes(())
+        } else {
+            Seen::NotYet(format!("{n_pods} pods"))
+        })
+    });
+    let old: Vec<String> = scene
+        .pods("demo")
+        .expect("pods")
+        .iter()
+        .map(|pod| pod["metadata"]["uid"].to_string())
+        .collect();
+    scene.apply(&spec(2, "after")).expect("accepted");
+    scene.until("every pod is a new one", 180, || {
+        let pods = scene.get(&["pods", "-l", "kvasir.dev/llmdeployment=demo"])?;
+        let pods = pods["items"].as_array().cloned().unwrap_or_default();
+        let n_old = pods
+            .iter()
+            .filter(|pod| old.contains(&pod["metadata"]["uid"].to_string()))
+            .count();
+        Ok(if n_old == 0 {
+            Seen::Yes(())
+        } else {
+            Seen::NotYet(format!("{n_old} old pods"))
+        })
+    });
+    let (whole, failures) = load.end();
+    assert!(
+        whole > 0 && failures.is_empty(),
+        "{whole} whole answers; failures: {failures:?}"
+    );
+}
