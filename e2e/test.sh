@@ -16,7 +16,10 @@ cargo fmt --all --check
 step "lints: clippy with warnings denied (the first build of the dependencies takes about 4 minutes)"
 cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
 
-step "unit, property, golden and doc tests"
+step "the image's binaries in release (about 6 minutes the first time), so that no build disturbs the cluster tests"
+cargo build --release --locked --bin kvasir-server --bin kvasir-operator
+
+step "unit, property, golden, cluster and doc tests"
 cargo test --workspace --all-features --locked
 
 step "licences, sources and duplicates of the dependencies"
