@@ -3,7 +3,9 @@
 
 use crate::kvasir;
 use crate::scene::{Scene, demo};
+use kvasir_e2e::command::run;
 use kvasir_e2e::wait::Seen;
+use std::time::{Duration, Instant};
 
 #[test]
 fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back() {
@@ -38,6 +40,45 @@ fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back(
     assert!(
         events.contains("LLMDeployment"),
         "each decision is an Event of the deployment"
+    );
+}
+
+#[test]
+fn a_server_that_hangs_changes_no_number() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "hang");
+    let spec = "  drainSeconds: 5\n  \
+        autoscaling: {minReplicas: 1, maxReplicas: 3, scaleDownStabilizationSeconds: 1}\n  \
+        resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}";
+    scene.apply(&demo("demo", spec)).expect("accepted");
+    scene.await_ready("demo");
+    let pod = scene.pods("demo").expect("pods").remove(0);
+    let id = pod["status"]["containerStatuses"][0]["containerID"]
+        .as_str()
+        .expect("an id")
+        .to_owned();
+    let id = id.trim_start_matches("containerd://");
+    let node = cluster
+        .nodes()
+        .iter()
+        .find(|node| pod["spec"]["nodeName"] == node.name().as_str())
+        .expect("its node");
+    let stop = "pid=$(ctr -n k8s.io task ls | awk -v id=$1 '$1 == id {print $2}'); kill -STOP $pid; timeout 5 bash -c \"until grep -q '^State:.T' /proc/$pid/status; do :; done\"";
+    run(node.command("bash").args(["-c", stop, "stop", id])).expect("stopped");
+    // Several of the autoscaler's rounds, and less than a failing liveness probe takes to restart the server.
+    let end = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < end {
+        let wanted =
+            scene.get(&["deployment", "demo"]).expect("the Deployment")["spec"]["replicas"].clone();
+        assert_eq!(wanted, 1, "a silent replica is no reason to scale");
+    }
+    let object = scene
+        .get(&["llmdeployment", "demo"])
+        .expect("the deployment");
+    assert!(
+        object["status"]["lastScaling"].is_null(),
+        "no decision was made: {}",
+        object["status"]
     );
 }
 
