@@ -11,6 +11,7 @@ struct EmbedArgs {
     const uint32_t* previous;  // [L of the step before]: what was drawn
     uint32_t chunks;           // 8 columns each; padding columns are zeros
     uint32_t out_stride, table_stride;
+    uint32_t unused;
 };
 
 constexpr uint32_t SAMPLED = 0x80000000;

@@ -7,6 +7,7 @@ struct GatherRowsArgs {
     const uint32_t* index;  // [L]
     uint32_t chunks;        // 8 columns each
     uint32_t out_stride, x_stride;
+    uint32_t unused;
 };
 
 KERNEL(gather_rows, GatherRowsArgs, 128, 1) {

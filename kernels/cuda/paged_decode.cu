@@ -1,7 +1,7 @@
 // Attention of one new token a sequence over its paged KV cache (flash decoding: split over the KV length).
 //
-// Grid (partitions, kv heads * tiles of 16 grouped query heads, sequences); 4 warps. A partition is 256 consecutive
-// positions; its tiles of 16 tokens go to the warps in turn, and every tile of K and V is read once for all query heads
+// Grid (items, kv heads * tiles of 16 grouped query heads); 4 warps. An item is a partition of a sequence, 256 consecutive
+// positions: the host lists them, so that a crowd of unequal lengths leaves no block without work. Its tiles of 16 tokens go to the warps in turn, and every tile of K and V is read once for all query heads
 // of its group. Each warp runs its own pipeline of asynchronous copies. Warps are merged in order, partitions by
 // merge_partitions in order: the result depends on the absolute positions only, not on the batch or the grid.
 //
@@ -10,10 +10,17 @@
 #include "attention_tile.cuh"
 #include "kv_cache.cuh"
 
+struct DecodeItem {
+    uint32_t row;     // of the block tables
+    uint32_t token;   // row of qkv and out
+    uint32_t length;  // tokens of the sequence, this one included; 0: inert
+    uint32_t start;   // first position of the partition
+};
+
 struct DecodeSequence {
-    uint32_t row;       // of the block tables
-    uint32_t token;     // row of qkv and out
-    uint32_t position;  // of the token; all ones: inert
+    uint32_t token;       // row of out
+    uint32_t first_item;  // its items follow each other
+    uint32_t n_items;
     uint32_t unused;
 };
 
@@ -21,14 +28,13 @@ struct PagedDecodeArgs {
     KvCache cache;
     bf16* out;                        // [T, out_stride]: n_heads heads
     const bf16* qkv;                  // [T, qkv_stride]: query heads first, rotated
-    const DecodeSequence* sequences;  // [grid z]
-    float* partial_out;               // [sequence][head][max_partitions][head_dim], unnormalised
-    float* partial_softmax;           // [sequence][head][max_partitions][2]: maximum (log2), sum
+    const DecodeItem* items;          // [grid x]
+    const DecodeSequence* sequences;  // of merge_partitions
+    float* partial_out;               // [item][head][head_dim], unnormalised
+    float* partial_softmax;           // [item][head][2]: maximum (log2), sum
     uint32_t out_stride, qkv_stride;
     uint32_t n_heads;
-    uint32_t max_partitions;
     float scale_log2;  // scale * log2(e)
-    uint32_t unused;
 };
 
 constexpr int PARTITION = 256;
@@ -73,10 +79,9 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     constexpr int stage_elements = 2 * decode_tile_elements<D>;
     static_assert(stage_elements * sizeof(bf16) >= 16 * D * sizeof(float), "a warp's result fits into one stage");
     const KvCache& cache = args.cache;
-    const DecodeSequence sequence = args.sequences[blockIdx.z];
-    const uint32_t length = sequence.position + 1;  // 0 if inert
-    const uint32_t start = blockIdx.x * PARTITION;
-    if (start >= length) return;
+    const DecodeItem item = args.items[blockIdx.x];
+    const uint32_t length = item.length, start = item.start;
+    if (start >= length) return;  // inert
     const uint32_t end = min(start + PARTITION, length);
     const uint32_t group = args.n_heads / cache.n_kv_heads;
     const uint32_t head_tiles = (group + 15) / 16;
@@ -97,14 +102,14 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     const auto load = [&](uint32_t j) {
         const uint32_t tile = warp + j * DECODE_WARPS;
         if (tile < n_tiles)
-            load_decode_tile<D>(ring + j % stages * stage_elements, cache, sequence.row, kv_head,
+            load_decode_tile<D>(ring + j % stages * stage_elements, cache, item.row, kv_head,
                                 start + tile * DECODE_TILE, end);
         copy_async_commit();
     };
 #pragma unroll
     for (int j = 0; j < stages - 1; ++j) load(j);
 
-    const bf16* query = args.qkv + uint64_t(sequence.token) * args.qkv_stride + first_head * D;
+    const bf16* query = args.qkv + uint64_t(item.token) * args.qkv_stride + first_head * D;
     for (uint32_t chunk = threadIdx.x; chunk < 16 * D / 8; chunk += blockDim.x) {
         const uint32_t r = chunk / (D / 8), c = chunk % (D / 8);
         *reinterpret_cast<uint4*>(shared_queries + r * row_stride<D> + c * 8) =
@@ -161,10 +166,10 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
         }
         const uint32_t head = first_head + r;
         if (length <= PARTITION) {  // the only partition
-            args.out[uint64_t(sequence.token) * args.out_stride + head * D + d] = to_bf16(o / l);
+            args.out[uint64_t(item.token) * args.out_stride + head * D + d] = to_bf16(o / l);
             continue;
         }
-        const uint64_t at = (uint64_t(blockIdx.z) * args.n_heads + head) * args.max_partitions + blockIdx.x;
+        const uint64_t at = uint64_t(blockIdx.x) * args.n_heads + head;
         args.partial_out[at * D + d] = o;
         if (d == 0) {
             args.partial_softmax[2 * at] = top;
@@ -183,22 +188,20 @@ KERNEL(paged_decode_256, PagedDecodeArgs, 128, 1) { paged_decode<256>(args); }
 // Grid (heads, sequences), a thread for each element of a head. Partitions are summed in order.
 KERNEL(merge_partitions, PagedDecodeArgs, 256, 1) {
     const DecodeSequence sequence = args.sequences[blockIdx.y];
-    const uint32_t length = sequence.position + 1;
-    if (length <= PARTITION) return;  // inert, or paged_decode wrote the result
-    const uint32_t n_partitions = (length + PARTITION - 1) / PARTITION;
+    if (sequence.n_items <= 1) return;  // inert, or paged_decode wrote the result
     const uint32_t head_dim = args.cache.head_dim;
-    const uint64_t first = (uint64_t(blockIdx.y) * args.n_heads + blockIdx.x) * args.max_partitions;
+    const uint64_t first = uint64_t(sequence.first_item) * args.n_heads + blockIdx.x;
     const float* softmax = args.partial_softmax + 2 * first;
     const float* partial = args.partial_out + first * head_dim;
     const uint32_t d = threadIdx.x;
     float top = MINUS_INFINITY;
-    for (uint32_t p = 0; p < n_partitions; ++p) top = fmaxf(top, softmax[2 * p]);
+    for (uint32_t p = 0; p < sequence.n_items; ++p) top = fmaxf(top, softmax[2 * p * args.n_heads]);
     float o = 0.0f, l = 0.0f;
 #pragma unroll 4
-    for (uint32_t p = 0; p < n_partitions; ++p) {
-        const float share = power_of_two(softmax[2 * p] - top);
-        o += share * partial[uint64_t(p) * head_dim + d];
-        l += share * softmax[2 * p + 1];
+    for (uint32_t p = 0; p < sequence.n_items; ++p) {
+        const float share = power_of_two(softmax[2 * p * args.n_heads] - top);
+        o += share * partial[uint64_t(p) * args.n_heads * head_dim + d];
+        l += share * softmax[2 * p * args.n_heads + 1];
     }
     args.out[uint64_t(sequence.token) * args.out_stride + blockIdx.x * head_dim + d] = to_bf16(o / l);
 }

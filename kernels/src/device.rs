@@ -4,9 +4,10 @@
 //! plain data and a forward pass can be recorded once and replayed (CUDA graphs). The device plans its workspace
 //! while the model is built; no operation allocates.
 //!
-//! Two properties hold on every device. *Batch invariance*: the order of every reduction depends on the inner size
-//! and on the absolute position in the KV cache only, never on the batch, the chunking or the number of threads, so
-//! that a request gives exactly the same tokens alone and in a crowd. *Inert rows*: padding changes nothing.
+//! Two properties are asked of a device. *Batch invariance*: the order of every reduction depends on the inner size, the
+//! block size and the absolute position in the KV cache only, never on the batch, the chunking or the number of threads,
+//! so that a request gives exactly the same tokens alone and in a crowd; a device whose products come from a library
+//! that decides otherwise says so. *Inert rows*: padding changes nothing.
 
 use std::num::NonZeroU32;
 
@@ -282,6 +283,14 @@ pub enum DeviceError {
         /// What was asked.
         what: String,
     },
+    /// There is no such device here, or it can't be used.
+    #[error("no {device} device can be used: {why}")]
+    Unavailable {
+        /// The device's name.
+        device: &'static str,
+        /// What is missing, with the numbers.
+        why: String,
+    },
     /// The device itself failed; nothing that it holds can be trusted any more.
     #[error("the {device} device failed: {message}")]
     Failed {
@@ -343,6 +352,10 @@ pub trait Device: Send {
     fn prepare_vector(&mut self, parts: &[TensorView<'_>]) -> Result<Vector, DeviceError>;
     /// Plans an activation buffer of `cols` columns.
     fn plan_buffer(&mut self, rows: Rows, cols: usize) -> Result<Buffer, DeviceError>;
+    /// Plans the buffer of the logits, `[L, vocabulary]`: in binary32 on every device, for [`Ops::sample`].
+    fn plan_logits(&mut self, vocabulary: usize) -> Result<Buffer, DeviceError> {
+        self.plan_buffer(Rows::Logits, vocabulary)
+    }
 
     /// What is used, once the model is built.
     fn memory(&self) -> Memory;

@@ -3,11 +3,16 @@
 //! This crate knows tensors, blocks and block tables. It knows no requests, no sequences' lives, no text.
 //!
 //! - [`device`]: the contract, [`Device`](device::Device) and [`Ops`](device::Ops), and a step's inputs and outputs.
+//! - [`choice`]: which device serves.
 //! - [`sampling`]: the arithmetic of sampling, the same on every device.
 //! - [`reference`](mod@reference): the oracle, in f64, plain loops.
 //! - [`cpu`]: AMX, AVX-512 bf16, AVX2 and portable code behind one contract, on its own threads.
+//! - `cuda`, behind the feature of that name: CUDA C++ from `kernels/cuda`, cuBLASLt, graphs.
 
+pub mod choice;
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-shim"))]
+pub mod cuda;
 pub mod device;
 pub mod mapped;
 pub mod reference;

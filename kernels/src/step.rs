@@ -1,6 +1,6 @@
 //! What a step means, in host memory: tokens resolved, positions derived, block tables kept, all indices checked.
 //!
-//! Every device that runs on the host shares it. It knows no arithmetic and no memory of a device. A step that breaks
+//! Every device shares it. It knows no arithmetic and no memory of a device. A step that breaks
 //! an invariant panics here, before any kernel sees an index.
 
 use crate::device::{
@@ -27,12 +27,35 @@ pub(crate) struct Step {
     pub(crate) spans: Vec<Span>,
     /// The rows of logits.
     pub(crate) logits: Vec<LogitsRow>,
-    previous: Vec<u32>,
+    previous: Previous,
+}
+
+/// Marks a token that is not known on the host: the rest is the index of a row of logits of the step before.
+pub(crate) const ON_DEVICE: u32 = 1 << 31;
+
+/// Where the tokens are that the step before drew.
+#[derive(Debug)]
+enum Previous {
+    /// Here, by row of logits.
+    Known(Vec<u32>),
+    /// On the device, which looks them up itself.
+    OnDevice,
 }
 
 impl Step {
-    /// Tables of zeros, and no step yet.
+    /// Tables of zeros, and no step yet. Drawn tokens are kept here ([`Step::end`]).
     pub(crate) fn new(config: &DeviceConfig) -> Self {
+        let room = Vec::with_capacity(config.limits.max_logits_rows);
+        Self::with(config, Previous::Known(room))
+    }
+
+    /// The same for a device that keeps its draws: in `tokens` they are [`ON_DEVICE`] and a row of logits.
+    #[cfg(any(feature = "cuda", feature = "cuda-shim"))]
+    pub(crate) fn deferred(config: &DeviceConfig) -> Self {
+        Self::with(config, Previous::OnDevice)
+    }
+
+    fn with(config: &DeviceConfig, previous: Previous) -> Self {
         let limits = &config.limits;
         Self {
             block_size: config.attention.block_size,
@@ -47,7 +70,7 @@ impl Step {
             rows: Vec::with_capacity(limits.max_tokens),
             spans: Vec::with_capacity(limits.max_sequences),
             logits: Vec::with_capacity(limits.max_logits_rows),
-            previous: Vec::with_capacity(limits.max_logits_rows),
+            previous,
         }
     }
 
@@ -67,6 +90,13 @@ impl Step {
             input.tokens.len(),
             self.max_tokens
         );
+        assert!(
+            input
+                .tokens
+                .iter()
+                .all(|t| !matches!(t, TokenInput::Id(id) if *id >= ON_DEVICE)),
+            "a token id out of range"
+        );
         self.resolve_tokens(&input.tokens);
         self.place_spans(&input.spans);
         assert_eq!(
@@ -79,9 +109,10 @@ impl Step {
 
     /// Keeps the drawn tokens: the next step's [`TokenInput::Sampled`].
     pub(crate) fn end(&mut self, output: &StepOutput) {
-        self.previous.clear();
-        self.previous
-            .extend(output.sampled.iter().map(|sampled| sampled.token));
+        if let Previous::Known(tokens) = &mut self.previous {
+            tokens.clear();
+            tokens.extend(output.sampled.iter().map(|sampled| sampled.token));
+        }
     }
 
     /// The blocks of a table row, all of them below the number of blocks.
@@ -131,7 +162,17 @@ impl Step {
         for token in tokens {
             self.tokens.push(match *token {
                 TokenInput::Id(id) => id,
-                TokenInput::Sampled { logits_row } => self.previous[logits_row as usize],
+                TokenInput::Sampled { logits_row } => match &self.previous {
+                    Previous::Known(tokens) => tokens[logits_row as usize],
+                    Previous::OnDevice => {
+                        // `logits` still holds the rows of the step before.
+                        assert!(
+                            (logits_row as usize) < self.logits.len(),
+                            "a token of a row that the step before did not have"
+                        );
+                        ON_DEVICE | logits_row
+                    }
+                },
             });
         }
     }

@@ -5,8 +5,8 @@
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 
-use kvasir_kernels::cpu::CpuDevice;
-use kvasir_kernels::device::{Device, DeviceConfig, DeviceError, Dtype, Precision};
+use kvasir_kernels::choice::{ChosenDevice, Preferences};
+use kvasir_kernels::device::{DeviceError, Dtype, Precision};
 
 use crate::args::{Args, DtypeChoice, ModelSource};
 use crate::engine::{Engine, EngineError};
@@ -58,6 +58,9 @@ pub enum StartError {
     /// The model or the flags.
     #[error(transparent)]
     Model(#[from] LoadError),
+    /// `--device`.
+    #[error("--device: {0}")]
+    Device(#[source] DeviceError),
     /// The model's text files.
     #[error(transparent)]
     Text(#[from] TextError),
@@ -96,11 +99,16 @@ pub fn start(
         None => (SamplingDefaults::default(), Vec::new()),
     };
 
-    let threads = args.threads;
+    let device = ChosenDevice::find(args.device).map_err(StartError::Device)?;
+    if let Some(why) = device.why_not_cuda() {
+        tracing::info!(why, "serving on the CPU");
+    }
+    let options = options(args, device.preferences());
+    let n_threads = compute_threads(args.threads);
     let loaded = model::load(
         &files,
-        &options(args),
-        |config| make_device(config, threads),
+        &options,
+        |config| device.make(config, n_threads),
         progress,
     )?;
     let facts = loaded.facts;
@@ -140,17 +148,24 @@ pub fn start(
     })
 }
 
-fn options(args: &Args) -> LoadOptions {
+fn options(args: &Args, preferred: Preferences) -> LoadOptions {
     let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
+    let max_tokens = args.max_num_batched_tokens;
+    let max_sequences = args.max_num_seqs.unwrap_or_else(|| {
+        preferred
+            .max_sequences
+            .min(max_tokens.unwrap_or(preferred.max_tokens))
+    });
+    let max_tokens = max_tokens.unwrap_or(preferred.max_tokens.max(max_sequences));
     LoadOptions {
         block_size: at_least_one(args.block_size),
         max_model_len: args.max_model_len.map(at_least_one),
-        max_num_seqs: at_least_one(args.max_num_seqs),
-        max_num_batched_tokens: at_least_one(args.max_num_batched_tokens),
+        max_num_seqs: at_least_one(max_sequences),
+        max_num_batched_tokens: at_least_one(max_tokens),
         n_blocks: args.n_blocks.map(at_least_one),
         memory_utilization: args.memory_utilization,
         precision: match args.dtype {
-            DtypeChoice::Auto => None,
+            DtypeChoice::Auto => preferred.precision,
             DtypeChoice::BFloat16 => Some(Precision::BF16),
             DtypeChoice::Float32 => Some(Precision::F32),
         },
@@ -158,15 +173,11 @@ fn options(args: &Args) -> LoadOptions {
     }
 }
 
-fn make_device(
-    config: DeviceConfig,
-    threads: Option<NonZeroUsize>,
-) -> Result<Box<dyn Device>, DeviceError> {
-    // The container's share of the machine counts: more threads than that wait for each other.
-    let threads = threads
+/// The container's share of the machine counts: more threads than that wait for each other.
+fn compute_threads(asked: Option<NonZeroUsize>) -> NonZeroUsize {
+    asked
         .or_else(|| std::thread::available_parallelism().ok())
-        .unwrap_or(NonZeroUsize::MIN);
-    Ok(Box::new(CpuDevice::new(config, threads)?))
+        .unwrap_or(NonZeroUsize::MIN)
 }
 
 /// A quarter of the cores, at most four: the engine wants the rest.

@@ -7,7 +7,7 @@
 
 mod support;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kvasir_kernels::device::{
     BlockId, Device, LogitsRow, LogitsWant, Precision, Sampling, Span, StepInput, TableRow,
@@ -22,7 +22,7 @@ use serde_json::Value;
 use support::{DeviceKind, cases, device_config, floats, golden, tokens};
 
 const MAX_ERROR: f32 = 1e-4;
-const BLOCK_SIZE: usize = 4;
+const BLOCK_SIZE: usize = 8;
 
 /// A model on a device with one sequence, driven step by step.
 struct Bench {
@@ -177,8 +177,8 @@ fn float32_logits(kind: DeviceKind) {
     }
 }
 
-fn bfloat16_tokens(kind: DeviceKind) {
-    for case in cases() {
+fn bfloat16_tokens(kind: DeviceKind, cases: Vec<PathBuf>) {
+    for case in cases {
         let golden = golden(&case);
         let bound = golden["margin_bound"].as_f64().unwrap() as f32;
         let mut bench = Bench::new(&case, kind, Precision::BF16);
@@ -222,7 +222,7 @@ fn reference_float32_logits_are_those_of_transformers() {
 
 #[test]
 fn reference_tokens_are_those_of_transformers_where_the_margin_decides() {
-    bfloat16_tokens(DeviceKind::Reference);
+    bfloat16_tokens(DeviceKind::Reference, cases());
 }
 
 #[test]
@@ -232,5 +232,11 @@ fn cpu_float32_logits_are_those_of_transformers() {
 
 #[test]
 fn cpu_bfloat16_tokens_are_those_of_transformers_where_the_margin_decides() {
-    bfloat16_tokens(DeviceKind::Cpu);
+    bfloat16_tokens(DeviceKind::Cpu, cases());
+}
+
+#[cfg(feature = "cuda-shim")]
+#[test]
+fn cuda_bfloat16_tokens_are_those_of_transformers_where_the_margin_decides() {
+    bfloat16_tokens(DeviceKind::Cuda, support::cuda_cases());
 }

@@ -115,6 +115,71 @@ fn requests(case: &Path) -> Vec<Request> {
     requests
 }
 
+/// On a GPU products are a library's, and prefill and decode attend in another order: a crowd gives what each request
+/// gives alone wherever the first two logits are further apart than what bfloat16 costs Transformers itself.
+#[cfg(feature = "cuda-shim")]
+fn cuda_crowd(case: &Path, shape: Shape) -> Counters {
+    let golden = golden(case);
+    let bound = golden["margin_bound"].as_f64().unwrap() as f32;
+    let requests: Vec<Request> = requests(case)
+        .into_iter()
+        .filter(|r| r.sampling.temperature == 0.0)
+        .collect();
+    let (answers, counters) = answers(start(case, DeviceKind::Cuda, shape), &requests);
+    for request in &requests {
+        let prompts = golden["prompts"].as_array().unwrap();
+        let prompt = prompts
+            .iter()
+            .find(|prompt| tokens(&prompt["ids"]) == request.prompt)
+            .unwrap();
+        let clear = floats(&prompt["float32"]["margins"])
+            .iter()
+            .take_while(|&&margin| margin > bound)
+            .count();
+        let (scores, drawn, _) = &answers[&request.id];
+        let found: Vec<u32> = drawn.iter().map(|sampled| sampled.token).collect();
+        let want = tokens(&prompt["float32"]["greedy"]);
+        let why = format!("{}: {} tokens", case.display(), request.prompt.len());
+        assert_eq!(found[..clear], want[..clear], "{why}");
+        assert_eq!(found.len(), want.len(), "{why}");
+        let n_scores = request
+            .prompt_logprobs
+            .map_or(0, |_| request.prompt.len() - 1);
+        assert_eq!(scores.len(), n_scores, "{why}");
+    }
+    counters
+}
+
+#[cfg(feature = "cuda-shim")]
+#[test]
+fn cuda_crowds_give_the_tokens_of_transformers() {
+    for case in support::cuda_cases() {
+        for (why, block_size, n_blocks, max_num_seqs, max_num_batched_tokens, preempts) in [
+            ("one crowd, one chunk", 16, 256, 64, 512, false),
+            ("small chunks", 8, 256, 16, 19, false),
+            (
+                "a pool for little more than the longest",
+                8,
+                21,
+                16,
+                24,
+                true,
+            ),
+        ] {
+            let shape = Shape {
+                block_size,
+                n_blocks,
+                max_num_seqs,
+                max_num_batched_tokens,
+                precision: Precision::BF16,
+            };
+            let counters = cuda_crowd(&case, shape);
+            let why = format!("{}: {why}: {counters:?}", case.display());
+            assert_eq!(counters.preemptions > 0, preempts, "{why}");
+        }
+    }
+}
+
 fn crowd(kind: DeviceKind, precision: Precision) {
     for case in cases() {
         let requests = requests(&case);

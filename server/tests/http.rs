@@ -463,8 +463,8 @@ fn mistakes_of_the_user_are_exit_code_2_and_a_sentence() {
     let empty = tempfile::tempdir().unwrap();
     for (flags, part) in [
         (
-            vec!["--device", "cuda"],
-            "this build of kvasir-server has no CUDA device",
+            vec!["--port", "0", "--device", "cuda"],
+            "--device: no cuda device can be used: this",
         ),
         (vec!["--port", port.as_str()], "can't be listened on"),
         (

@@ -1,83 +1,12 @@
 //! RoPE with the append, decode and prefill over a paged cache whose blocks are shuffled and whose unused slots are NaN.
 
-use crate::shim::{Launch, Noise, assert_near, launch, value};
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct KvCache {
-    layer: *mut u16,
-    tables: *const u32,
-    table_width: u32,
-    block_size: u32,
-    block_size_magic: u32,
-    n_kv_heads: u32,
-    head_dim: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-struct RopeAppendArgs {
-    cache: KvCache,
-    qkv: *mut u16,
-    positions: *const u32,
-    rows: *const u32,
-    inverse_frequencies: *const f32,
-    n_heads: u32,
-    stride: u32,
-    scale: f32,
-    unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct DecodeSequence {
-    row: u32,
-    token: u32,
-    position: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-struct PagedDecodeArgs {
-    cache: KvCache,
-    out: *mut u16,
-    qkv: *const u16,
-    sequences: *const DecodeSequence,
-    partial_out: *mut f32,
-    partial_softmax: *mut f32,
-    out_stride: u32,
-    qkv_stride: u32,
-    n_heads: u32,
-    max_partitions: u32,
-    scale_log2: f32,
-    unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct PrefillTile {
-    row: u32,
-    first_token: u32,
-    n_tokens: u32,
-    first_position: u32,
-    first_row: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-struct PagedPrefillArgs {
-    cache: KvCache,
-    out: *mut u16,
-    qkv: *const u16,
-    tiles: *const PrefillTile,
-    out_stride: u32,
-    qkv_stride: u32,
-    n_heads: u32,
-    scale_log2: f32,
-}
+use crate::shim::{Noise, address, assert_near, launch, value};
+use kvasir_kernels::cuda::kernel::{
+    self, DecodeItem, DecodeSequence, HeadDim, INERT, KvCache, PARTITION, PagedDecodeArgs,
+    PagedPrefillArgs, PrefillTile, RopeAppendArgs,
+};
 
 const HEAD_DIMS: [usize; 6] = [64, 80, 96, 128, 192, 256];
-const INERT: u32 = u32::MAX;
 
 #[derive(Clone, Copy)]
 struct Shape {
@@ -135,11 +64,11 @@ impl World {
 
     fn argument(&mut self) -> KvCache {
         KvCache {
-            layer: self.cache.as_mut_ptr(),
-            tables: self.tables.as_ptr(),
+            layer: address(self.cache.as_mut_ptr()),
+            tables: address(self.tables.as_ptr()),
             table_width: self.table_width as u32,
             block_size: self.shape.block_size as u32,
-            block_size_magic: (1_u64 << 32).div_ceil(self.shape.block_size as u64) as u32,
+            block_size_magic: KvCache::magic(self.shape.block_size as u32),
             n_kv_heads: self.shape.n_kv_heads as u32,
             head_dim: self.shape.head_dim as u32,
             unused: 0,
@@ -184,13 +113,8 @@ impl World {
         out
     }
 
-    fn decode(
-        &mut self,
-        sequences: &[DecodeSequence],
-        qkv: &[u16],
-        max_partitions: usize,
-        seed: u64,
-    ) -> Vec<u16> {
+    /// Attends for (row, token, length), each cut into its partitions.
+    fn decode(&mut self, sequences: &[[usize; 3]], qkv: &[u16], seed: u64) -> Vec<u16> {
         let Shape {
             n_heads,
             n_kv_heads,
@@ -200,50 +124,47 @@ impl World {
         let qkv_stride = (n_heads + 2 * n_kv_heads) * head_dim;
         let n_tokens = qkv.len() / qkv_stride;
         let mut out = vec![0xffff_u16; n_tokens * n_heads * head_dim];
-        let n_partials = sequences.len() * n_heads * max_partitions;
+        let (mut items, mut merged) = (Vec::new(), Vec::new());
+        for &[row, token, length] in sequences {
+            let n_items = (length as u32).div_ceil(PARTITION);
+            merged.push(DecodeSequence {
+                token: token as u32,
+                first_item: items.len() as u32,
+                n_items,
+                unused: 0,
+            });
+            // An inert one has an item too, as padding has.
+            items.extend((0..n_items.max(1)).map(|i| DecodeItem {
+                row: row as u32,
+                token: token as u32,
+                length: length as u32,
+                start: i * PARTITION,
+            }));
+        }
+        let n_partials = items.len() * n_heads;
         let mut partial_out = vec![f32::NAN; n_partials * head_dim];
         let mut partial_softmax = vec![f32::NAN; n_partials * 2];
         let args = PagedDecodeArgs {
             cache: self.argument(),
-            out: out.as_mut_ptr(),
-            qkv: qkv.as_ptr(),
-            sequences: sequences.as_ptr(),
-            partial_out: partial_out.as_mut_ptr(),
-            partial_softmax: partial_softmax.as_mut_ptr(),
+            out: address(out.as_mut_ptr()),
+            qkv: address(qkv.as_ptr()),
+            items: address(items.as_ptr()),
+            sequences: address(merged.as_ptr()),
+            partial_out: address(partial_out.as_mut_ptr()),
+            partial_softmax: address(partial_softmax.as_mut_ptr()),
             out_stride: (n_heads * head_dim) as u32,
             qkv_stride: qkv_stride as u32,
             n_heads: n_heads as u32,
-            max_partitions: max_partitions as u32,
             scale_log2: SCALE * std::f32::consts::LOG2_E,
-            unused: 0,
         };
-        let stages = match head_dim {
-            64 => 4,
-            80 | 96 | 128 => 3,
-            _ => 2,
-        };
-        let rows = 16 + 4 * stages * 2 * 16;
-        let head_tiles = (n_heads / n_kv_heads).div_ceil(16);
-        let split = Launch {
-            grid: [
-                max_partitions as u32,
-                (n_kv_heads * head_tiles) as u32,
-                sequences.len() as u32,
-            ],
-            threads: 128,
-            shared_bytes: (rows * (head_dim + 8) * 2 + 4 * 16 * 2 * 4) as u32,
-            seed,
-        };
-        let merge = Launch {
-            grid: [n_heads as u32, sequences.len() as u32, 1],
-            threads: head_dim as u32,
-            shared_bytes: 0,
-            seed,
-        };
+        let size = HeadDim::new(head_dim).unwrap();
+        let (heads, kv_heads) = (n_heads as u32, n_kv_heads as u32);
+        let split = kernel::paged_decode(items.len(), heads, kv_heads, size);
+        let merge = kernel::merge_partitions(merged.len(), heads, size);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
         unsafe {
-            launch(&format!("paged_decode_{head_dim}"), split, &args);
-            launch("merge_partitions", merge, &args);
+            launch(size.decode(), split, seed, &args);
+            launch("merge_partitions", merge, seed, &args);
         }
         out
     }
@@ -276,23 +197,18 @@ impl World {
             .collect();
         let args = PagedPrefillArgs {
             cache: self.argument(),
-            out: out.as_mut_ptr(),
-            qkv: qkv.as_ptr(),
-            tiles: tiles.as_ptr(),
+            out: address(out.as_mut_ptr()),
+            qkv: address(qkv.as_ptr()),
+            tiles: address(tiles.as_ptr()),
             out_stride: (n_heads * head_dim) as u32,
             qkv_stride: qkv_stride as u32,
             n_heads: n_heads as u32,
             scale_log2: SCALE * std::f32::consts::LOG2_E,
         };
-        let keys = if head_dim <= 128 { 64 } else { 32 };
-        let grid = Launch {
-            grid: [tiles.len() as u32, n_kv_heads as u32, 1],
-            threads: 256,
-            shared_bytes: ((128 + 4 * keys) * (head_dim + 8) * 2) as u32,
-            seed,
-        };
+        let size = HeadDim::new(head_dim).unwrap();
+        let grid = kernel::paged_prefill(tiles.len(), n_kv_heads as u32, size);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
-        unsafe { launch(&format!("paged_prefill_{head_dim}"), grid, &args) };
+        unsafe { launch(size.prefill(), grid, seed, &args) };
         out
     }
 }
@@ -332,29 +248,19 @@ fn decode_is_close_and_the_same_alone_and_in_a_crowd() {
         let mut world = World::new(shape, &lengths, &mut noise);
         let stride = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim;
         let qkv = noise.bf16s(lengths.len() * stride);
-        let mut sequences: Vec<DecodeSequence> = lengths
+        let mut sequences: Vec<[usize; 3]> = lengths
             .iter()
             .enumerate()
-            .map(|(i, &length)| DecodeSequence {
-                row: i as u32,
-                token: i as u32,
-                position: length as u32 - 1,
-                unused: 0,
-            })
+            .map(|(i, &length)| [i, i, length])
             .collect();
-        sequences.push(DecodeSequence {
-            row: 0,
-            token: 0,
-            position: INERT,
-            unused: 0,
-        });
-        let out = world.decode(&sequences, &qkv, 3, 1);
+        sequences.push([0, 0, 0]);
+        let out = world.decode(&sequences, &qkv, 1);
         for (i, &length) in lengths.iter().enumerate() {
             let want = world.attend(i, length - 1, &qkv[i * stride..], f64::from(SCALE));
             let got = &out[i * want.len()..][..want.len()];
             let why = format!("decode, head size {}, length {length}", shape.head_dim);
             assert_near(&why, got, &want, |_| TOLERANCE);
-            let alone = world.decode(&sequences[i..=i], &qkv, 5, 2);
+            let alone = world.decode(&sequences[i..=i], &qkv, 2);
             assert_eq!(&alone[i * want.len()..][..want.len()], got, "{why}: alone");
         }
     }
@@ -430,23 +336,18 @@ fn rope_turns_pairs_and_appends() {
         let mut qkv = before.clone();
         let args = RopeAppendArgs {
             cache: world.argument(),
-            qkv: qkv.as_mut_ptr(),
-            positions: positions.as_ptr(),
-            rows: rows.as_ptr(),
-            inverse_frequencies: frequencies.as_ptr(),
+            qkv: address(qkv.as_mut_ptr()),
+            positions: address(positions.as_ptr()),
+            rows: address(rows.as_ptr()),
+            inverse_frequencies: address(frequencies.as_ptr()),
             n_heads: n_heads as u32,
             stride: stride as u32,
             scale: 1.5,
             unused: 0,
         };
-        let grid = Launch {
-            grid: [positions.len() as u32, 1, 1],
-            threads: 128,
-            shared_bytes: head_dim as u32 * 4,
-            seed: 3,
-        };
+        let grid = kernel::rope_append(positions.len(), head_dim as u32);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
-        unsafe { launch("rope_append", grid, &args) };
+        unsafe { launch("rope_append", grid, 3, &args) };
         let mut n_written = 0;
         for (t, (&position, &row)) in positions.iter().zip(&rows).enumerate() {
             let (old, new) = (

@@ -1,5 +1,6 @@
 //! The CUDA kernels' own source, compiled for the CPU through `cuda/shim` and held against f64 loops at edge shapes, in
-//! random thread orders, and all of it again under the address sanitizer.
+//! random thread orders, then the whole device on the same shim against the f64 oracle, and all of it again under the
+//! address sanitizer.
 //!
 //! Proves indexing, barriers, waits and arithmetic. It does not prove speed, memory ordering between threads, or nvcc.
 
@@ -10,7 +11,10 @@
 )]
 
 mod attention;
+mod device;
 mod gpu;
+#[path = "../layer/model.rs"]
+mod layer;
 mod rows;
 mod sampling;
 mod shim;

@@ -1,80 +1,12 @@
 //! The operations that work row by row, and those that move rows, blocks and table entries.
 
-use crate::shim::{Launch, Noise, assert_near, bf16, launch, value};
+use crate::shim::{Noise, address, assert_near, bf16, launch, value};
+use kvasir_kernels::cuda::kernel::{
+    self, CopyBlocksArgs, EmbedArgs, GatherRowsArgs, RmsNormArgs, SwigluArgs, UpdateTablesArgs,
+};
 
 /// One rounding to bfloat16 is at most 2^-8 of the value; the rest covers binary32 sums of a few thousand terms.
 const ROUNDED: f64 = 1.001 / 256.0;
-
-#[repr(C)]
-struct EmbedArgs {
-    out: *mut u16,
-    table: *const u16,
-    tokens: *const u32,
-    previous: *const u32,
-    chunks: u32,
-    out_stride: u32,
-    table_stride: u32,
-}
-
-#[repr(C)]
-struct GatherRowsArgs {
-    out: *mut u16,
-    x: *const u16,
-    index: *const u32,
-    chunks: u32,
-    out_stride: u32,
-    x_stride: u32,
-}
-
-#[repr(C)]
-struct CopyBlocksArgs {
-    cache: *mut u16,
-    pairs: *const u32,
-    chunks_per_layer: u64,
-    chunks_per_block: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-struct UpdateTablesArgs {
-    tables: *mut u32,
-    changes: *const u32,
-    n: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-struct SwigluArgs {
-    out: *mut u16,
-    gate_up: *const u16,
-    n: u32,
-    out_stride: u32,
-    in_stride: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-struct RmsNormArgs {
-    out: *mut u16,
-    residual: *mut u16,
-    x: *const u16,
-    weight: *const f32,
-    cols: u32,
-    chunks: u32,
-    out_stride: u32,
-    residual_stride: u32,
-    x_stride: u32,
-    epsilon: f32,
-}
-
-fn grid(x: usize, y: usize, threads: u32, shared_bytes: usize, seed: u64) -> Launch {
-    Launch {
-        grid: [x as u32, y as u32, 1],
-        threads,
-        shared_bytes: shared_bytes as u32,
-        seed,
-    }
-}
 
 /// Rows of `cols` values, padded with zeros to a multiple of 8.
 fn padded(noise: &mut Noise, rows: usize, cols: usize) -> Vec<u16> {
@@ -96,16 +28,17 @@ fn embed_takes_known_and_sampled_tokens() {
         let previous = vec![4_u32, 5];
         let mut out = vec![0xffff_u16; tokens.len() * stride];
         let args = EmbedArgs {
-            out: out.as_mut_ptr(),
-            table: table.as_ptr(),
-            tokens: tokens.as_ptr(),
-            previous: previous.as_ptr(),
+            out: address(out.as_mut_ptr()),
+            table: address(table.as_ptr()),
+            tokens: address(tokens.as_ptr()),
+            previous: address(previous.as_ptr()),
             chunks: stride as u32 / 8,
             out_stride: stride as u32,
             table_stride: stride as u32,
+            unused: 0,
         };
         // SAFETY: every vector holds what the fields above say.
-        unsafe { launch("embed", grid(tokens.len(), 1, 128, 0, 1), &args) };
+        unsafe { launch("embed", kernel::move_rows(tokens.len()), 1, &args) };
         let want: Vec<u16> = [0, 6, 5, 3]
             .iter()
             .flat_map(|&t| &table[t * stride..][..stride])
@@ -122,15 +55,16 @@ fn gather_takes_rows_by_index() {
     let index = vec![4_u32, 0, 4];
     let mut out = vec![0xffff_u16; index.len() * stride];
     let args = GatherRowsArgs {
-        out: out.as_mut_ptr(),
-        x: x.as_ptr(),
-        index: index.as_ptr(),
+        out: address(out.as_mut_ptr()),
+        x: address(x.as_ptr()),
+        index: address(index.as_ptr()),
         chunks: stride as u32 / 8,
         out_stride: stride as u32,
         x_stride: stride as u32,
+        unused: 0,
     };
     // SAFETY: every vector holds what the fields above say.
-    unsafe { launch("gather_rows", grid(index.len(), 1, 128, 0, 1), &args) };
+    unsafe { launch("gather_rows", kernel::move_rows(index.len()), 1, &args) };
     let want: Vec<u16> = index
         .iter()
         .flat_map(|&i| &x[i as usize * stride..][..stride])
@@ -145,15 +79,16 @@ pub(crate) fn overrun() {
     let index = [0_u32, 0];
     let mut out = vec![0_u16; 64 + 56];
     let args = GatherRowsArgs {
-        out: out.as_mut_ptr(),
-        x: x.as_ptr(),
-        index: index.as_ptr(),
+        out: address(out.as_mut_ptr()),
+        x: address(x.as_ptr()),
+        index: address(index.as_ptr()),
         chunks: 8,
         out_stride: 64,
         x_stride: 64,
+        unused: 0,
     };
     // SAFETY: none: 16 bytes are written past `out`. Only called where the sanitizer stops them.
-    unsafe { launch("gather_rows", grid(2, 1, 128, 0, 1), &args) };
+    unsafe { launch("gather_rows", kernel::move_rows(2), 1, &args) };
 }
 
 #[test]
@@ -163,14 +98,14 @@ fn blocks_are_copied_in_every_layer() {
     let mut cache = before.clone();
     let pairs = vec![0_u32, 3, 2, 1];
     let args = CopyBlocksArgs {
-        cache: cache.as_mut_ptr(),
-        pairs: pairs.as_ptr(),
+        cache: address(cache.as_mut_ptr()),
+        pairs: address(pairs.as_ptr()),
         chunks_per_layer: (blocks * block / 8) as u64,
         chunks_per_block: block as u32 / 8,
         unused: 0,
     };
     // SAFETY: every vector holds what the fields above say.
-    unsafe { launch("copy_blocks", grid(2, layers, 256, 0, 1), &args) };
+    unsafe { launch("copy_blocks", kernel::copy_blocks(2, layers), 1, &args) };
     for (i, &element) in cache.iter().enumerate() {
         let (layer, at, within) = (i / block / blocks, i / block % blocks, i % block);
         let from = [0, 2, 2, 0][at];
@@ -183,13 +118,13 @@ fn table_entries_are_scattered() {
     let mut tables = vec![7_u32; 300];
     let changes: Vec<u32> = (0..130).flat_map(|i| [299 - 2 * i, i]).collect();
     let args = UpdateTablesArgs {
-        tables: tables.as_mut_ptr(),
-        changes: changes.as_ptr(),
+        tables: address(tables.as_mut_ptr()),
+        changes: address(changes.as_ptr()),
         n: 130,
         unused: 0,
     };
     // SAFETY: every vector holds what the fields above say.
-    unsafe { launch("update_tables", grid(2, 1, 128, 0, 1), &args) };
+    unsafe { launch("update_tables", kernel::update_tables(130), 1, &args) };
     for (i, &entry) in tables.iter().enumerate() {
         let changed = i % 2 == 1 && i >= 299 - 2 * 129;
         assert_eq!(entry, if changed { (299 - i as u32) / 2 } else { 7 });
@@ -210,21 +145,15 @@ fn swiglu_is_close() {
             .collect();
         let mut out = vec![0_u16; rows * out_stride];
         let args = SwigluArgs {
-            out: out.as_mut_ptr(),
-            gate_up: gate_up.as_ptr(),
+            out: address(out.as_mut_ptr()),
+            gate_up: address(gate_up.as_ptr()),
             n,
             out_stride: out_stride as u32,
             in_stride: in_stride as u32,
             unused: 0,
         };
         // SAFETY: every vector holds what the fields above say.
-        unsafe {
-            launch(
-                "swiglu",
-                grid(rows, n.div_ceil(1024) as usize, 128, 0, 1),
-                &args,
-            )
-        };
+        unsafe { launch("swiglu", kernel::swiglu(rows, n as usize), 1, &args) };
         for (row, out) in gate_up.chunks(in_stride).zip(out.chunks(out_stride)) {
             let want: Vec<f64> = (0..n as usize)
                 .map(|i| {
@@ -257,14 +186,14 @@ fn rms_norm_is_close_with_and_without_the_addition() {
         weight[..cols as usize].fill_with(|| noise.unit());
         let mut out = vec![0xffff_u16; rows * stride];
         let args = RmsNormArgs {
-            out: out.as_mut_ptr(),
+            out: address(out.as_mut_ptr()),
             residual: if add {
-                residual.as_mut_ptr()
+                address(residual.as_mut_ptr())
             } else {
-                std::ptr::null_mut()
+                0
             },
-            x: x.as_ptr(),
-            weight: weight.as_ptr(),
+            x: address(x.as_ptr()),
+            weight: address(weight.as_ptr()),
             cols,
             chunks: stride as u32 / 8,
             out_stride: stride as u32,
@@ -273,7 +202,7 @@ fn rms_norm_is_close_with_and_without_the_addition() {
             epsilon: 1e-5,
         };
         // SAFETY: every vector holds what the fields above say.
-        unsafe { launch("rms_norm", grid(rows, 1, 256, 32, seed), &args) };
+        unsafe { launch("rms_norm", kernel::rms_norm(rows), seed, &args) };
         let summed: Vec<u16> = if add {
             x.iter()
                 .zip(&before)

@@ -1,84 +1,29 @@
 //! Sampling, token for token and bit for bit what `kvasir_kernels::sampling` gives.
 
-use crate::shim::{Launch, Noise, launch};
+use crate::shim::{Noise, address, launch};
+use kvasir_kernels::cuda::kernel::{self, MAX_TOP, SampleArgs, SampleRow};
 use kvasir_kernels::device::{LogitsRow, LogitsWant, Sampling};
 use kvasir_kernels::sampling::{Scratch, sample_row};
 use std::num::NonZeroU32;
 
-#[repr(C)]
-struct SampleRow {
-    temperature: f32,
-    top_p: f32,
-    top_k: u32,
-    output_index: u32,
-    seed: u64,
-    score: u32,
-    n_logprobs: i32,
-}
-
-#[repr(C)]
-struct SampleArgs {
-    logits: *const f32,
-    rows: *const SampleRow,
-    tokens: *mut u32,
-    logprobs: *mut f32,
-    top_ids: *mut u32,
-    top_logprobs: *mut f32,
-    vocabulary: u32,
-    stride: u32,
-}
-
-const MAX_TOP: usize = 256;
-/// `SampleShared` of sample.cu.
-const SHARED_BYTES: u32 = (256 + 256 + 32 + 2) * 8 + 8;
-
-fn encode(row: &LogitsRow) -> SampleRow {
-    let mut out = SampleRow {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        output_index: 0,
-        seed: 0,
-        score: u32::MAX,
-        n_logprobs: row.n_logprobs.map_or(-1, i32::from),
-    };
-    match row.want {
-        LogitsWant::Score { token } => out.score = token,
-        LogitsWant::Sample(s) => {
-            out.temperature = s.temperature;
-            out.top_p = s.top_p;
-            out.top_k = s.top_k.map_or(0, NonZeroU32::get);
-            out.output_index = s.output_index;
-            out.seed = s.seed;
-        }
-    }
-    out
-}
-
 fn check(why: &str, logits: &[f32], rows: &[LogitsRow], seed: u64) {
     let vocabulary = logits.len() / rows.len();
-    let encoded: Vec<SampleRow> = rows.iter().map(encode).collect();
+    let encoded: Vec<SampleRow> = rows.iter().map(kvasir_kernels::cuda::sample_row).collect();
     let n = rows.len();
     let (mut tokens, mut logprobs) = (vec![u32::MAX; n], vec![0.0_f32; n]);
     let (mut top_ids, mut top_logprobs) = (vec![u32::MAX; n * MAX_TOP], vec![0.0_f32; n * MAX_TOP]);
     let args = SampleArgs {
-        logits: logits.as_ptr(),
-        rows: encoded.as_ptr(),
-        tokens: tokens.as_mut_ptr(),
-        logprobs: logprobs.as_mut_ptr(),
-        top_ids: top_ids.as_mut_ptr(),
-        top_logprobs: top_logprobs.as_mut_ptr(),
+        logits: address(logits.as_ptr()),
+        rows: address(encoded.as_ptr()),
+        tokens: address(tokens.as_mut_ptr()),
+        logprobs: address(logprobs.as_mut_ptr()),
+        top_ids: address(top_ids.as_mut_ptr()),
+        top_logprobs: address(top_logprobs.as_mut_ptr()),
         vocabulary: vocabulary as u32,
         stride: vocabulary as u32,
     };
-    let grid = Launch {
-        grid: [n as u32, 1, 1],
-        threads: 1024,
-        shared_bytes: SHARED_BYTES,
-        seed,
-    };
     // SAFETY: every vector holds what the fields above say.
-    unsafe { launch("sample", grid, &args) };
+    unsafe { launch("sample", kernel::sample(n), seed, &args) };
     let mut scratch = Scratch::default();
     for (l, row) in rows.iter().enumerate() {
         let want = sample_row(&logits[l * vocabulary..][..vocabulary], row, &mut scratch);

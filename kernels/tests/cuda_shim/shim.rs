@@ -1,114 +1,33 @@
-//! Builds the shim's library with g++ once a process, and launches kernels in it by name.
+//! Launches of single kernels, and the noise that they are fed.
 
-use std::ffi::{CStr, CString, c_void};
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
+use kvasir_kernels::cuda::driver::{Arguments, Launch};
+pub(crate) use kvasir_kernels::cuda::shim::sanitized;
 
-/// Whether this process runs under the address sanitizer.
-pub(crate) fn sanitized() -> bool {
-    std::env::var_os("KVASIR_SHIM_SANITIZE").is_some()
-}
-
-/// The shape of a launch.
-#[derive(Clone, Copy)]
-pub(crate) struct Launch {
-    pub(crate) grid: [u32; 3],
-    pub(crate) threads: u32,
-    pub(crate) shared_bytes: u32,
-    /// Orders the threads.
-    pub(crate) seed: u64,
-}
-
-/// Runs the kernel `name` to its end.
+/// Runs the kernel `name` to its end, its threads in an order that `seed` chooses.
 ///
 /// # Safety
-/// `Args` mirrors the kernel's struct of arguments; its pointers are valid for what the kernel does with them.
-pub(crate) unsafe fn launch<Args>(name: &str, launch: Launch, args: &Args) {
+/// `args` is the kernel's struct of arguments; its addresses are valid for what the kernel does with them.
+pub(crate) unsafe fn launch<A: Arguments>(name: &'static str, launch: Launch, seed: u64, args: &A) {
     if crate::gpu::wanted() {
         // SAFETY: the caller's promise.
-        return unsafe { crate::gpu::launch(name, launch, std::ptr::from_ref(args).cast()) };
+        return unsafe { crate::gpu::launch(name, launch, args) };
     }
-    type Run = unsafe extern "C" fn(*mut c_void, *const u32, u32, u32, *const c_void, u64);
-    // SAFETY: `kvasir_shim_launch` has this signature (shim.cpp), and `<name>_args_bytes` is a u32 (shim.h).
+    let bytes = size_of::<A>();
+    // SAFETY: the caller's promise.
     unsafe {
-        let run: Run = std::mem::transmute::<*mut c_void, Run>(symbol("kvasir_shim_launch"));
-        let bytes = *symbol(&format!("{name}_args_bytes")).cast::<u32>();
-        assert_eq!(bytes as usize, size_of::<Args>(), "the arguments of {name}");
-        let args = std::ptr::from_ref(args).cast();
-        run(
-            symbol(name),
-            launch.grid.as_ptr(),
-            launch.threads,
-            launch.shared_bytes,
-            args,
-            launch.seed,
+        kvasir_kernels::cuda::shim::launch(
+            name,
+            launch,
+            std::ptr::from_ref(args).cast(),
+            bytes,
+            seed,
         );
     }
 }
 
-fn symbol(name: &str) -> *mut c_void {
-    static LIBRARY: OnceLock<usize> = OnceLock::new();
-    let library = *LIBRARY.get_or_init(|| {
-        let path = CString::new(build().into_os_string().into_encoded_bytes()).unwrap();
-        // SAFETY: a path to a library that has no constructors with side effects.
-        let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        assert!(!handle.is_null(), "{}", last_error());
-        handle as usize
-    });
-    let name = CString::new(name).unwrap();
-    // SAFETY: the handle came from dlopen and is never closed.
-    let found = unsafe { libc::dlsym(library as *mut c_void, name.as_ptr()) };
-    assert!(!found.is_null(), "{}", last_error());
-    found
-}
-
-fn last_error() -> String {
-    // SAFETY: called right after a failure, so dlerror returns a string that lives until the next call.
-    unsafe { CStr::from_ptr(libc::dlerror()) }
-        .to_string_lossy()
-        .into_owned()
-}
-
-/// The library of all kernels: about 5 s of g++.
-fn build() -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
-    let kind = if sanitized() { "sanitized" } else { "plain" };
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let library = folder.join(format!("cuda-shim-{kind}.so"));
-    let unfinished = folder.join(format!("cuda-shim-{kind}-{}.so", std::process::id()));
-    let mut kernels: Vec<PathBuf> = std::fs::read_dir(&source)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
-        .collect();
-    kernels.sort();
-    let mut command = Command::new("g++");
-    // No fused multiply-add: sampling is exact to the bit.
-    command.args("-x c++ -std=c++20 -O2 -g1 -ffp-contract=off -fPIC -shared -Wall -Werror -Wno-unknown-pragmas".split(' '));
-    if sanitized() {
-        command.args(["-fsanitize=address", "-fno-omit-frame-pointer"]);
-    }
-    command
-        .arg("-DKVASIR_SHIM")
-        .arg("-I")
-        .arg(&source)
-        .args(&kernels)
-        .arg(source.join("shim/shim.cpp"));
-    // Without the sanitizer's library among the parent's preloads: it would check g++ itself.
-    let output = command
-        .arg("-o")
-        .arg(&unfinished)
-        .env_remove("LD_PRELOAD")
-        .output()
-        .expect("g++ is installed");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    std::fs::rename(&unfinished, &library).unwrap();
-    library
+/// The address of what a kernel reads or writes.
+pub(crate) fn address<T>(of: *const T) -> u64 {
+    of.expose_provenance() as u64
 }
 
 /// Repeatable noise: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).

@@ -192,7 +192,9 @@ impl Llama {
             gated: plan(Rows::Tokens, config.intermediate_size)?,
             delta: plan(Rows::Tokens, config.hidden_size)?,
             last: plan(Rows::Logits, config.hidden_size)?,
-            logits: plan(Rows::Logits, config.vocab_size)?,
+            logits: device
+                .plan_logits(config.vocab_size)
+                .map_err(LoadError::Device)?,
         };
         Ok(Self {
             parameters: Parameters {

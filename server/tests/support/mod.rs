@@ -21,6 +21,9 @@ pub(crate) enum DeviceKind {
     Reference,
     /// One thread and many give the same; two are the fewest that share work.
     Cpu,
+    /// The CUDA device: its kernels' source on the CPU, or, with `KVASIR_TEST_GPU`, the GPU itself.
+    #[cfg(feature = "cuda-shim")]
+    Cuda,
 }
 
 impl DeviceKind {
@@ -31,13 +34,45 @@ impl DeviceKind {
                 config,
                 NonZeroUsize::MIN.saturating_add(1),
             )?)),
+            #[cfg(feature = "cuda-shim")]
+            Self::Cuda => cuda(config),
         }
     }
 }
 
-/// Every folder of tests/golden that holds a golden.json, in order.
+#[cfg(feature = "cuda-shim")]
+fn cuda(config: DeviceConfig) -> Result<Box<dyn Device>, DeviceError> {
+    use kvasir_kernels::cuda::CudaDevice;
+    #[cfg(feature = "cuda")]
+    if std::env::var_os("KVASIR_TEST_GPU").is_some() {
+        let gpu = kvasir_kernels::cuda::gpu::Gpu::open()?;
+        return Ok(Box::new(CudaDevice::new(gpu, config)?));
+    }
+    Ok(Box::new(CudaDevice::new(
+        kvasir_kernels::cuda::shim::Shim::default(),
+        config,
+    )?))
+}
+
+/// The cases whose head size the CUDA device has.
+#[cfg(feature = "cuda-shim")]
+pub(crate) fn cuda_cases() -> Vec<PathBuf> {
+    let has = |path: &PathBuf| {
+        let config = std::fs::read(path.join("config.json")).unwrap();
+        let config = LlamaConfig::parse(&config, None).unwrap();
+        kvasir_kernels::cuda::kernel::HeadDim::new(config.head_dim).is_some()
+    };
+    let cases: Vec<PathBuf> = cases().into_iter().filter(has).collect();
+    assert!(cases.len() >= 3, "the golden files are there");
+    cases
+}
+
+/// Every folder of tests/golden that holds a golden.json, in order; `KVASIR_GOLDEN` names another root.
 pub(crate) fn cases() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let root = std::env::var_os("KVASIR_GOLDEN").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
+        PathBuf::from,
+    );
     let folders = std::fs::read_dir(root)
         .unwrap()
         .map(|entry| entry.unwrap().path());

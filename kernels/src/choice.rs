@@ -1,0 +1,111 @@
+//! Which device serves: the GPU where there is one, the CPU elsewhere, or what was asked for and nothing else.
+//!
+//! It knows what each device prefers, so that nobody else asks which one it is.
+
+use std::num::NonZeroUsize;
+
+use crate::cpu::CpuDevice;
+use crate::device::{Device, DeviceConfig, DeviceError, Precision};
+
+/// What was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The GPU, or the CPU where there is none that can be used.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU; never the CPU instead.
+    Cuda,
+}
+
+/// A device that is there, before it knows a model.
+pub struct ChosenDevice {
+    found: Found,
+    why_not_cuda: Option<String>,
+}
+
+enum Found {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(Box<crate::cuda::gpu::Gpu>),
+}
+
+/// What a device is best run with, where the user has not said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preferences {
+    /// Sequences in a step.
+    pub max_sequences: u32,
+    /// Tokens in a step.
+    pub max_tokens: u32,
+    /// `None`: the model's own.
+    pub precision: Option<Precision>,
+}
+
+impl ChosenDevice {
+    /// Finds the device. With [`DeviceChoice::Cuda`] the error says what is missing.
+    pub fn find(choice: DeviceChoice) -> Result<Self, DeviceError> {
+        let cpu = |why_not_cuda| Self {
+            found: Found::Cpu,
+            why_not_cuda,
+        };
+        if choice == DeviceChoice::Cpu {
+            return Ok(cpu(None));
+        }
+        match find_cuda() {
+            Ok(found) => Ok(Self {
+                found,
+                why_not_cuda: None,
+            }),
+            Err(error) if choice == DeviceChoice::Auto => Ok(cpu(Some(error.to_string()))),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Why [`DeviceChoice::Auto`] did not take the GPU.
+    pub fn why_not_cuda(&self) -> Option<&str> {
+        self.why_not_cuda.as_deref()
+    }
+
+    /// What it is best run with.
+    pub fn preferences(&self) -> Preferences {
+        match &self.found {
+            Found::Cpu => Preferences {
+                max_sequences: 64,
+                max_tokens: 512,
+                precision: None,
+            },
+            #[cfg(feature = "cuda")]
+            Found::Cuda(_) => Preferences {
+                max_sequences: 256,
+                max_tokens: 8192,
+                precision: Some(Precision::BF16),
+            },
+        }
+    }
+
+    /// Makes it for a model; `n_threads` compute where it is the CPU.
+    pub fn make(
+        self,
+        config: DeviceConfig,
+        n_threads: NonZeroUsize,
+    ) -> Result<Box<dyn Device>, DeviceError> {
+        match self.found {
+            Found::Cpu => Ok(Box::new(CpuDevice::new(config, n_threads)?)),
+            #[cfg(feature = "cuda")]
+            Found::Cuda(gpu) => Ok(Box::new(crate::cuda::CudaDevice::new(*gpu, config)?)),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn find_cuda() -> Result<Found, DeviceError> {
+    crate::cuda::gpu::Gpu::open().map(|gpu| Found::Cuda(Box::new(gpu)))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn find_cuda() -> Result<Found, DeviceError> {
+    Err(DeviceError::Unavailable {
+        device: "cuda",
+        why: "this build of kvasir-server has no CUDA device; use --device cpu, or an image built with CUDA".to_owned(),
+    })
+}
