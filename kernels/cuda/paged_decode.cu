@@ -49,28 +49,6 @@ constexpr int decode_stages = D <= 64 ? 4 : D <= 128 ? 3 : 2;
 template <int D>
 constexpr int decode_tile_elements = DECODE_TILE * row_stride<D>;
 
-/// Starts the copies of one tile: keys, then values. Tokens at or past `length` become zeros.
-template <int D>
-static __device__ inline void load_decode_tile(bf16* keys, const KvCache& cache, uint32_t row, uint32_t head,
-                                               uint32_t first, uint32_t length) {
-    static_assert(DECODE_TILE * D / 8 % 32 == 0, "every lane copies the same number of chunks");
-    const uint32_t lane = threadIdx.x % 32;
-    const uint32_t token = first + lane % DECODE_TILE;
-    const uint32_t mine = token < length ? key_chunk(cache, row, token, head) : 0;
-    const uint4* layer = reinterpret_cast<const uint4*>(cache.layer);
-    const uint32_t to_value = value_offset(cache);
-    bf16* values = keys + decode_tile_elements<D>;
-#pragma unroll
-    for (int i = 0; i < DECODE_TILE * D / 8 / 32; ++i) {
-        const uint32_t chunk = i * 32 + lane;
-        const uint32_t t = chunk / (D / 8), c = chunk % (D / 8);
-        const bool valid = first + t < length;
-        const uint32_t from = __shfl_sync(ALL_LANES, mine, t) + c;
-        copy_async_16(keys + t * row_stride<D> + c * 8, layer + from, valid);
-        copy_async_16(values + t * row_stride<D> + c * 8, layer + from + (valid ? to_value : 0), valid);
-    }
-}
-
 /// Shared memory: the 16 query rows, then each warp's ring of (keys, values), reused for the warps' results
 /// ([16][D] floats each, which a stage always holds), then [warps][16] maxima and sums.
 template <int D>
@@ -101,9 +79,10 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     const uint32_t n_tiles = (end - start + DECODE_TILE - 1) / DECODE_TILE;
     const auto load = [&](uint32_t j) {
         const uint32_t tile = warp + j * DECODE_WARPS;
+        bf16* keys = ring + j % stages * stage_elements;
         if (tile < n_tiles)
-            load_decode_tile<D>(ring + j % stages * stage_elements, cache, item.row, kv_head,
-                                start + tile * DECODE_TILE, end);
+            load_tokens<D, DECODE_TILE, row_stride<D>>(keys, keys + decode_tile_elements<D>, cache, item.row, kv_head,
+                                                       start + tile * DECODE_TILE, end);
         copy_async_commit();
     };
 #pragma unroll
@@ -116,25 +95,25 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
             r < n_rows ? *reinterpret_cast<const uint4*>(query + r * D + c * 8) : uint4{0, 0, 0, 0};
     }
     __syncthreads();
-    const Queries<D> queries(shared_queries);
-    Accumulator<D> accumulator;
+    const Queries<D, 1> queries(shared_queries);
+    Accumulator<D, 1> accumulator;
     const uint32_t lane = threadIdx.x % 32;
     for (uint32_t j = 0; warp + j * DECODE_WARPS < n_tiles; ++j) {
         copy_async_wait<stages - 2>();
         __syncwarp();  // This tile is there for all lanes, and all are done with the tile before.
         load(j + stages - 1);
         const bf16* keys = ring + j % stages * stage_elements;
-        float s[DECODE_TILE / 8][4];
-        scores<D>(s, queries, keys);
+        float s[1][DECODE_TILE / 8][4];
+        scores(s, queries, keys);
         const uint32_t first = start + (warp + j * DECODE_WARPS) * DECODE_TILE;
 #pragma unroll
         for (int n = 0; n < DECODE_TILE / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint32_t position = first + n * 8 + lane % 4 * 2 + i % 2;
-                s[n][i] = position < end ? s[n][i] * args.scale_log2 : MINUS_INFINITY;
+                s[0][n][i] = position < end ? s[0][n][i] : MINUS_INFINITY;
             }
-        accumulator.add(s, keys + decode_tile_elements<D>);
+        accumulator.add(s, keys + decode_tile_elements<D>, args.scale_log2);
     }
     accumulator.finish();
     copy_async_wait<0>();
@@ -145,11 +124,11 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     for (int d = 0; d < D / 8; ++d)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            result[(lane / 4 + i / 2 * 8) * D + d * 8 + lane % 4 * 2 + i % 2] = accumulator.o[d][i];
+            result[(lane / 4 + i / 2 * 8) * D + d * 8 + lane % 4 * 2 + i % 2] = accumulator.o[0][d][i];
     if (lane % 4 == 0) {
         for (int r = 0; r < 2; ++r) {
-            maxima[warp * 16 + lane / 4 + r * 8] = accumulator.m[r];
-            sums[warp * 16 + lane / 4 + r * 8] = accumulator.l[r];
+            maxima[warp * 16 + lane / 4 + r * 8] = accumulator.top[0][r] * args.scale_log2;
+            sums[warp * 16 + lane / 4 + r * 8] = accumulator.l[0][r];
         }
     }
     __syncthreads();

@@ -1,7 +1,7 @@
 // Causal attention of prefill chunks over the paged KV cache, the chunk's own tokens included (they are appended before).
 //
-// Grid (tiles of the plan, kv heads); 8 warps of 16 rows. A row is one query head of one token: the heads of a group
-// stand side by side, so that K and V are read once for all of them. Tiles of 64 keys (32 from head size 192) at absolute
+// Grid (tiles of the plan, kv heads); 4 warps of 32 rows (16 from head size 192). A row is one query head of one token: the
+// heads of a group stand side by side, so that K and V are read once for all of them. Tiles of 64 keys (32 from head size 192) at absolute
 // positions, double-buffered by asynchronous copies. A row's result depends on its position only, not on the chunking.
 //
 // Measured on an H100 (32/8 heads, size 128, block 16, causal): 2k 170 TFLOP/s, 8k 243, 16k 254; PyTorch's attention on
@@ -28,44 +28,43 @@ struct PagedPrefillArgs {
     float scale_log2;  // scale * log2(e)
 };
 
-constexpr int PREFILL_WARPS = 8;
-constexpr int PREFILL_ROWS = PREFILL_WARPS * 16;
+constexpr int PREFILL_WARPS = 4;
+
+/// Tiles of 16 rows that a warp has: as many as its registers hold.
+template <int D>
+constexpr int prefill_m = D <= 128 ? 2 : 1;
+
+template <int D>
+constexpr int prefill_rows = PREFILL_WARPS * 16 * prefill_m<D>;
 
 /// Keys of a tile.
 template <int D>
 constexpr int prefill_keys = D <= 128 ? 64 : 32;
 
-/// Starts the copies of one tile of keys and values. Tokens at or past `length` become zeros.
+/// Starts the copies of one tile of keys and values, an equal part by each warp.
 template <int D>
 static __device__ inline void load_prefill_tile(bf16* keys, const KvCache& cache, uint32_t row, uint32_t head,
                                                 uint32_t first, uint32_t length) {
-    constexpr uint32_t n_chunks = prefill_keys<D> * D / 8;
-    const uint4* layer = reinterpret_cast<const uint4*>(cache.layer);
-    const uint32_t to_value = value_offset(cache);
+    constexpr int n = prefill_keys<D> / PREFILL_WARPS;
+    const uint32_t mine = threadIdx.x / 32 * n;
     bf16* values = keys + prefill_keys<D> * row_stride<D>;
-#pragma unroll
-    for (uint32_t chunk = threadIdx.x; chunk < n_chunks; chunk += PREFILL_WARPS * 32) {
-        const uint32_t t = chunk / (D / 8), c = chunk % (D / 8);
-        const bool valid = first + t < length;
-        const uint32_t from = valid ? key_chunk(cache, row, first + t, head) + c : 0;
-        copy_async_16(keys + t * row_stride<D> + c * 8, layer + from, valid);
-        copy_async_16(values + t * row_stride<D> + c * 8, layer + from + (valid ? to_value : 0), valid);
-    }
+    load_tokens<D, n, row_stride<D>>(keys + mine * row_stride<D>, values + mine * row_stride<D>, cache, row, head,
+                                     first + mine, length);
 }
 
-/// Shared memory: the tile's query rows, then two stages of (keys, values).
+/// Shared memory: the tile's query rows, then two stages of (keys, values), then each row's limit.
 template <int D>
 static __device__ inline void paged_prefill(const PagedPrefillArgs& args) {
-    constexpr int n_keys = prefill_keys<D>;
+    constexpr int n_keys = prefill_keys<D>, M = prefill_m<D>;
     constexpr int stage_elements = 2 * n_keys * row_stride<D>;
     const KvCache& cache = args.cache;
     const PrefillTile tile = args.tiles[blockIdx.x];
     const uint32_t kv_head = blockIdx.y;
     const uint32_t group = args.n_heads / cache.n_kv_heads;
-    const uint32_t n_rows = min(tile.n_tokens * group - tile.first_row, uint32_t(PREFILL_ROWS));
+    const uint32_t n_rows = min(tile.n_tokens * group - tile.first_row, uint32_t(prefill_rows<D>));
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     bf16* shared_queries = reinterpret_cast<bf16*>(shared_memory());
-    bf16* ring = shared_queries + PREFILL_ROWS * row_stride<D>;
+    bf16* ring = shared_queries + prefill_rows<D> * row_stride<D>;
 
     // Where a row of the tile lies in qkv and out, and its position.
     const auto token_of = [&](uint32_t r) { return (tile.first_row + r) / group; };
@@ -75,7 +74,7 @@ static __device__ inline void paged_prefill(const PagedPrefillArgs& args) {
 
     load_prefill_tile<D>(ring, cache, tile.row, kv_head, 0, length);
     copy_async_commit();
-    for (uint32_t chunk = threadIdx.x; chunk < PREFILL_ROWS * D / 8; chunk += blockDim.x) {
+    for (uint32_t chunk = threadIdx.x; chunk < prefill_rows<D> * D / 8; chunk += blockDim.x) {
         const uint32_t r = chunk / (D / 8), c = chunk % (D / 8);
         uint4 query{0, 0, 0, 0};
         if (r < n_rows)
@@ -83,15 +82,16 @@ static __device__ inline void paged_prefill(const PagedPrefillArgs& args) {
                                                     head_of(r) * D + c * 8);
         *reinterpret_cast<uint4*>(shared_queries + r * row_stride<D> + c * 8) = query;
     }
+    // The last position that each row sees; rows past the end see what the last one sees, and are not written.
+    uint32_t* limits = reinterpret_cast<uint32_t*>(ring + 2 * stage_elements);
+    for (uint32_t r = threadIdx.x; r < prefill_rows<D>; r += blockDim.x)
+        limits[r] = tile.first_position + token_of(min(r, n_rows - 1));
     __syncthreads();
-    const Queries<D> queries(shared_queries + warp * 16 * row_stride<D>);
-    Accumulator<D> accumulator;
-    const uint32_t my_rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
-    // Rows past the end see what the last one sees; they are not written.
-    const uint32_t limits[2] = {tile.first_position + token_of(min(my_rows[0], n_rows - 1)),
-                                tile.first_position + token_of(min(my_rows[1], n_rows - 1))};
-    const uint32_t first_limit = tile.first_position + token_of(min(warp * 16, n_rows - 1));
-    const uint32_t last_limit = tile.first_position + token_of(min(warp * 16 + 15, n_rows - 1));
+    const uint32_t warp_row = warp * 16 * M;
+    const Queries<D, M> queries(shared_queries + warp_row * row_stride<D>);
+    Accumulator<D, M> accumulator;
+    // Row r of this lane, of 2 M.
+    const auto my_row = [&](int m, int r) { return warp_row + m * 16 + r * 8 + lane / 4; };
 
     for (uint32_t j = 0; j < n_tiles; ++j) {
         copy_async_wait<0>();
@@ -100,37 +100,48 @@ static __device__ inline void paged_prefill(const PagedPrefillArgs& args) {
             load_prefill_tile<D>(ring + (j + 1) % 2 * stage_elements, cache, tile.row, kv_head, (j + 1) * n_keys, length);
         copy_async_commit();
         const uint32_t first = j * n_keys;
-        if (first > last_limit) continue;  // Nothing in it is visible to this warp.
+        if (first > limits[warp_row + 16 * M - 1]) continue;  // Nothing in it is visible to this warp.
         const bf16* keys = ring + j % 2 * stage_elements;
-        float s[n_keys / 8][4];
-        scores<D>(s, queries, keys);
-        const bool whole = first + n_keys - 1 <= first_limit;
+        float s[M][n_keys / 8][4];
+        scores(s, queries, keys);
+        const bool whole = first + n_keys - 1 <= limits[warp_row];  // Every row of this warp sees all of it.
+        // ptxas keeps all in registers for sm_80 if the masking is branched around, for sm_90a if it is not.
+        if (AT_LEAST_SM_90 || !whole) {
 #pragma unroll
-        for (int n = 0; n < n_keys / 8; ++n)
+            for (int m = 0; m < M; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t position = first + n * 8 + lane % 4 * 2 + i % 2;
-                s[n][i] = whole || position <= limits[i / 2] ? s[n][i] * args.scale_log2 : MINUS_INFINITY;
-            }
-        accumulator.add(s, keys + n_keys * row_stride<D>);
+                for (int r = 0; r < 2; ++r) {
+                    const uint32_t limit = limits[my_row(m, r)];
+#pragma unroll
+                    for (int n = 0; n < n_keys / 8; ++n)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i)
+                            if (!whole && first + n * 8 + lane % 4 * 2 + i > limit) s[m][n][2 * r + i] = MINUS_INFINITY;
+                }
+        }
+        accumulator.add(s, keys + n_keys * row_stride<D>, args.scale_log2);
     }
     accumulator.finish();
 
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (my_rows[r] >= n_rows) continue;
-        const float inverse = 1.0f / accumulator.l[r];
-        uint32_t* out = reinterpret_cast<uint32_t*>(
-            args.out + uint64_t(tile.first_token + token_of(my_rows[r])) * args.out_stride + head_of(my_rows[r]) * D);
+    for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int d = 0; d < D / 8; ++d)
-            out[d * 4 + lane % 4] = pack_bf16(accumulator.o[d][2 * r] * inverse, accumulator.o[d][2 * r + 1] * inverse);
-    }
+        for (int r = 0; r < 2; ++r) {
+            const uint32_t row = my_row(m, r);
+            if (row >= n_rows) continue;
+            const float inverse = 1.0f / accumulator.l[m][r];
+            uint32_t* out = reinterpret_cast<uint32_t*>(
+                args.out + uint64_t(tile.first_token + token_of(row)) * args.out_stride + head_of(row) * D);
+#pragma unroll
+            for (int d = 0; d < D / 8; ++d)
+                out[d * 4 + lane % 4] =
+                    pack_bf16(accumulator.o[m][d][2 * r] * inverse, accumulator.o[m][d][2 * r + 1] * inverse);
+        }
 }
 
-KERNEL(paged_prefill_64, PagedPrefillArgs, 256, 1) { paged_prefill<64>(args); }
-KERNEL(paged_prefill_80, PagedPrefillArgs, 256, 1) { paged_prefill<80>(args); }
-KERNEL(paged_prefill_96, PagedPrefillArgs, 256, 1) { paged_prefill<96>(args); }
-KERNEL(paged_prefill_128, PagedPrefillArgs, 256, 1) { paged_prefill<128>(args); }
-KERNEL(paged_prefill_192, PagedPrefillArgs, 256, 1) { paged_prefill<192>(args); }
-KERNEL(paged_prefill_256, PagedPrefillArgs, 256, 1) { paged_prefill<256>(args); }
+KERNEL(paged_prefill_64, PagedPrefillArgs, 128, 2) { paged_prefill<64>(args); }
+KERNEL(paged_prefill_80, PagedPrefillArgs, 128, 2) { paged_prefill<80>(args); }
+KERNEL(paged_prefill_96, PagedPrefillArgs, 128, 2) { paged_prefill<96>(args); }
+KERNEL(paged_prefill_128, PagedPrefillArgs, 128, 2) { paged_prefill<128>(args); }
+KERNEL(paged_prefill_192, PagedPrefillArgs, 128, 2) { paged_prefill<192>(args); }
+KERNEL(paged_prefill_256, PagedPrefillArgs, 128, 2) { paged_prefill<256>(args); }

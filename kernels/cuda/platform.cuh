@@ -8,11 +8,32 @@
 
 #ifdef KVASIR_SHIM
 #include "shim/shim.h"
+constexpr bool AT_LEAST_SM_90 = true;
 #else
 
+#if __CUDA_ARCH__ >= 900
+constexpr bool AT_LEAST_SM_90 = true;
+#else
+constexpr bool AT_LEAST_SM_90 = false;
+#endif
+
+// A kernel may be launched while the one before it still runs (programmatic dependent launch, CUDA C++ programming guide,
+// section 6.4): it first lets the next one start likewise, then waits until all before it are done and written.
+static __device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900  // Older assemblers refuse the instructions.
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #define KERNEL(name, Args, threads, blocks_per_multiprocessor)                                 \
+    static __device__ __forceinline__ void name##_block(const Args& args);                     \
     extern "C" __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)           \
-        name(const __grid_constant__ Args args)
+        name(const __grid_constant__ Args args) {                                              \
+        wait_for_previous_kernel();                                                            \
+        name##_block(args);                                                                    \
+    }                                                                                          \
+    static __device__ __forceinline__ void name##_block(const Args& args)
 
 extern __shared__ __align__(16) unsigned char kvasir_shared_memory[];
 

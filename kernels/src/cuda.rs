@@ -147,7 +147,8 @@ impl<D: Driver> CudaDevice<D> {
             logits: max_logits,
             items: bucket_items(limits.max_sequences * max_partitions),
             sequences: bucket_rows(limits.max_sequences),
-            tiles: limits.max_tokens * group / kernel::PREFILL_ROWS as usize + limits.max_sequences,
+            tiles: limits.max_tokens * group / head_dim.prefill_rows() as usize
+                + limits.max_sequences,
             merges: true,
         };
         let input_bytes = largest.layout().end + 2 * EDITS * 8;
@@ -571,7 +572,12 @@ impl<D: Driver> Device for CudaDevice<D> {
         self.step.begin(input);
         let shape = self.world.config.attention;
         let group = (shape.n_heads / shape.n_kv_heads) as u32;
-        self.plan.make(&self.step, group, self.world.partial_items);
+        self.plan.make(
+            &self.step,
+            self.world.head_dim,
+            group,
+            self.world.partial_items,
+        );
         let (ticket, slot) = (self.next_ticket, self.next_ticket as usize % 2);
         self.next_ticket += 1;
         self.send(slot, input)?;

@@ -121,9 +121,17 @@ fn requests(case: &Path) -> Vec<Request> {
 fn cuda_crowd(case: &Path, shape: Shape) -> Counters {
     let golden = golden(case);
     let bound = golden["margin_bound"].as_f64().unwrap() as f32;
-    let requests: Vec<Request> = requests(case)
+    let greedy = requests(case)
         .into_iter()
-        .filter(|r| r.sampling.temperature == 0.0)
+        .filter(|r| r.sampling.temperature == 0.0);
+    // Each three times, so that a small pool is not enough.
+    let requests: Vec<Request> = greedy
+        .flat_map(|request| std::iter::repeat_n(request, 3))
+        .zip(0..)
+        .map(|(request, id)| Request {
+            id: RequestId(id),
+            ..request
+        })
         .collect();
     let (answers, counters) = answers(start(case, DeviceKind::Cuda, shape), &requests);
     for request in &requests {

@@ -39,6 +39,8 @@ pub struct Gpu {
     pinned: Vec<*mut c_void>,
     spare_events: Vec<sys::CUevent>,
     n_multiprocessors: u32,
+    /// Kernels may be launched before the one before them has ended: from compute capability 9.0 on.
+    starts_early: bool,
     name: String,
 }
 
@@ -159,6 +161,7 @@ impl Gpu {
             pinned: Vec::new(),
             spare_events: Vec::new(),
             n_multiprocessors,
+            starts_early: capability >= (9, 0),
             name,
         };
         gpu.load_kernels()?;
@@ -366,16 +369,35 @@ impl Driver for Gpu {
         let function = *self.functions.get(name).expect("a kernel of kernels/cuda");
         let [x, y, z] = launch.grid;
         let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream,
+            attrs: &mut early,
+            // Every kernel begins by waiting for those before it (platform.cuh), where its architecture knows how.
+            numAttrs: u32::from(self.starts_early),
+        };
         // SAFETY: the kernel takes one struct, which is read before the call returns; the rest is the caller's promise.
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &config,
                 function,
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.shared_bytes,
-                self.stream,
-                &mut parameters,
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
+            .result()
         }
         .map_err(|error| failed(name, error))
     }

@@ -49,12 +49,15 @@ impl HeadDim {
     pub fn prefill(self) -> &'static str {
         self.prefill
     }
+
+    /// Rows (token, head of the group) of one tile of it.
+    pub fn prefill_rows(self) -> u32 {
+        if self.elements <= 128 { 128 } else { 64 }
+    }
 }
 
 /// Positions that one block of `paged_decode` attends to.
 pub const PARTITION: u32 = 256;
-/// Rows (token, head of the group) of one tile of `paged_prefill`.
-pub const PREFILL_ROWS: u32 = 128;
 /// Log-probabilities that `sample` can report of a row.
 pub const MAX_TOP: usize = 256;
 /// Marks a token id that is an index into the step before's draws.
@@ -322,7 +325,7 @@ pub fn merge_partitions(sequences: usize, n_heads: u32, head_dim: HeadDim) -> La
     grid([n_heads, sequences as u32, 1], head_dim.elements, 0)
 }
 
-/// Up to [`PREFILL_ROWS`] rows of one span, for `paged_prefill`.
+/// Up to [`HeadDim::prefill_rows`] rows of one span, for `paged_prefill`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PrefillTile {
@@ -365,8 +368,9 @@ pub struct PagedPrefillArgs {
 /// A block each tile and KV head.
 pub fn paged_prefill(tiles: usize, n_kv_heads: u32, head_dim: HeadDim) -> Launch {
     let keys = if head_dim.elements <= 128 { 64 } else { 32 };
-    let shared_bytes = (PREFILL_ROWS + 4 * keys) * (head_dim.elements + 8) * 2;
-    grid([tiles as u32, n_kv_heads, 1], 256, shared_bytes)
+    let rows = head_dim.prefill_rows();
+    let shared_bytes = (rows + 4 * keys) * (head_dim.elements + 8) * 2 + rows * 4;
+    grid([tiles as u32, n_kv_heads, 1], 128, shared_bytes)
 }
 
 /// `swiglu`.

@@ -9,7 +9,7 @@ use std::num::NonZeroU32;
 use std::ops::Range;
 
 use super::kernel::{
-    DRAW, DecodeItem, DecodeSequence, INERT, PARTITION, PREFILL_ROWS, PrefillTile, SampleRow,
+    DRAW, DecodeItem, DecodeSequence, HeadDim, INERT, PARTITION, PrefillTile, SampleRow,
 };
 
 /// How many of each there are, padding included.
@@ -83,7 +83,7 @@ pub(super) fn bucket(n: usize, largest_step: usize) -> usize {
     match n {
         0 => 0,
         1..=8 => n.next_power_of_two(),
-        _ => n.next_multiple_of(((n - 1).next_power_of_two() / 16).clamp(8, largest_step)),
+        _ => n.next_multiple_of((n.next_power_of_two() / 16).clamp(8, largest_step)),
     }
 }
 
@@ -109,7 +109,7 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Plans `step` for `group` query heads a KV head and `room` items at once, at least as many as a sequence has.
-    pub(super) fn make(&mut self, step: &Step, group: u32, room: usize) {
+    pub(super) fn make(&mut self, step: &Step, head_dim: HeadDim, group: u32, room: usize) {
         self.items.clear();
         self.sequences.clear();
         self.tiles.clear();
@@ -121,7 +121,7 @@ impl Plan {
         for span in &step.spans {
             if span.n_tokens > 1 {
                 // The last tiles see the most keys: they start first, so that the short ones fill the end.
-                let starts = (0..span.n_tokens * group).step_by(PREFILL_ROWS as usize);
+                let starts = (0..span.n_tokens * group).step_by(head_dim.prefill_rows() as usize);
                 self.tiles.extend(starts.rev().map(|first_row| PrefillTile {
                     row: span.row.0,
                     first_token: span.first_token,
@@ -321,6 +321,10 @@ mod tests {
         }
     }
 
+    fn size() -> HeadDim {
+        HeadDim::new(64).unwrap()
+    }
+
     fn step(spans: &[(u32, u32)]) -> Step {
         let mut step = Step::new(&DeviceConfig {
             attention: AttentionShape {
@@ -363,7 +367,12 @@ mod tests {
     #[test]
     fn decodes_are_cut_into_partitions_and_chunks_into_tiles() {
         let mut plan = Plan::default();
-        plan.make(&step(&[(0, 1), (255, 1), (256, 1), (10, 40)]), 4, 100);
+        plan.make(
+            &step(&[(0, 1), (255, 1), (256, 1), (10, 40)]),
+            size(),
+            4,
+            100,
+        );
         let items: Vec<_> = plan
             .items
             .iter()
@@ -388,7 +397,12 @@ mod tests {
     #[test]
     fn what_has_no_room_together_goes_in_waves() {
         let mut plan = Plan::default();
-        plan.make(&step(&[(511, 1), (1023, 1), (0, 1), (700, 1)]), 4, 5);
+        plan.make(
+            &step(&[(511, 1), (1023, 1), (0, 1), (700, 1)]),
+            size(),
+            4,
+            5,
+        );
         let waves: Vec<_> = plan
             .waves
             .iter()
@@ -403,7 +417,7 @@ mod tests {
     fn padding_is_inert() {
         let mut plan = Plan::default();
         let step = step(&[(5, 1), (6, 1), (7, 1)]);
-        plan.make(&step, 4, 100);
+        plan.make(&step, size(), 4, 100);
         let layout = plan.shape.layout();
         let mut bytes = vec![0xaa; layout.end];
         plan.write(&step, &mut bytes);

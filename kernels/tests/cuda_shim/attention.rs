@@ -177,6 +177,7 @@ impl World {
             head_dim,
             ..
         } = self.shape;
+        let size = HeadDim::new(head_dim).unwrap();
         let group = n_heads / n_kv_heads;
         let qkv_stride = (n_heads + 2 * n_kv_heads) * head_dim;
         let mut out = vec![0xffff_u16; qkv.len() / qkv_stride * n_heads * head_dim];
@@ -184,7 +185,7 @@ impl World {
             .iter()
             .flat_map(|&[row, first_token, n_tokens, first_position]| {
                 (0..n_tokens * group)
-                    .step_by(128)
+                    .step_by(size.prefill_rows() as usize)
                     .map(move |first_row| PrefillTile {
                         row: row as u32,
                         first_token: first_token as u32,
@@ -205,7 +206,6 @@ impl World {
             n_heads: n_heads as u32,
             scale_log2: SCALE * std::f32::consts::LOG2_E,
         };
-        let size = HeadDim::new(head_dim).unwrap();
         let grid = kernel::paged_prefill(tiles.len(), n_kv_heads as u32, size);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
         unsafe { launch(size.prefill(), grid, seed, &args) };

@@ -87,6 +87,21 @@ CASES = {
         config=dict(hidden_size=7, num_attention_heads=3, num_key_value_heads=3, head_dim=2, intermediate_size=5,
                     vocab_size=13, num_hidden_layers=1, rms_norm_eps=1e-6),
         dtype="float32", std=0.3),
+    # Head sizes that the CUDA device has.
+    "head-64": dict(
+        config=dict(hidden_size=50, num_attention_heads=3, num_key_value_heads=1, head_dim=64, intermediate_size=77,
+                    vocab_size=263, num_hidden_layers=2, rms_norm_eps=1e-5, rope_theta=500000.0, rope=LLAMA3_ROPE,
+                    max_position_embeddings=512),
+        dtype="bfloat16"),
+    "head-80-biases": dict(
+        config=dict(hidden_size=44, num_attention_heads=2, num_key_value_heads=2, head_dim=80, intermediate_size=59,
+                    vocab_size=211, num_hidden_layers=2, rms_norm_eps=1e-6, attention_bias=True, mlp_bias=True,
+                    tie_word_embeddings=True),
+        dtype="float16", std=0.19),
+    "head-128": dict(
+        config=dict(hidden_size=72, num_attention_heads=4, num_key_value_heads=1, head_dim=128, intermediate_size=90,
+                    vocab_size=300, num_hidden_layers=2, rms_norm_eps=1e-5),
+        dtype="bfloat16", lengths=(1, 17, 33, 130, 300)),
 }
 
 # LlamaConfig refuses a hidden size that the head count doesn't divide, though the model itself computes it rightly

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Packs what a machine with a GPU needs into the folder $1 (under 60 MB): the server with its CUDA device, the test
+# binaries, the golden models, the kernels' benchmark, and the scripts. There: python3 run.py RESULTS STAGE ...
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=$1
+mkdir -p "$out/golden"
+
+cargo build --release --locked -p kvasir-server --bin kvasir-server --features cuda
+cargo build --release --locked -p kvasir-kernels --features cuda --bench cuda
+target="${CARGO_TARGET_DIR:-target}"
+cp "$target/release/kvasir-server" "$out/kvasir-server"
+
+# Where cargo put a test's or a benchmark's binary.
+binary() { # package, kind, name, flags
+    cargo test --locked -p "$1" --no-run --message-format json "${@:4}" "--$2" "$3" |
+        python3 -c 'import json, sys
+for line in sys.stdin:
+    found = json.loads(line)
+    if found.get("executable") and found["target"]["name"] == sys.argv[1]: print(found["executable"])' "$3" | tail -n 1
+}
+cp "$(binary kvasir-kernels test cuda_shim --all-features)" "$out/cuda_shim"
+for name in golden golden_engine; do
+    cp "$(binary kvasir-server test "$name" --all-features)" "$out/$name"
+done
+cp "$(binary kvasir-kernels bench cuda --release --features cuda)" "$out/cuda_bench"
+strip "$out"/{kvasir-server,cuda_shim,golden,golden_engine,cuda_bench}
+
+cp -r server/tests/golden/*/ "$out/golden/"
+cp e2e/gpu/*.py "$out/"
+du -sh "$out"

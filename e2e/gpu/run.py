@@ -1,0 +1,202 @@
+"""Runs on the machine with the GPU, from the folder that pack.sh made: python3 run.py RESULTS STAGE [STAGE ...]
+
+Stages, each under 9 minutes, each leaving RESULTS/<stage>.json behind, in any order:
+
+  tests      every kernel and the whole device against the f64 reference, every golden model token for token
+  sanitizer  compute-sanitizer memcheck and racecheck on the small tests, where the machine has it
+  kernels    attention and products alone, beside the copy's bandwidth and PyTorch's attention
+  serving    the whole server over HTTP on random weights of Llama-3.1-8B's shape
+  workloads  the longer fixed-length workloads
+  peers      Transformers' generate on the mix's first 200 requests, static batches and continuous
+
+table.py makes one table of what there is. Needs python3 with torch (and transformers for `peers`); no Rust, no network.
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+MODEL = pathlib.Path(os.environ.get("KVASIR_GPU_MODEL", "/dev/shm/llama-8b-random"))
+FLAGS = ["--device", "cuda", "--max-waiting", "8192", "--max-connections", "4096", "--max-model-len", "40960"]
+
+
+def environment():
+    """cuBLAS as it is installed: on the library path already, or in PyTorch's packages."""
+    import torch
+
+    packages = pathlib.Path(torch.__file__).parents[1]
+    folders = {str(path.parent) for path in packages.glob("nvidia/**/libcublasLt.so*")}
+    path = ":".join([*sorted(folders), os.environ.get("LD_LIBRARY_PATH", "")])
+    return {**os.environ, "LD_LIBRARY_PATH": path, "KVASIR_TEST_GPU": "1", "KVASIR_GOLDEN": str(HERE / "golden")}
+
+
+def machine():
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return {"gpu": gpu, "date": time.strftime("%Y-%m-%d")}
+
+
+def run_tests(name, *arguments):
+    """Runs a test binary; what it printed at the end."""
+    begun = time.monotonic()
+    done = subprocess.run([HERE / name, *arguments], env=environment(), capture_output=True, text=True)
+    counts = re.search(r"(\d+) passed; (\d+) failed", done.stdout)
+    print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
+    return {"passed": int(counts[1]) if counts else 0, "failed": int(counts[2]) if counts else -1, "exit": done.returncode,
+            "seconds": round(time.monotonic() - begun, 1)}  # fmt: skip
+
+
+def tests():
+    return {name: run_tests(name, *arguments) for name, arguments in
+            [("cuda_shim", ["--test-threads", "1"]), ("golden", ["cuda"]), ("golden_engine", ["cuda"])]}  # fmt: skip
+
+
+def sanitizer():
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not os.path.exists(tool):
+        return {"skipped": "there is no compute-sanitizer here"}
+    results = {}
+    for check, only in [("memcheck", "device::"), ("memcheck", "attention::"), ("racecheck", "attention::"),
+                        ("racecheck", "device::a_step"), ("racecheck", "rows::")]:  # fmt: skip
+        command = [tool, "--tool", check, "--error-exitcode", "9", HERE / "cuda_shim", only, "--test-threads", "1"]
+        begun = time.monotonic()
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "SUMMARY" in line or "test result" in line]
+        print(check, only, lines, flush=True)
+        results[f"{check} {only}"] = {"exit": done.returncode, "summary": lines,
+                                      "seconds": round(time.monotonic() - begun, 1)}  # fmt: skip
+    return results
+
+
+def model():
+    if not (MODEL / "model.safetensors").exists():
+        import random_llama
+
+        random_llama.write(MODEL)
+    os.environ["KVASIR_MODEL_NAME"] = MODEL.name
+
+
+def mix(n):
+    """ShareGPT-like (input, output) lengths: lognormal, sigma 1, clipped to [4, 1024], clipped means 161 and 338."""
+    generator = random.Random(0)
+
+    def lengths(mean):
+        draws = [generator.gauss(0, 1) for _ in range(200_000)]
+        low, high = 0.0, 10.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            found = statistics.fmean(min(max(2.718281828 ** (middle + z), 4), 1024) for z in draws[:20_000])
+            low, high = (middle, high) if found < mean else (low, middle)
+        return [round(min(max(2.718281828 ** (low + generator.gauss(0, 1)), 4), 1024)) for _ in range(n)]
+
+    return list(zip(lengths(161), lengths(338)))
+
+
+def median(values):
+    return statistics.median(list(values))
+
+
+def throughput(client, pairs, runs):
+    rates = []
+    for run in range(runs):
+        jobs = [(client.prompt(1000 * run + i, n), m) for i, (n, m) in enumerate(pairs)]
+        seconds = client.all_at_once(jobs)
+        rates.append(sum(m for _, m in pairs) / seconds)
+        print(f"{len(pairs)} requests: {rates[-1]:.0f} output tokens/s", flush=True)
+    return {"median": round(median(rates)), "all": [round(rate) for rate in rates]}
+
+
+def serving():
+    import client
+
+    model()
+    results = {"machine": machine()}
+    server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, "first.log", environment())
+    results["first_ready_s"] = round(server.ready_s, 2)
+    server.stop()
+    server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, "server.log", environment())
+    results["ready_s"] = round(server.ready_s, 2)
+    print("ready", results["first_ready_s"], results["ready_s"], flush=True)
+    print(open("server.log").read()[-600:], flush=True)
+    client.whole(client.prompt(0, 100), 64)
+    results["itl_ms"] = {}
+    for context in (128, 4096, 32768):
+        streams = []
+        for run in range(3):
+            times = client.streamed(client.prompt(run, context), 160)
+            streams.append(median(b - a for a, b in zip(times[20:], times[21:])) * 1e3)
+        results["itl_ms"][context] = round(median(streams), 3)
+        print("inter-token latency", context, streams, flush=True)
+    results["ttft_ms"] = {}
+    for n in (128, 512, 2048, 8192):
+        firsts = [client.streamed(client.prompt(50 + run, n), 2)[0] * 1e3 for run in range(7)]
+        results["ttft_ms"][n] = round(median(firsts), 2)
+        print("time to first token", n, firsts, flush=True)
+    results["decode_tokens_s"] = {}
+    for batch in (8, 32, 64, 128, 256):
+        rates = []
+        for run in range(3):
+            short, long = (client.all_at_once([(client.prompt(run * 999 + i, 128), m) for i in range(batch)])
+                           for m in (32, 224))  # fmt: skip
+            rates.append(batch * 192 / (long - short))
+        results["decode_tokens_s"][batch] = round(median(rates))
+        print("decode", batch, rates, flush=True)
+    requests = mix(1000)
+    results["mix"] = throughput(client, requests, 3)
+    results["mix_200"] = throughput(client, requests[:200], 3)
+    results["128_128"] = throughput(client, [(128, 128)] * 1000, 3)
+    server.stop()
+    return results
+
+
+def workloads():
+    import client
+
+    model()
+    results = {"machine": machine()}
+    server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, "workloads.log", environment())
+    for n, m, count in [(2048, 128, 1000), (2048, 2048, 256), (128, 2048, 512)]:
+        results[f"{n}_{m}"] = throughput(client, [(n, m)] * count, 1)
+    server.stop()
+    return results
+
+
+def kernels():
+    import attention_peer
+
+    done = subprocess.run([HERE / "cuda_bench"], env=environment(), capture_output=True, text=True)
+    print(done.stdout, done.stderr[-2000:], flush=True)
+    ours = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {"machine": machine(), "exit": done.returncode, "ours": ours, "peer": attention_peer.measure()}
+
+
+def peers():
+    import transformers_peer
+
+    model()
+    return {"machine": machine(), **transformers_peer.measure(MODEL, mix(1000)[:200])}
+
+
+def main():
+    results = pathlib.Path(sys.argv[1])
+    results.mkdir(parents=True, exist_ok=True)
+    for stage in sys.argv[2:]:
+        print(f"=== {stage}", flush=True)
+        begun = time.monotonic()
+        found = {"tests": tests, "sanitizer": sanitizer, "kernels": kernels, "serving": serving, "workloads": workloads,
+                 "peers": peers}[stage]()  # fmt: skip
+        found["stage_s"] = round(time.monotonic() - begun)
+        (results / f"{stage}.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
