@@ -21,10 +21,10 @@ for line in sys.stdin:
 }
 cp "$(binary kvasir-kernels test cuda_shim --all-features)" "$out/cuda_shim"
 for name in golden golden_engine; do
-    cp "$(binary kvasir-server test "$name" --all-features)" "$out/$name"
+    cp "$(binary kvasir-server test "$name" --all-features)" "$out/${name/%golden/golden_tests}"
 done
 cp "$(binary kvasir-kernels bench cuda --release --features cuda)" "$out/cuda_bench"
-strip "$out"/{kvasir-server,cuda_shim,golden,golden_engine,cuda_bench}
+strip "$out"/{kvasir-server,cuda_shim,golden_tests,golden_engine,cuda_bench}
 
 cp -r server/tests/golden/*/ "$out/golden/"
 cp e2e/gpu/*.py "$out/"

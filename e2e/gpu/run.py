@@ -56,7 +56,7 @@ def run_tests(name, *arguments):
 
 def tests():
     return {name: run_tests(name, *arguments) for name, arguments in
-            [("cuda_shim", ["--test-threads", "1"]), ("golden", ["cuda"]), ("golden_engine", ["cuda"])]}  # fmt: skip
+            [("cuda_shim", ["--test-threads", "1"]), ("golden_tests", ["cuda"]), ("golden_engine", ["cuda"])]}  # fmt: skip
 
 
 def sanitizer():

@@ -208,7 +208,7 @@ fn decode(gpu: &mut Gpu, cache: u64, qkv: u64, batch: usize, context: usize) {
         unsafe {
             gpu.launch(size.decode(), split, &args).unwrap();
             if n_items > 1 {
-                let merge = kernel::merge_partitions(batch, HEADS, size);
+                let merge = kernel::merge_partitions(batch, n_items as usize, HEADS, size);
                 gpu.launch("merge_partitions", merge, &args).unwrap();
             }
         }

@@ -40,10 +40,12 @@ struct PagedDecodeArgs {
 constexpr int PARTITION = 256;
 constexpr int DECODE_WARPS = 4;
 constexpr int DECODE_TILE = 16;
+constexpr int MERGE_GROUPS = 4;
 
-/// Stages of a warp's pipeline: what fits twice (head sizes to 128) into a multiprocessor's shared memory.
+/// Stages of a warp's pipeline. More blocks on a multiprocessor hide a block's start and end better than more stages do:
+/// three blocks fit at head sizes to 128.
 template <int D>
-constexpr int decode_stages = D <= 64 ? 4 : D <= 128 ? 3 : 2;
+constexpr int decode_stages = D <= 64 ? 4 : 2;
 
 /// Elements of a tile of keys, or of values.
 template <int D>
@@ -157,30 +159,48 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     }
 }
 
-KERNEL(paged_decode_64, PagedDecodeArgs, 128, 1) { paged_decode<64>(args); }
-KERNEL(paged_decode_80, PagedDecodeArgs, 128, 1) { paged_decode<80>(args); }
-KERNEL(paged_decode_96, PagedDecodeArgs, 128, 1) { paged_decode<96>(args); }
-KERNEL(paged_decode_128, PagedDecodeArgs, 128, 1) { paged_decode<128>(args); }
+KERNEL(paged_decode_64, PagedDecodeArgs, 128, 3) { paged_decode<64>(args); }
+KERNEL(paged_decode_80, PagedDecodeArgs, 128, 3) { paged_decode<80>(args); }
+KERNEL(paged_decode_96, PagedDecodeArgs, 128, 3) { paged_decode<96>(args); }
+KERNEL(paged_decode_128, PagedDecodeArgs, 128, 3) { paged_decode<128>(args); }
 KERNEL(paged_decode_192, PagedDecodeArgs, 128, 1) { paged_decode<192>(args); }
 KERNEL(paged_decode_256, PagedDecodeArgs, 128, 1) { paged_decode<256>(args); }
 
-// Grid (heads, sequences), a thread for each element of a head. Partitions are summed in order.
-KERNEL(merge_partitions, PagedDecodeArgs, 256, 1) {
+// Grid (heads, sequences); MERGE_GROUPS groups of head_dim threads. Group g sums the partitions g, g + MERGE_GROUPS, ... in
+// order, then the groups are summed in order: the order depends on the sequence's own length only.
+// Shared memory: a share and a sum for each item of the longest sequence, then the groups' results.
+KERNEL(merge_partitions, PagedDecodeArgs, 1024, 1) {
     const DecodeSequence sequence = args.sequences[blockIdx.y];
-    if (sequence.n_items <= 1) return;  // inert, or paged_decode wrote the result
+    const uint32_t n = sequence.n_items;
+    if (n <= 1) return;  // inert, or paged_decode wrote the result
     const uint32_t head_dim = args.cache.head_dim;
+    const uint32_t group = threadIdx.x / head_dim, d = threadIdx.x % head_dim;
     const uint64_t first = uint64_t(sequence.first_item) * args.n_heads + blockIdx.x;
     const float* softmax = args.partial_softmax + 2 * first;
     const float* partial = args.partial_out + first * head_dim;
-    const uint32_t d = threadIdx.x;
+    float* results = reinterpret_cast<float*>(shared_memory());  // [MERGE_GROUPS][head_dim + 1], the last a sum
+    float* maxima = results + MERGE_GROUPS * (head_dim + 1);      // [n]
+
+    // Every thread finds the largest maximum by itself; the loads are shared.
+    for (uint32_t p = threadIdx.x; p < n; p += blockDim.x) maxima[p] = softmax[2 * p * args.n_heads];
+    __syncthreads();
     float top = MINUS_INFINITY;
-    for (uint32_t p = 0; p < sequence.n_items; ++p) top = fmaxf(top, softmax[2 * p * args.n_heads]);
+    for (uint32_t p = 0; p < n; ++p) top = fmaxf(top, maxima[p]);
+
     float o = 0.0f, l = 0.0f;
-#pragma unroll 4
-    for (uint32_t p = 0; p < sequence.n_items; ++p) {
-        const float share = power_of_two(softmax[2 * p * args.n_heads] - top);
+#pragma unroll 8
+    for (uint32_t p = group; p < n; p += MERGE_GROUPS) {
+        const float share = power_of_two(maxima[p] - top);
         o += share * partial[uint64_t(p) * args.n_heads * head_dim + d];
         l += share * softmax[2 * p * args.n_heads + 1];
+    }
+    results[group * (head_dim + 1) + d] = o;
+    if (d == 0) results[group * (head_dim + 1) + head_dim] = l;
+    __syncthreads();
+    if (group != 0) return;
+    for (int g = 1; g < MERGE_GROUPS; ++g) {
+        o += results[g * (head_dim + 1) + d];
+        l += results[g * (head_dim + 1) + head_dim];
     }
     args.out[uint64_t(sequence.token) * args.out_stride + blockIdx.x * head_dim + d] = to_bf16(o / l);
 }

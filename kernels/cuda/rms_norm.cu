@@ -48,10 +48,13 @@ KERNEL(rms_norm, RmsNormArgs, NORM_THREADS, 1) {
     const float inverse = 1.0f / sqrtf(total / float(args.cols) + args.epsilon);
 
     const uint4* source = residual ? residual : x;
+    const uint4* weights = reinterpret_cast<const uint4*>(args.weight);
     for (uint32_t c = threadIdx.x; c < args.chunks; c += NORM_THREADS) {
         float v[8];
         unpack(v, source[c]);
-        for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse * args.weight[8 * c + i];
+        const uint4 low = weights[2 * c], high = weights[2 * c + 1];
+        const uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        for (int i = 0; i < 8; ++i) v[i] = v[i] * inverse * __uint_as_float(w[i]);
         out[c] = pack(v);
     }
 }

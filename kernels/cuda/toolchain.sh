@@ -6,7 +6,7 @@ set -eu
 
 version=13.0.88
 cache="${KVASIR_CACHE:-$HOME/.cache/kvasir}"
-root="$cache/nvcc-$version"
+root="$cache/nvcc-$version-2"
 ready="$root/ready"
 
 if [ ! -e "$ready" ]; then
@@ -20,7 +20,8 @@ if [ ! -e "$ready" ]; then
         "nvidia-cuda-crt==13.0.88" \
         "nvidia-cuda-runtime==13.0.96" \
         "nvidia-cuda-cccl==13.0.85" \
-        "nvidia-cuda-cuobjdump==13.2.86" >&2
+        "nvidia-cuda-cuobjdump==13.2.86" \
+        "nvidia-cuda-nvdisasm==13.2.86" >&2
     touch "$ready"
 fi
 

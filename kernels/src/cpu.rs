@@ -22,7 +22,7 @@ use crate::device::{
     TensorView, Ticket, Vector, Weight,
 };
 use crate::sampling;
-use crate::step::Step;
+use crate::step::{Finished, Step};
 use attention::{AttentionPlan, QueryTile, Scratch};
 use kv_cache::{KvCache, KvLayout};
 use lanes::Lanes;
@@ -41,8 +41,7 @@ const RESERVE_BYTES: u64 = 64 << 20;
 pub struct CpuDevice {
     pass: Pass,
     memory_limit: u64,
-    next_ticket: u64,
-    done: Option<(u64, StepOutput)>,
+    finished: Finished,
 }
 
 /// What the operations work on.
@@ -116,8 +115,7 @@ impl CpuDevice {
                 output: Vec::with_capacity(config.limits.max_logits_rows),
                 config,
             },
-            next_ticket: 0,
-            done: None,
+            finished: Finished::default(),
         })
     }
 
@@ -290,22 +288,15 @@ impl Device for CpuDevice {
         input: &StepInput,
         forward: &mut dyn FnMut(&mut dyn Ops),
     ) -> Result<Ticket, DeviceError> {
-        assert!(self.done.is_none(), "a step is under way already");
+        self.finished.assert_collected();
         self.pass.begin(input);
         forward(&mut self.pass);
         let output = self.pass.end();
-        self.done = Some((self.next_ticket, output));
-        self.next_ticket += 1;
-        Ok(Ticket(self.next_ticket - 1))
+        Ok(self.finished.put(output))
     }
 
     fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError> {
-        let (number, output) = self
-            .done
-            .take()
-            .expect("a step was submitted before it is collected");
-        assert_eq!(number, ticket.0, "the ticket of another step");
-        Ok(output)
+        Ok(self.finished.take(ticket))
     }
 
     fn read(&mut self, buffer: Buffer) -> Result<Vec<f32>, DeviceError> {

@@ -71,6 +71,8 @@ struct World {
     partial_out: u64,
     partial_softmax: u64,
     partial_items: usize,
+    /// Partitions of the longest sequence.
+    max_partitions: usize,
     drawn: Drawn,
     cache: u64,
     n_blocks: u32,
@@ -193,6 +195,7 @@ impl<D: Driver> CudaDevice<D> {
                 partial_out,
                 partial_softmax,
                 partial_items,
+                max_partitions,
                 drawn: Drawn {
                     tokens: output,
                     logprobs: after(1),

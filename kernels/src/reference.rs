@@ -8,14 +8,13 @@ use crate::device::{
     StepInput, StepOutput, TensorView, Ticket, Vector, Weight,
 };
 use crate::sampling::{self, Scratch};
-use crate::step::Step;
+use crate::step::{Finished, Step};
 
 /// The device of the oracle.
 #[derive(Debug)]
 pub struct ReferenceDevice {
     pass: Pass,
-    next_ticket: u64,
-    done: Option<(u64, StepOutput)>,
+    finished: Finished,
 }
 
 impl ReferenceDevice {
@@ -33,8 +32,7 @@ impl ReferenceDevice {
                 scratch: Scratch::default(),
                 output: StepOutput::default(),
             },
-            next_ticket: 0,
-            done: None,
+            finished: Finished::default(),
         }
     }
 }
@@ -407,7 +405,7 @@ impl Device for ReferenceDevice {
         input: &StepInput,
         forward: &mut dyn FnMut(&mut dyn Ops),
     ) -> Result<Ticket, DeviceError> {
-        assert!(self.done.is_none(), "a step is under way already");
+        self.finished.assert_collected();
         let pass = &mut self.pass;
         for &copy in &input.copies {
             pass.copy_block(copy);
@@ -417,18 +415,11 @@ impl Device for ReferenceDevice {
         forward(pass);
         let output = std::mem::take(&mut pass.output);
         pass.step.end(&output);
-        self.done = Some((self.next_ticket, output));
-        self.next_ticket += 1;
-        Ok(Ticket(self.next_ticket - 1))
+        Ok(self.finished.put(output))
     }
 
     fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError> {
-        let (number, output) = self
-            .done
-            .take()
-            .expect("a step was submitted before it is collected");
-        assert_eq!(number, ticket.0, "the ticket of another step");
-        Ok(output)
+        Ok(self.finished.take(ticket))
     }
 
     fn read(&mut self, buffer: Buffer) -> Result<Vec<f32>, DeviceError> {

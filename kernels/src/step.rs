@@ -4,7 +4,8 @@
 //! an invariant panics here, before any kernel sees an index.
 
 use crate::device::{
-    BlockId, DeviceConfig, LogitsRow, LogitsWant, Span, StepInput, StepOutput, TableRow, TokenInput,
+    BlockId, DeviceConfig, LogitsRow, LogitsWant, Span, StepInput, StepOutput, TableRow, Ticket,
+    TokenInput,
 };
 
 /// The block-table matrix and the step under way. Vectors keep their capacity from step to step.
@@ -28,6 +29,38 @@ pub(crate) struct Step {
     /// The rows of logits.
     pub(crate) logits: Vec<LogitsRow>,
     previous: Previous,
+}
+
+/// The book of a device that runs each step when it is submitted: one result, until it is collected.
+#[derive(Debug, Default)]
+pub(crate) struct Finished {
+    next_ticket: u64,
+    output: Option<(u64, StepOutput)>,
+}
+
+impl Finished {
+    /// A step may be submitted only once the one before it was collected.
+    pub(crate) fn assert_collected(&self) {
+        assert!(self.output.is_none(), "a step is under way already");
+    }
+
+    /// Keeps what a step gave.
+    pub(crate) fn put(&mut self, output: StepOutput) -> Ticket {
+        let ticket = self.next_ticket;
+        self.output = Some((ticket, output));
+        self.next_ticket += 1;
+        Ticket(ticket)
+    }
+
+    /// Gives it away.
+    pub(crate) fn take(&mut self, ticket: Ticket) -> StepOutput {
+        let (number, output) = self
+            .output
+            .take()
+            .expect("a step was submitted before it is collected");
+        assert_eq!(number, ticket.0, "the ticket of another step");
+        output
+    }
 }
 
 /// Marks a token that is not known on the host: the rest is the index of a row of logits of the step before.

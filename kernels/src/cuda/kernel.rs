@@ -306,11 +306,7 @@ pub struct PagedDecodeArgs {
 /// A block each item and tile of 16 grouped heads.
 pub fn paged_decode(items: usize, n_heads: u32, n_kv_heads: u32, head_dim: HeadDim) -> Launch {
     let head_tiles = (n_heads / n_kv_heads).div_ceil(16);
-    let stages = match head_dim.elements {
-        0..=64 => 4,
-        65..=128 => 3,
-        _ => 2,
-    };
+    let stages = if head_dim.elements <= 64 { 4 } else { 2 };
     let rows = 16 + 4 * stages * 2 * 16;
     let shared_bytes = rows * (head_dim.elements + 8) * 2 + 4 * 16 * 2 * 4;
     grid(
@@ -320,9 +316,20 @@ pub fn paged_decode(items: usize, n_heads: u32, n_kv_heads: u32, head_dim: HeadD
     )
 }
 
-/// A block each head of each sequence.
-pub fn merge_partitions(sequences: usize, n_heads: u32, head_dim: HeadDim) -> Launch {
-    grid([n_heads, sequences as u32, 1], head_dim.elements, 0)
+/// A block each head of each sequence; none has more than `most_items`.
+pub fn merge_partitions(
+    sequences: usize,
+    most_items: usize,
+    n_heads: u32,
+    head_dim: HeadDim,
+) -> Launch {
+    const GROUPS: u32 = 4;
+    let shared_bytes = (GROUPS * (head_dim.elements + 1) + most_items as u32) * 4;
+    grid(
+        [n_heads, sequences as u32, 1],
+        GROUPS * head_dim.elements,
+        shared_bytes,
+    )
 }
 
 /// Up to [`HeadDim::prefill_rows`] rows of one span, for `paged_prefill`.

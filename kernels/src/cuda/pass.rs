@@ -221,7 +221,12 @@ impl<D: Driver> Ops for Pass<'_, D> {
                 &decode,
             );
             if self.plan.shape.merges {
-                let launch = kernel::merge_partitions(wave.sequences.len(), n_heads, head_dim);
+                let launch = kernel::merge_partitions(
+                    wave.sequences.len(),
+                    self.world.max_partitions,
+                    n_heads,
+                    head_dim,
+                );
                 self.launch("merge_partitions", launch, &decode);
             }
         }

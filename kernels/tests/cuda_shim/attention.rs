@@ -160,7 +160,7 @@ impl World {
         let size = HeadDim::new(head_dim).unwrap();
         let (heads, kv_heads) = (n_heads as u32, n_kv_heads as u32);
         let split = kernel::paged_decode(items.len(), heads, kv_heads, size);
-        let merge = kernel::merge_partitions(merged.len(), heads, size);
+        let merge = kernel::merge_partitions(merged.len(), items.len(), heads, size);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
         unsafe {
             launch(size.decode(), split, seed, &args);
