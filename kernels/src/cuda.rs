@@ -520,6 +520,12 @@ impl<D: Driver> Device for CudaDevice<D> {
     }
 
     fn plan_logits(&mut self, vocabulary: usize) -> Result<Buffer, DeviceError> {
+        if vocabulary > kernel::MAX_VOCABULARY {
+            return Err(unsupported(format!(
+                "a vocabulary of {vocabulary} tokens; {} are",
+                kernel::MAX_VOCABULARY
+            )));
+        }
         self.plan_area(Rows::Logits, vocabulary, true)
     }
 

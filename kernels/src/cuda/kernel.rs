@@ -60,6 +60,8 @@ impl HeadDim {
 pub const PARTITION: u32 = 256;
 /// Log-probabilities that `sample` can report of a row.
 pub const MAX_TOP: usize = 256;
+/// Logits of a row at most: `BINNED_TOKENS` of sample.cu.
+pub const MAX_VOCABULARY: usize = 1 << 18;
 /// Marks a token id that is an index into the step before's draws.
 pub const SAMPLED: u32 = crate::step::ON_DEVICE;
 /// A position that makes its token inert.
@@ -68,8 +70,8 @@ pub const INERT: u32 = u32::MAX;
 pub const DRAW: u32 = u32::MAX;
 /// Registers limit a block of `rms_norm`; the others are what their sources say.
 const NORM_WARPS: u32 = 8;
-/// A histogram, the most likely tokens, and a few words: see `SampleShared` in sample.cu.
-const SAMPLE_SHARED_BYTES: u32 = 8 * (256 + 256 + 32 + 2) + 8;
+/// Bins, candidates and their weights, a histogram, the most likely tokens, a few words: `SampleShared` in sample.cu.
+const SAMPLE_SHARED_BYTES: u32 = 12 * 1024 + 8 * (2 * 1024 + 256 + 256 + 32 + 2) + 8;
 
 /// One layer of the paged KV cache.
 #[repr(C)]

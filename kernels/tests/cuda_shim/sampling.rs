@@ -101,6 +101,11 @@ fn draws_are_those_of_the_host() {
         check(why, &spread, &rows, seed);
         let ties: Vec<f32> = spread.iter().map(|x| x.round()).collect();
         check(&format!("{why}, with ties"), &ties, &rows, seed);
+        // More tokens in one bin than are compared with each other: near the largest logit, and far below it.
+        let near: Vec<f32> = spread.iter().map(|x| x * 1e-3).collect();
+        check(&format!("{why}, all near"), &near, &rows, seed);
+        let far: Vec<f32> = spread.iter().map(|x| x * 1e3).collect();
+        check(&format!("{why}, all far"), &far, &rows, seed);
     }
 }
 
