@@ -2,7 +2,7 @@
 //!
 //! It knows text and events, never blocks: requests go to [`crate::output`], which hands them to the engine.
 //!
-//! - [`fields`], [`params`]: requests are parsed once, and every mistake names its field.
+//! - [`incoming`], [`fields`], [`params`]: requests are read in time and parsed once; every mistake names its field.
 //! - [`completions`], [`chat`]: the two interfaces; [`generate`] is what they share.
 //! - [`serve`]: connections, their limits, and the drain.
 
@@ -11,6 +11,7 @@ mod completions;
 pub mod error;
 mod fields;
 mod generate;
+mod incoming;
 mod logprobs;
 mod params;
 pub mod serve;
@@ -19,11 +20,10 @@ mod wire;
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Path, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -185,9 +185,9 @@ pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*name}", get(model))
-        .route("/v1/completions", post(completions_route))
-        .route("/v1/chat/completions", post(chat_route))
-        .route("/tokenize", post(tokenize_route))
+        .route("/v1/completions", post(completions::completions))
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/tokenize", post(chat::tokenize))
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
@@ -231,79 +231,6 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
             .insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
-}
-
-async fn completions_route(
-    State(app): State<Arc<App>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let arrived = Instant::now();
-    let serving = app.serving()?;
-    completions::completions(
-        serving,
-        read_body(&app.limits, &headers, body).await?,
-        arrived,
-    )
-    .await
-}
-
-async fn chat_route(
-    State(app): State<Arc<App>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let arrived = Instant::now();
-    let serving = app.serving()?;
-    chat::chat(
-        serving,
-        read_body(&app.limits, &headers, body).await?,
-        arrived,
-    )
-    .await
-}
-
-async fn tokenize_route(
-    State(app): State<Arc<App>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let serving = app.serving()?;
-    chat::tokenize(serving, read_body(&app.limits, &headers, body).await?).await
-}
-
-async fn read_body(limits: &Limits, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
-    let too_large = || {
-        let message = format!("the body is larger than {} bytes", limits.max_body_bytes);
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
-    };
-    let announced = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|n| n.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|n| n > limits.max_body_bytes as u64) {
-        return Err(too_large());
-    }
-    let limited = http_body_util::Limited::new(body, limits.max_body_bytes);
-    match tokio::time::timeout(
-        limits.read_timeout,
-        http_body_util::BodyExt::collect(limited),
-    )
-    .await
-    {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => Err(too_large()),
-        Ok(Err(e)) => Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            format!("the body could not be read: {e}"),
-        )),
-        Err(_) => {
-            let message = format!(
-                "the body did not arrive within {} s",
-                limits.read_timeout.as_secs()
-            );
-            Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message))
-        }
-    }
 }
 
 fn model_object(serving: &Serving) -> serde_json::Value {

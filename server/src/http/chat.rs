@@ -3,10 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::response::{IntoResponse, Response};
 use minijinja::Value;
 use serde::{Deserialize, Serialize};
@@ -15,6 +13,7 @@ use super::Serving;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generate::{ChunkWriter, Frames, Prepared, collect, event_stream};
+use super::incoming::Incoming;
 use super::logprobs::ChatLogprobs;
 use super::params::{MAX_LOGPROBS, Params, take_n_logprobs};
 use super::wire::{Chat, ChatChoice, ChatDelta, Delta, Message, Usage, reasons};
@@ -195,9 +194,11 @@ fn parse(serving: &Serving, body: &[u8]) -> Result<Asked, ApiError> {
 
 /// Answers one call.
 pub(super) async fn chat(
-    serving: Arc<Serving>,
-    body: Bytes,
-    arrived: Instant,
+    Incoming {
+        serving,
+        body,
+        arrived,
+    }: Incoming,
 ) -> Result<Response, ApiError> {
     let Asked {
         params,
@@ -399,7 +400,9 @@ struct Tokens {
 }
 
 /// Answers `POST /tokenize`: a `prompt`, or `messages` through the chat template.
-pub(super) async fn tokenize(serving: Arc<Serving>, body: Bytes) -> Result<Response, ApiError> {
+pub(super) async fn tokenize(
+    Incoming { serving, body, .. }: Incoming,
+) -> Result<Response, ApiError> {
     #[derive(Deserialize)]
     #[serde(transparent)]
     struct Text(String);

@@ -1,10 +1,8 @@
 //! `POST /v1/completions`: prompts as text or tokens, several in one call, whole or streamed.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
@@ -12,6 +10,7 @@ use super::Serving;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generate::{Answer, ChunkWriter, Frames, Prepared, collect, event_stream};
+use super::incoming::Incoming;
 use super::logprobs::CompletionLogprobs;
 use super::params::{Params, take_n_logprobs};
 use super::wire::{Completion, CompletionChoice, Usage, reasons};
@@ -97,9 +96,11 @@ fn parse(serving: &Serving, body: &[u8]) -> Result<Asked, ApiError> {
 
 /// Answers one call.
 pub(super) async fn completions(
-    serving: Arc<Serving>,
-    body: Bytes,
-    arrived: Instant,
+    Incoming {
+        serving,
+        body,
+        arrived,
+    }: Incoming,
 ) -> Result<Response, ApiError> {
     let asked = parse(&serving, &body)?;
     let prompts = asked.prompts.clone();
