@@ -1,7 +1,7 @@
 //! The engine: a thread of its own that makes steps, schedule -> submit -> collect -> commit.
 //!
-//! Requests go in through a bounded inbox ([`EngineHandle`]); each step sends one message, the outputs of all its
-//! sequences, to the output thread. It knows token ids, never text, and no clock but for ages and the heartbeat.
+//! Requests go in through a bounded inbox ([`EngineHandle`]); each step sends one message, who was admitted and the
+//! outputs of all its sequences, to the output thread. It knows token ids, never text, and no clock but for ages and the heartbeat.
 //!
 //! - [`blocks`]: pure: the block pool and block tables.
 //! - [`scheduler`]: pure: continuous batching, preemption.
@@ -26,7 +26,7 @@ use executor::Executor;
 pub use handle::{Counters, EngineHandle};
 use handle::{Mail, Snapshot};
 pub use request::{
-    FinishReason, Output, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
+    Admission, FinishReason, Output, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
 };
 use scheduler::{Changes, Scheduler};
 
@@ -79,7 +79,7 @@ pub struct Engine {
 
 impl Engine {
     /// Starts the engine's thread. At most `max_waiting` requests may wait. The receiver gets one message for each
-    /// step that had outputs, and is disconnected when the engine has ended.
+    /// step that admitted or had outputs, and is disconnected when the engine has ended.
     pub fn start(
         executor: Box<dyn Executor>,
         facts: ModelFacts,
@@ -115,6 +115,8 @@ struct Steps {
     scheduler: Scheduler,
     in_flight: VecDeque<Ticket>,
     waiting_since: HashMap<RequestId, Instant>,
+    /// Not sent yet.
+    admitted: Vec<Admission>,
     counters: Counters,
 }
 
@@ -140,6 +142,7 @@ impl Steps {
             outputs,
             in_flight: VecDeque::new(),
             waiting_since: HashMap::new(),
+            admitted: Vec::new(),
             counters: Counters::default(),
             handle,
         }
@@ -195,21 +198,23 @@ impl Steps {
         self.send(outputs)
     }
 
-    /// Keeps since when each waiting request waits: from its arrival, or from its last preemption.
+    /// Keeps since when each waiting request waits, from its arrival or its last preemption, and who waits no more.
     fn note_changes(&mut self) {
         let Changes {
             admitted,
             preempted,
         } = self.scheduler.take_changes();
+        if admitted.is_empty() && preempted.is_empty() {
+            return;
+        }
+        let at = Instant::now();
         self.counters.preemptions += preempted.len() as u64;
         for id in admitted {
             self.waiting_since.remove(&id);
+            self.admitted.push(Admission { id, at });
         }
-        if !preempted.is_empty() {
-            let now = Instant::now();
-            self.waiting_since
-                .extend(preempted.into_iter().map(|id| (id, now)));
-        }
+        self.waiting_since
+            .extend(preempted.into_iter().map(|id| (id, at)));
     }
 
     fn accept(&mut self, mail: Mail) {
@@ -251,12 +256,13 @@ impl Steps {
         )
     }
 
-    fn send(&self, outputs: StepOutputs) -> Result<(), EngineError> {
-        if outputs.is_empty() {
+    fn send(&mut self, outputs: Vec<Output>) -> Result<(), EngineError> {
+        let admitted = std::mem::take(&mut self.admitted);
+        if admitted.is_empty() && outputs.is_empty() {
             return Ok(());
         }
         self.outputs
-            .send(outputs)
+            .send(StepOutputs { admitted, outputs })
             .map_err(|_| EngineError::OutputsClosed)
     }
 }

@@ -38,6 +38,71 @@ impl FinishLabel {
     }
 }
 
+/// The spans of a request's life that are measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Span {
+    /// Accepted, and not running yet.
+    Queue,
+    /// From the first time that it ran to its first token.
+    Prefill,
+    /// From its arrival to its first token.
+    FirstToken,
+    /// Between two tokens.
+    InterToken,
+    /// From its first token to its last.
+    Decode,
+    /// From its arrival to its end.
+    Whole,
+}
+
+impl Span {
+    /// In the order of their values.
+    const ALL: [Self; 6] = [
+        Self::Queue,
+        Self::Prefill,
+        Self::FirstToken,
+        Self::InterToken,
+        Self::Decode,
+        Self::Whole,
+    ];
+
+    /// Name, help and buckets of its histogram.
+    const fn definition(self) -> (&'static str, &'static str, &'static [f64]) {
+        match self {
+            Self::Queue => (
+                "vllm:request_queue_time_seconds",
+                "From a request's acceptance to the first time that it runs; a preempted one counts once.",
+                REQUEST_BUCKETS,
+            ),
+            Self::Prefill => (
+                "vllm:request_prefill_time_seconds",
+                "From the first time that a request runs to its first token.",
+                REQUEST_BUCKETS,
+            ),
+            Self::FirstToken => (
+                "vllm:time_to_first_token_seconds",
+                "From a request's arrival to its first token; one sample a request.",
+                TTFT_BUCKETS,
+            ),
+            Self::InterToken => (
+                "vllm:inter_token_latency_seconds",
+                "Between two tokens.",
+                ITL_BUCKETS,
+            ),
+            Self::Decode => (
+                "vllm:request_decode_time_seconds",
+                "From a request's first token to its last.",
+                REQUEST_BUCKETS,
+            ),
+            Self::Whole => (
+                "vllm:e2e_request_latency_seconds",
+                "From a request's arrival to its last token.",
+                REQUEST_BUCKETS,
+            ),
+        }
+    }
+}
+
 /// The states of a KV block, as labels.
 const BLOCK_STATES: [&str; 3] = ["active", "cached", "free"];
 
@@ -52,6 +117,11 @@ const ITL_BUCKETS: &[f64] = &[
 const REQUEST_BUCKETS: &[f64] = &[
     0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
     120.0, 240.0, 480.0,
+];
+
+/// Tokens.
+const LENGTH_BUCKETS: &[f64] = &[
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5,
 ];
 
 /// Every metric there is.
@@ -69,9 +139,10 @@ pub struct Metrics {
     prompt_tokens: IntCounter,
     generation_tokens: IntCounter,
     finished: IntCounterVec,
-    ttft: Histogram,
-    itl: Histogram,
-    latency: Histogram,
+    prompt_lengths: Histogram,
+    generation_lengths: Histogram,
+    /// In the order of [`Span::ALL`].
+    spans: Vec<Histogram>,
     http: IntCounterVec,
 }
 
@@ -122,21 +193,23 @@ impl Metrics {
                 "Requests that ended.",
                 &["finished_reason"],
             )?,
-            ttft: define.histogram(
-                "vllm:time_to_first_token_seconds",
-                "From a request's arrival to its first token; one sample a request.",
-                TTFT_BUCKETS,
+            prompt_lengths: define.histogram(
+                "vllm:request_prompt_tokens",
+                "Prompt tokens of each request that ended.",
+                LENGTH_BUCKETS,
             )?,
-            itl: define.histogram(
-                "vllm:inter_token_latency_seconds",
-                "Between two tokens.",
-                ITL_BUCKETS,
+            generation_lengths: define.histogram(
+                "vllm:request_generation_tokens",
+                "Tokens generated for each request that ended.",
+                LENGTH_BUCKETS,
             )?,
-            latency: define.histogram(
-                "vllm:e2e_request_latency_seconds",
-                "From a request's arrival to its last token.",
-                REQUEST_BUCKETS,
-            )?,
+            spans: Span::ALL
+                .into_iter()
+                .map(|span| {
+                    let (name, help, buckets) = span.definition();
+                    define.histogram(name, help, buckets)
+                })
+                .collect::<Result<_, _>>()?,
             http: define.counters(
                 "kvasir_http_requests_total",
                 "HTTP requests answered.",
@@ -150,15 +223,14 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// A request got its first token.
-    pub fn first_token(&self, since_arrival: Duration, n_prompt_tokens: u64) {
-        self.ttft.observe(since_arrival.as_secs_f64());
-        self.prompt_tokens.inc_by(n_prompt_tokens);
+    /// A span of a request's life is over.
+    pub fn observe(&self, span: Span, length: Duration) {
+        self.spans[span as usize].observe(length.as_secs_f64());
     }
 
-    /// A request got a token after its first.
-    pub fn next_token(&self, since_last: Duration) {
-        self.itl.observe(since_last.as_secs_f64());
+    /// The prompt of a request that got its first token.
+    pub fn prompt(&self, n_tokens: u64) {
+        self.prompt_tokens.inc_by(n_tokens);
     }
 
     /// So many tokens were generated.
@@ -171,9 +243,10 @@ impl Metrics {
         self.finished.with_label_values(&[why.as_str()]).inc();
     }
 
-    /// A request ended that its client waited for.
-    pub fn request_latency(&self, since_arrival: Duration) {
-        self.latency.observe(since_arrival.as_secs_f64());
+    /// The lengths of a request that ended and that its client waited for.
+    pub fn request_lengths(&self, n_prompt_tokens: u64, n_generated: u64) {
+        self.prompt_lengths.observe(n_prompt_tokens as f64);
+        self.generation_lengths.observe(n_generated as f64);
     }
 
     /// An HTTP request was answered. `route` is the pattern that matched, never the path itself.
@@ -280,7 +353,11 @@ mod tests {
     #[test]
     fn a_scrape_has_the_names_and_values_that_others_read() {
         let metrics = Metrics::new("m").unwrap();
-        metrics.first_token(Duration::from_millis(30), 7);
+        metrics.prompt(7);
+        for (n, span) in (1..).zip(Span::ALL) {
+            (0..n).for_each(|_| metrics.observe(span, Duration::from_millis(30)));
+        }
+        metrics.request_lengths(7, 3);
         metrics.request_finished(FinishLabel::Length);
         let load = LoadReport {
             blocks: Some(BlockCounts {
@@ -313,7 +390,14 @@ mod tests {
             "vllm:prompt_tokens_total{model_name=\"m\"} 7",
             "vllm:request_success_total{finished_reason=\"length\",model_name=\"m\"} 1",
             "vllm:request_success_total{finished_reason=\"abort\",model_name=\"m\"} 0",
-            "vllm:time_to_first_token_seconds_count{model_name=\"m\"} 1",
+            "vllm:request_queue_time_seconds_count{model_name=\"m\"} 1",
+            "vllm:request_prefill_time_seconds_count{model_name=\"m\"} 2",
+            "vllm:time_to_first_token_seconds_count{model_name=\"m\"} 3",
+            "vllm:inter_token_latency_seconds_count{model_name=\"m\"} 4",
+            "vllm:request_decode_time_seconds_count{model_name=\"m\"} 5",
+            "vllm:e2e_request_latency_seconds_count{model_name=\"m\"} 6",
+            "vllm:request_prompt_tokens_sum{model_name=\"m\"} 7",
+            "vllm:request_generation_tokens_sum{model_name=\"m\"} 3",
         ] {
             assert!(text.lines().any(|l| l == line), "no line {line} in\n{text}");
         }

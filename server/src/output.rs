@@ -4,6 +4,10 @@
 //! It never waits for a client: a request's channel has room for all that the request can give. A client that has
 //! left is noticed by the drop of its [`Running`], which frees the request's blocks before the next step. It knows
 //! tokens and text, and nothing of HTTP.
+//!
+//! - [`timeline`]: pure: which spans of a request's life are over.
+
+mod timeline;
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -18,11 +22,12 @@ use kvasir_kernels::device::Sampled;
 use tokio::sync::mpsc;
 
 use crate::engine::{
-    EngineHandle, FinishReason, Output, Request, RequestId, StepOutputs, SubmitError,
+    Admission, EngineHandle, FinishReason, Output, Request, RequestId, StepOutputs, SubmitError,
 };
 use crate::metrics::{FinishLabel, Metrics};
 use crate::text::stop::StopStrings;
 use crate::text::{Detokenizer, StopMatcher};
+use timeline::Timeline;
 
 /// A request with what its tokens become on the way out.
 #[derive(Debug)]
@@ -126,9 +131,9 @@ impl Outputs {
             events: sender,
             detokenizer,
             stop: StopMatcher::new(stop),
-            arrived,
+            timeline: Timeline::new(arrived, Instant::now()),
             n_prompt: request.prompt.len() as u64,
-            last_token: None,
+            n_generated: 0,
             settled: Arc::clone(&settled),
         };
         self.0.send(Mail::Add(id, Box::new(stream)));
@@ -193,9 +198,15 @@ struct OutputThread {
 
 impl OutputThread {
     fn run(mut self, steps: &Receiver<StepOutputs>) {
-        while let Ok(outputs) = steps.recv() {
+        while let Ok(StepOutputs { admitted, outputs }) = steps.recv() {
             let now = Instant::now();
             self.read_mail();
+            for Admission { id, at } in admitted {
+                if let Some(stream) = self.streams.get_mut(&id) {
+                    let metrics = &self.shared.metrics;
+                    (stream.timeline).admitted(at, |span, length| metrics.observe(span, length));
+                }
+            }
             for output in outputs {
                 self.give(output, now);
             }
@@ -224,8 +235,10 @@ impl OutputThread {
         if let Some(finish) = &event.finished
             && !stream.settled.swap(true, Ordering::AcqRel)
         {
-            self.shared.metrics.request_finished(finish.label());
-            self.shared.metrics.request_latency(now - stream.arrived);
+            let metrics = &self.shared.metrics;
+            metrics.request_finished(finish.label());
+            metrics.request_lengths(stream.n_prompt, stream.n_generated);
+            (stream.timeline).ended(now, |span, length| metrics.observe(span, length));
             if !engine_finished {
                 self.shared.engine.abort(id);
             }
@@ -245,10 +258,9 @@ struct TextStream {
     events: mpsc::Sender<Event>,
     detokenizer: Detokenizer,
     stop: StopMatcher,
-    arrived: Instant,
+    timeline: Timeline,
     n_prompt: u64,
-    /// When the last token came; `None` before the first.
-    last_token: Option<Instant>,
+    n_generated: u64,
     /// Its end is counted, and its blocks are free or being freed. Whoever sets it first does that.
     settled: Arc<AtomicBool>,
 }
@@ -260,11 +272,12 @@ impl TextStream {
             ..Event::default()
         };
         if !output.tokens.is_empty() {
-            match self.last_token.replace(now) {
-                None => metrics.first_token(now - self.arrived, self.n_prompt),
-                Some(before) => metrics.next_token(now - before),
+            if self.n_generated == 0 {
+                metrics.prompt(self.n_prompt);
             }
+            self.n_generated += output.tokens.len() as u64;
             metrics.generated(output.tokens.len() as u64);
+            (self.timeline).token(now, |span, length| metrics.observe(span, length));
         }
         let n_tokens = output.tokens.len();
         for (i, token) in output.tokens.into_iter().enumerate() {

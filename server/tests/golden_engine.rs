@@ -5,7 +5,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::mpsc::Receiver;
@@ -66,8 +66,19 @@ fn answers(
     }
     let mut parts: BTreeMap<RequestId, (Vec<Sampled>, Vec<Sampled>)> = BTreeMap::new();
     let mut answers = BTreeMap::new();
+    let (mut admitted, mut n_admissions) = (BTreeSet::new(), 0);
     while answers.len() < requests.len() {
-        for output in outputs.recv().unwrap() {
+        let StepOutputs {
+            admitted: new,
+            outputs,
+        } = outputs.recv().unwrap();
+        n_admissions += new.len() as u64;
+        admitted.extend(new.into_iter().map(|admission| admission.id));
+        for output in outputs {
+            assert!(
+                admitted.contains(&output.id),
+                "an output before the admission"
+            );
             let (scores, tokens) = parts.entry(output.id).or_default();
             scores.extend(output.prompt_logprobs);
             tokens.extend(output.tokens);
@@ -79,6 +90,11 @@ fn answers(
     }
     handle.stop();
     engine.join().unwrap();
+    assert_eq!(
+        n_admissions,
+        requests.len() as u64 + handle.counters().preemptions,
+        "each request is admitted once, and once more for each preemption"
+    );
     let report = handle.load();
     assert_eq!(report.blocks.unwrap().active, 0, "all blocks come back");
     assert_eq!(report.queue.unwrap().running, 0);
@@ -321,6 +337,8 @@ fn an_abort_frees_blocks_and_a_stop_ends_what_is_left() {
     // The longest context is what the pool holds: more tokens than that end the answer, and never refuse it.
     handle.submit(request(0, 500)).unwrap();
     handle.submit(request(1, 150)).unwrap();
+    // A step's load is published after its message, and before the next one's.
+    outputs.recv().unwrap();
     outputs.recv().unwrap();
     assert!(handle.load().blocks.unwrap().active > 0);
     handle.abort(RequestId(0));
@@ -328,6 +346,7 @@ fn an_abort_frees_blocks_and_a_stop_ends_what_is_left() {
     while ended.is_none() {
         let step = outputs.recv().unwrap();
         ended = step
+            .outputs
             .into_iter()
             .find(|output| output.id == RequestId(1))
             .and_then(|output| output.finished);

@@ -70,8 +70,22 @@ fn a_stream_adds_up_to_the_whole_answer() {
     );
 
     let metrics = server.get("/metrics").1;
-    let samples = "vllm:time_to_first_token_seconds_count{model_name=\"kvasir-demo\"} 2";
-    assert!(metrics.contains(samples), "one sample a request: {metrics}");
+    // Two requests: of each span one sample a request, but of the time between tokens.
+    for (name, n) in [
+        ("vllm:request_queue_time_seconds_count", 2),
+        ("vllm:request_prefill_time_seconds_count", 2),
+        ("vllm:time_to_first_token_seconds_count", 2),
+        ("vllm:request_decode_time_seconds_count", 2),
+        ("vllm:e2e_request_latency_seconds_count", 2),
+        (
+            "vllm:inter_token_latency_seconds_count",
+            2 * (ids.len() - 1),
+        ),
+        ("vllm:request_generation_tokens_sum", 2 * ids.len()),
+    ] {
+        let line = format!("{name}{{model_name=\"kvasir-demo\"}} {n}\n");
+        assert!(metrics.contains(&line), "no {line} in {metrics}");
+    }
 
     let (_, tokens) = server.post("/tokenize", &json!({"messages": question()}));
     assert_eq!(tokens["tokens"], whole["prompt_token_ids"]);

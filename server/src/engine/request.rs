@@ -2,6 +2,8 @@
 //!
 //! Token ids only: it knows no text, no blocks and no device.
 
+use std::time::Instant;
+
 /// Names a request for its whole life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
@@ -62,8 +64,24 @@ pub struct Output {
     pub finished: Option<FinishReason>,
 }
 
-/// The outputs of one step, sent in one message.
-pub type StepOutputs = Vec<Output>;
+/// A request has left the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// Whose.
+    pub id: RequestId,
+    /// When the step was scheduled that it begins with.
+    pub at: Instant,
+}
+
+/// What one step brought, sent in one message.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepOutputs {
+    /// Requests that began to run since the message before; one that was preempted begins again. They stand in no
+    /// later message than the request's first output.
+    pub admitted: Vec<Admission>,
+    /// What requests got.
+    pub outputs: Vec<Output>,
+}
 
 /// Why a request is not accepted. Nothing changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

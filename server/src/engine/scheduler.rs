@@ -18,7 +18,7 @@ use kvasir_kernels::device::{
 };
 
 use super::blocks::{BlockPool, BlockTable};
-use super::{FinishReason, Output, Request, RequestId, StepOutputs};
+use super::{FinishReason, Output, Request, RequestId};
 use sequence::{Draw, Sequence};
 
 /// A sequence that has a row of the block-table matrix.
@@ -159,7 +159,7 @@ impl Scheduler {
     }
 
     /// Takes what the oldest step under way gave: appends outputs, ends requests, frees their blocks.
-    pub fn commit(&mut self, blocks: &mut BlockPool, output: StepOutput) -> StepOutputs {
+    pub fn commit(&mut self, blocks: &mut BlockPool, output: StepOutput) -> Vec<Output> {
         let expected = self
             .in_flight
             .pop_front()
