@@ -4,7 +4,7 @@
 //!
 //! - [`incoming`], [`fields`], [`params`]: requests are read in time and parsed once; every mistake names its field.
 //! - [`completions`], [`chat`]: the two interfaces; [`generate`] is what they share.
-//! - [`serve`]: connections, their limits, and the drain.
+//! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client never reads.
 
 mod chat;
 mod completions;
@@ -16,6 +16,7 @@ mod logprobs;
 mod params;
 pub mod serve;
 mod wire;
+mod write_timeout;
 
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,6 +51,10 @@ pub enum Phase {
     /// No more requests; answers under way are finished.
     Closing,
 }
+
+/// A client that takes nothing of what it asked for, for so long, is gone: its connection is closed, and what it runs
+/// ends. Long enough for any hiccup of a network; a client that takes its time takes something meanwhile.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Bounds on what a client may cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,7 +13,8 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
-use super::{App, OverLimit, Phase, router};
+use super::write_timeout::WriteTimeout;
+use super::{App, OverLimit, Phase, WRITE_TIMEOUT, router};
 
 /// Connections beyond the limit, for probes. Even more are closed at once.
 const RESERVE: usize = 64;
@@ -47,7 +48,11 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, drain: Duration) -> usi
         } else {
             &routes
         };
-        let connection = connection(stream, routes.clone(), app.limits.read_timeout, app.phase());
+        let timeouts = Timeouts {
+            read: app.limits.read_timeout,
+            write: WRITE_TIMEOUT,
+        };
+        let connection = connection(stream, routes.clone(), timeouts, app.phase());
         tokio::spawn(async move {
             connection.await;
             drop(permit);
@@ -59,17 +64,27 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, drain: Duration) -> usi
     most - open.available_permits()
 }
 
+/// How long a client may keep its connection waiting.
+#[derive(Clone, Copy, Debug)]
+struct Timeouts {
+    /// For the head of a request.
+    read: Duration,
+    /// For the next byte of an answer.
+    write: Duration,
+}
+
 async fn connection(
     stream: TcpStream,
     routes: axum::Router,
-    timeout: Duration,
+    timeouts: Timeouts,
     mut phase: watch::Receiver<Phase>,
 ) {
     // Small pieces of a stream go out at once.
     let _ = stream.set_nodelay(true);
+    let stream = WriteTimeout::new(stream, timeouts.write);
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(timeout)
+        .header_read_timeout(timeouts.read)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
     let mut connection = pin!(connection);
     tokio::select! {
@@ -88,4 +103,65 @@ fn log(result: Result<(), hyper::Error>) {
 async fn closing(phase: &mut watch::Receiver<Phase>) {
     // An error means that the app is gone, which is an end too.
     let _ = phase.wait_for(|phase| *phase == Phase::Closing).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::io::{Read, Write};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use axum::body::{Body, Bytes};
+    use axum::routing::get;
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    /// Nothing that is waited for takes this long on any machine.
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_client_that_never_reads_is_gone_after_a_while() {
+        // An answer that never ends, and whose drop, which frees the blocks of a real one, can be waited for.
+        let (held, dropped) = oneshot::channel::<()>();
+        let n_bytes = Arc::new(AtomicU64::new(0));
+        let state = Arc::new(Mutex::new(Some((held, Arc::clone(&n_bytes)))));
+        let answer = move || {
+            let state = state.lock().unwrap().take().expect("it is asked once");
+            let pieces = futures::stream::unfold(state, |(held, n_bytes)| async move {
+                n_bytes.fetch_add(1 << 14, Ordering::Relaxed);
+                let piece = Bytes::from_static(&[b'x'; 1 << 14]);
+                Some((Ok::<_, Infallible>(piece), (held, n_bytes)))
+            });
+            std::future::ready(Body::from_stream(pieces))
+        };
+        let routes = axum::Router::new().route("/", get(answer));
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        client.set_read_timeout(Some(LONG)).unwrap();
+        client
+            .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            .unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let timeouts = Timeouts {
+            read: LONG,
+            write: Duration::from_millis(200),
+        };
+        let (_phase, phases) = watch::channel(Phase::Ready);
+        let served = tokio::spawn(connection(stream, routes, timeouts, phases));
+
+        let ended = tokio::time::timeout(LONG, dropped).await;
+        assert!(
+            ended.is_ok_and(|nothing_sent| nothing_sent.is_err()),
+            "the answer is dropped while its client is connected"
+        );
+        tokio::time::timeout(LONG, served).await.unwrap().unwrap();
+        // The client may still read what was sent; it sees that this is not the whole.
+        let mut rest = Vec::new();
+        let _ = client.read_to_end(&mut rest);
+        assert!(!rest.ends_with(b"0\r\n\r\n"));
+        assert!(n_bytes.load(Ordering::Relaxed) > rest.len() as u64);
+    }
 }
