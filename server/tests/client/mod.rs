@@ -4,9 +4,11 @@
     clippy::unwrap_used,
     reason = "the lint's exception for tests does not reach their modules"
 )]
+#![allow(dead_code, reason = "each test that includes it uses a part")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::ops::Deref;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,7 +20,15 @@ const LONG: Duration = Duration::from_secs(60);
 /// Killed when dropped.
 pub(crate) struct Server {
     pub(crate) child: Child,
-    address: String,
+    client: Client,
+}
+
+impl Deref for Server {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
 }
 
 impl Server {
@@ -39,10 +49,27 @@ impl Server {
         });
         Self {
             child,
-            address: address.expect("the server says where it serves"),
+            client: Client {
+                address: address.expect("the server says where it serves"),
+            },
         }
     }
 
+    pub(crate) fn signal(&self, name: &str) {
+        let status = Command::new("kill")
+            .args(["-s", name, &self.child.id().to_string()])
+            .status()
+            .unwrap();
+        assert!(status.success());
+    }
+}
+
+/// Asks the server at an address; each call has a connection of its own.
+pub(crate) struct Client {
+    pub(crate) address: String,
+}
+
+impl Client {
     pub(crate) fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(LONG)).unwrap();
@@ -69,23 +96,22 @@ impl Server {
 
     /// Asks `/load` until it is as wanted.
     pub(crate) fn wait_for_load(&self, why: &str, wanted: impl Fn(&Value) -> bool) {
-        let start = Instant::now();
-        loop {
-            let load: Value = serde_json::from_str(&self.get("/load").1).unwrap();
-            if wanted(&load) {
-                return;
-            }
-            assert!(start.elapsed() < LONG, "{why}: {load}");
-            std::thread::yield_now();
-        }
+        self.wait_for(why, "/load", |_, load| {
+            wanted(&serde_json::from_str(load).unwrap())
+        });
     }
 
-    pub(crate) fn signal(&self, name: &str) {
-        let status = Command::new("kill")
-            .args(["-s", name, &self.child.id().to_string()])
-            .status()
-            .unwrap();
-        assert!(status.success());
+    /// Asks until status and body are as wanted.
+    pub(crate) fn wait_for(&self, why: &str, path: &str, wanted: impl Fn(u16, &str) -> bool) {
+        let start = Instant::now();
+        loop {
+            let (status, body) = self.get(path);
+            if wanted(status, &body) {
+                return;
+            }
+            assert!(start.elapsed() < LONG, "{why}: {status} {body}");
+            std::thread::yield_now();
+        }
     }
 }
 
