@@ -121,6 +121,16 @@ fn completions_take_text_and_tokens_one_or_many() {
         "the same in company"
     );
 
+    // A greedy token is the first of the most likely ones, with the very same number.
+    let asked = json!({"prompt": ids, "max_tokens": 4, "temperature": 0, "logprobs": 2});
+    let logprobs = server.post(COMPLETIONS, &asked).1["choices"][0]["logprobs"].clone();
+    for i in 0..4 {
+        let token = logprobs["tokens"][i].as_str().unwrap();
+        let top = logprobs["top_logprobs"][i].as_object().unwrap();
+        assert_eq!(top.len(), 2, "{logprobs}");
+        assert_eq!(top[token], logprobs["token_logprobs"][i], "{logprobs}");
+    }
+
     // An echo with log-probabilities and no new token scores the prompt.
     let asked = json!({"prompt": ids, "max_tokens": 0, "echo": true, "logprobs": 0});
     let scores =

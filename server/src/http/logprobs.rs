@@ -15,7 +15,18 @@ pub(super) struct CompletionLogprobs {
     text_offset: Vec<usize>,
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<String>,
-    top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+    top_logprobs: Vec<Option<TopLogprobs>>,
+}
+
+/// An object from token to log-probability, most likely first. Its numbers are written as `token_logprobs` are, so
+/// that a client finds a token's own among them.
+#[derive(Clone, Debug)]
+struct TopLogprobs(Vec<(String, f32)>);
+
+impl Serialize for TopLogprobs {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(text, logprob)| (text, logprob)))
+    }
 }
 
 impl CompletionLogprobs {
@@ -32,11 +43,15 @@ impl CompletionLogprobs {
         let logprob = sampled.logprob.map(|p| p.max(LEAST));
         self.token_logprobs.push(logprob);
         let own = logprob.map(|p| (sampled.token, p));
-        let top = sampled.top.iter().copied().chain(own);
-        self.top_logprobs.push(Some(
-            top.map(|(id, p)| (legacy_text(vocabulary, id), p.max(LEAST).into()))
-                .collect(),
-        ));
+        let mut top = TopLogprobs(Vec::with_capacity(sampled.top.len() + 1));
+        for (id, logprob) in sampled.top.iter().copied().chain(own) {
+            // The token itself may be among the most likely ones, and two ids may have one text.
+            let text = legacy_text(vocabulary, id);
+            if top.0.iter().all(|(other, _)| *other != text) {
+                top.0.push((text, logprob.max(LEAST)));
+            }
+        }
+        self.top_logprobs.push(Some(top));
     }
 
     fn push_token(&mut self, vocabulary: &Vocabulary, id: u32, offset: &mut usize) {
