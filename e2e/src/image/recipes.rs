@@ -36,25 +36,8 @@ pub fn kvasir() -> Result<Image, Error> {
         "Building kvasir-server and kvasir-operator in release (first time: some minutes)",
     );
     let folder = release_binaries()?;
-    let mut files = Vec::new();
-    let mut libraries = BTreeSet::new();
-    for name in ["kvasir-server", "kvasir-operator"] {
-        let from = folder.join(name);
-        libraries.extend(shared_libraries(&run(Command::new("ldd").arg(&from))?));
-        files.push(ImageFile {
-            path: format!("/{name}"),
-            from,
-            mode: 0o755,
-        });
-    }
-    files.extend(libraries.into_iter().map(|path| {
-        let from = PathBuf::from(&path);
-        ImageFile {
-            path,
-            from,
-            mode: 0o755,
-        }
-    }));
+    let programs = ["kvasir-server", "kvasir-operator"].map(|name| folder.join(name));
+    let files = with_libraries(&programs)?;
     step.done(format_args!("built in {}", folder.display()));
     Ok(Image {
         reference: kvasir_reference(),

@@ -19,12 +19,6 @@ fn contradictions_and_a_second_owner_of_the_replicas_are_refused() {
         );
     }
     scene
-        .apply(&demo("fixed", "  replicas: 1"))
-        .expect("a fixed number is accepted");
-    scene
-        .kubectl(&["scale", "llmdeployment", "fixed", "--replicas=2"])
-        .expect("and can be scaled");
-    scene
         .apply(&demo("owned", "  autoscaling: {maxReplicas: 3}"))
         .expect("autoscaling is accepted");
     let error = scene
