@@ -25,6 +25,9 @@ pub use node::Node;
 
 /// Where clusters keep their files while they live: one folder each.
 const STATE: &str = "/var/lib/kvasir-e2e";
+/// What stands before a command that is to run as root and still find cargo, the toolchain and the cache of the
+/// user; sudo alone hides all three.
+pub const AS_ROOT: &str = r#"sudo env PATH="$PATH" HOME="$HOME""#;
 /// How long any one part of the start may take before it counts as failed.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// How often a condition is looked at meanwhile.
@@ -155,6 +158,12 @@ impl Cluster {
         &self.tools
     }
 
+    /// What it goes by.
+    #[must_use]
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
     /// The folder of its files.
     #[must_use]
     pub fn folder(&self) -> PathBuf {
@@ -172,7 +181,9 @@ impl Cluster {
     /// # Errors
     /// When it cannot be written or imported.
     pub fn import(&self, image: &Image) -> Result<(), Error> {
-        let archive = self.name.folder().join("image.tar");
+        // Named for who imports what: `up` may import into a cluster that a test imports into.
+        let file = format!("{}-{}.tar", image.reference, std::process::id());
+        let archive = self.name.folder().join(file.replace(['/', ':'], "-"));
         image.write(&archive)?;
         for node in &self.nodes {
             until("containerd takes images", PATIENCE, LOOK_EVERY, || {
@@ -319,9 +330,9 @@ fn require_root() -> Result<(), Error> {
     if is_root() {
         return Ok(());
     }
-    Err(Error::Refused(
-        "a cluster needs root: its kubelets make namespaces, mounts and cgroups; run this with sudo".into(),
-    ))
+    Err(Error::Refused(format!(
+        "a cluster needs root: its kubelets make namespaces, mounts and cgroups; run this with {AS_ROOT} before it"
+    )))
 }
 
 fn free_port() -> Result<u16, Error> {

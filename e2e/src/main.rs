@@ -4,9 +4,9 @@
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 use kvasir_e2e::access::Access;
-use kvasir_e2e::cluster::{Cluster, Name, is_root, remains};
+use kvasir_e2e::cluster::{AS_ROOT, Cluster, Name, is_root, remains};
 use kvasir_e2e::image::recipes;
-use kvasir_e2e::toolchain::Toolchain;
+use kvasir_e2e::toolchain::{self, Toolchain};
 use kvasir_e2e::{chat, progress, quickstart};
 use std::io::Read as _;
 use std::path::PathBuf;
@@ -82,7 +82,7 @@ fn main() -> Result<()> {
             if when_stdin_closes {
                 std::io::stdin().read_to_end(&mut Vec::new())?;
             }
-            Ok(remains::remove(&name)?)
+            down(&name)
         }
         Job::Ask {
             url,
@@ -103,6 +103,19 @@ fn main() -> Result<()> {
     }
 }
 
+fn down(name: &Name) -> Result<()> {
+    if !is_root() {
+        bail!("this is not root; run {AS_ROOT} cargo run --release -p kvasir-e2e -- down");
+    }
+    let step = progress::begin(format_args!("Removing the cluster {name}"));
+    remains::remove(name)?;
+    step.done(format_args!(
+        "nothing of it is left; programs stay in {} for the next time",
+        toolchain::cache().display()
+    ));
+    Ok(())
+}
+
 fn up(up: &Up) -> Result<()> {
     if let (Some(context), Some(image)) = (&up.context, &up.image) {
         progress::say(format_args!(
@@ -121,7 +134,8 @@ fn up(up: &Up) -> Result<()> {
     progress::say("This brings a Kubernetes cluster up on this machine. Its kubelets need root.");
     if !is_root() {
         bail!(
-            "this is not root; run the same command with sudo (or serve without a cluster: cargo run --release --bin kvasir-server)"
+            "this is not root; run {AS_ROOT} cargo run --release -p kvasir-e2e -- up\n\
+             or serve without a cluster: cargo run --release --bin kvasir-server"
         );
     }
     let tools = Toolchain::ensure()?;
@@ -151,8 +165,14 @@ fn first_answer(access: &Access, image: &str) -> Result<()> {
 
 fn print_what_next(name: &Name, cluster: &Cluster) {
     let port = 8000;
+    // Only root reads the kubeconfig. A machine where root needed no sudo may have none.
+    let by_sudo = std::env::var_os("SUDO_USER").is_some();
+    let (shell, sudo) = match by_sudo {
+        true => ("a root shell (sudo -s)", "sudo "),
+        false => ("this shell", ""),
+    };
     progress::say(format_args!(
-        r#"To play with it, in this shell:
+        r#"To play with it, in {shell}:
   export KUBECONFIG={kubeconfig} PATH={kubectl}:{helm}:$PATH
   kubectl get llmdeployments
   kubectl describe llmdeployment {demo}
@@ -161,7 +181,7 @@ fn print_what_next(name: &Name, cluster: &Cluster) {
   curl -N http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \
     -d '{{"model": "kvasir-demo", "stream": true, "messages": [{{"role": "user", "content": "How do I scale an LLMDeployment?"}}]}}'
 To take everything away again:
-  sudo {program} down --name {name}"#,
+  {sudo}{program} down --name {name}"#,
         kubeconfig = cluster.kubeconfig().display(),
         kubectl = cluster.tools().kubernetes.display(),
         helm = cluster.tools().helm.display(),
