@@ -1,7 +1,7 @@
 //! A deployment from apply to delete, and what an upgrade of the operator leaves alone.
 
 use crate::scene::{Scene, demo};
-use crate::{kvasir, next_reference};
+use crate::{kvasir, next_reference, release};
 use kvasir_e2e::quickstart;
 use kvasir_e2e::wait::Seen;
 use std::collections::BTreeSet;
@@ -97,6 +97,7 @@ fn an_upgrade_of_the_operator_rolls_no_pod() {
             .collect()
     };
     let before = uids();
+    let _alone = release();
     quickstart::install(&cluster.access(), &next_reference()).expect("upgraded");
     // A change that only the new operator can have made shows that it has looked at the deployment.
     scene

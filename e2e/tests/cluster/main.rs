@@ -2,6 +2,7 @@
 //! however it ends. Without root they are skipped, and say so; with `CI=true` that is a failure.
 
 mod chart;
+mod existing;
 mod foundation;
 mod gpu;
 mod lifecycle;
@@ -12,12 +13,12 @@ mod scene;
 mod serving;
 mod sidecar;
 
-use kvasir_e2e::cluster::{Cluster, is_root};
+use kvasir_e2e::cluster::{AS_ROOT, Cluster, is_root};
 use kvasir_e2e::image::{Image, recipes};
 use kvasir_e2e::toolchain::Toolchain;
 use kvasir_e2e::{Error, progress, quickstart};
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The cluster, started by the first test that asks; `None` where there is no root.
 fn cluster() -> Option<&'static Cluster> {
@@ -31,7 +32,9 @@ fn cluster() -> Option<&'static Cluster> {
                 std::env::var_os("CI").is_none(),
                 "CI must run the cluster tests, and they need root"
             );
-            progress::say("SKIPPED: the cluster tests need root; run the same command with sudo");
+            progress::say(format_args!(
+                "SKIPPED: the cluster tests need root; run the same command with {AS_ROOT} before it"
+            ));
             None
         })
         .as_ref()
@@ -60,10 +63,18 @@ fn kvasir() -> Option<&'static Cluster> {
     static INSTALLED: OnceLock<()> = OnceLock::new();
     let cluster = with_image()?;
     INSTALLED.get_or_init(|| {
+        let _alone = release();
         let reference = recipes::kvasir_reference();
         quickstart::install(&cluster.access(), &reference).expect("the operator is installed");
     });
     Some(cluster)
+}
+
+/// The right to change the chart's release, which helm lets only one change at a time.
+fn release() -> MutexGuard<'static, ()> {
+    static RELEASE: Mutex<()> = Mutex::new(());
+    // A test that failed while it held the right has changed nothing that the next one relies on.
+    RELEASE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A second reference of the same image, to upgrade to.
