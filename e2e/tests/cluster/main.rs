@@ -12,6 +12,7 @@ mod scaling;
 mod scene;
 mod serving;
 mod sidecar;
+mod volume;
 
 use kvasir_e2e::cluster::{AS_ROOT, Cluster, is_root};
 use kvasir_e2e::image::{Image, recipes};

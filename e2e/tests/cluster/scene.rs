@@ -114,9 +114,14 @@ impl Scene {
 
     /// Asks through the Service's name with the `openai` package, from inside a node.
     pub(crate) fn ask(&self, name: &str, question: &str) -> Value {
+        self.ask_model(name, "kvasir-demo", question)
+    }
+
+    /// The same, of a model that goes by the name `model`.
+    pub(crate) fn ask_model(&self, name: &str, model: &str, question: &str) -> Value {
         let url = self.url(name);
         let said = self.until("an answer through the Service", 20, || {
-            run(self.python("ask.py").args([&url, "kvasir-demo", question])).map(Seen::Yes)
+            run(self.python("ask.py").args([&url, model, question])).map(Seen::Yes)
         });
         serde_json::from_str(&said).expect("the script prints JSON")
     }
