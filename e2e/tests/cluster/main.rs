@@ -6,6 +6,7 @@ mod existing;
 mod foundation;
 mod gpu;
 mod lifecycle;
+mod reasons;
 mod refusals;
 mod removal;
 mod scaling;

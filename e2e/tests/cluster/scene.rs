@@ -87,6 +87,26 @@ impl Scene {
             .collect())
     }
 
+    /// The last line of the server's run before this one, in a pod where it ends and is started again.
+    pub(crate) fn last_line(&self, pod: &str) -> String {
+        let ended = "jsonpath={.status.containerStatuses[0].lastState.terminated.exitCode}";
+        self.until("the server ended and was started again", 60, || {
+            if self.kubectl(&["get", "pod", pod, "-o", ended])?.is_empty() {
+                return Ok(Seen::NotYet("it has not ended".into()));
+            }
+            let log = self.kubectl(&["logs", pod, "--previous"])?;
+            // The kubelet's own words, where the run before was cleared away by one more.
+            if log.starts_with("unable to retrieve container logs") {
+                return Ok(Seen::NotYet(log));
+            }
+            let line = log.lines().map(str::trim).rfind(|line| !line.is_empty());
+            Ok(line.map_or_else(
+                || Seen::NotYet("its log is empty".into()),
+                |line| Seen::Yes(line.to_owned()),
+            ))
+        })
+    }
+
     pub(crate) fn until<T>(
         &self,
         what: &str,
