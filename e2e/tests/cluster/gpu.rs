@@ -2,7 +2,7 @@
 //! words of whoever knows. A node offers GPUs when its status says so; no device is needed to be scheduled.
 
 use crate::kvasir;
-use crate::scene::{Scene, demo};
+use crate::scene::{Scene, condition, demo};
 use kvasir_e2e::command::run;
 use kvasir_e2e::wait::Seen;
 
@@ -44,10 +44,21 @@ fn the_scheduler_is_quoted_until_capacity_appears_and_then_the_server() {
         args.contains("cuda"),
         "the server is told to use the GPU: {args}"
     );
-    // It never falls back to the CPU: it says why it cannot run, and the status repeats it.
+    // It never falls back to the CPU: it says why it cannot run, and the status repeats the whole sentence.
+    let pod = pod["metadata"]["name"].as_str().expect("a name");
+    let sentence = scene.last_line(pod);
+    assert!(
+        sentence.to_lowercase().contains("cuda"),
+        "the server says what it lacks: {sentence}"
+    );
     let object = scene.await_deployment("the status quotes the server", "large", 90, |object| {
-        let status = object["status"].to_string().to_lowercase();
-        status.contains("cuda") && !status.contains("insufficient")
+        let message = &object["status"]["notReady"][0]["message"];
+        message.as_str().is_some_and(|m| m.ends_with(&sentence))
     });
+    let told = condition(&object, "Ready")["message"].to_string();
+    assert!(
+        told.contains(&sentence) && !told.contains("Insufficient"),
+        "the scheduler's words are gone: {told}"
+    );
     assert_eq!(object["status"]["readyReplicas"], 0);
 }
