@@ -2,6 +2,7 @@
 //! however it ends. Without root they are skipped, and say so; with `CI=true` that is a failure.
 
 mod chart;
+mod departures;
 mod existing;
 mod foundation;
 mod gpu;

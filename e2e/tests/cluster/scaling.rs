@@ -1,8 +1,9 @@
 //! The number of replicas under real load: up in one decision, down when idle, and never at the cost of an
 //! answer.
 
+use crate::departures::Departures;
 use crate::kvasir;
-use crate::scene::{Scene, demo};
+use crate::scene::{Load, Scene, condition, demo};
 use kvasir_e2e::command::run;
 use kvasir_e2e::wait::Seen;
 use std::time::{Duration, Instant};
@@ -28,11 +29,7 @@ fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back(
     scene.await_deployment("three replicas serve", "demo", 90, |object| {
         object["status"]["readyReplicas"] == 3
     });
-    let (whole, failures) = load.end();
-    assert!(
-        whole > 0 && failures.is_empty(),
-        "{whole} whole answers; failures: {failures:?}"
-    );
+    Load::end(vec![load]).assert_whole();
     scene.await_deployment("one replica is left", "demo", 120, |object| {
         object["status"]["lastScaling"]["to"] == 1 && object["status"]["replicas"] == 1
     });
@@ -80,6 +77,15 @@ fn a_server_that_hangs_changes_no_number() {
         "no decision was made: {}",
         object["status"]
     );
+    // Its readiness probe goes unanswered, which is what the status says until the kubelet starts it again.
+    let object = scene.await_deployment("the status tells the probe", "demo", 40, |object| {
+        object["status"]["notReady"][0]["reason"] == "ProbeFailing"
+    });
+    let told = condition(&object, "Ready")["message"].to_string();
+    assert!(
+        told.contains("probe failed"),
+        "the kubelet is quoted: {told}"
+    );
 }
 
 #[test]
@@ -100,10 +106,13 @@ fn fewer_replicas_and_a_rolling_update_break_no_stream() {
     scene.await_deployment("three replicas serve", "demo", 120, |object| {
         object["status"]["readyReplicas"] == 3
     });
-    let load = scene.load("demo", 9, 1_500);
+    let label = "kvasir.dev/llmdeployment=demo";
+    let mut loads = Vec::new();
+    scene.occupy("demo", label, 1_500, &mut loads);
+    let departures = Departures::watch(&scene, label, "demo");
     scene.apply(&spec(2, "before")).expect("accepted");
     scene.until("two pods are left", 120, || {
-        let pods = scene.get(&["pods", "-l", "kvasir.dev/llmdeployment=demo"])?;
+        let pods = scene.get(&["pods", "-l", label])?;
         let n_pods = pods["items"].as_array().map_or(0, Vec::len);
         Ok(if n_pods == 2 {
             Seen::Yes(())
@@ -117,9 +126,10 @@ fn fewer_replicas_and_a_rolling_update_break_no_stream() {
         .iter()
         .map(|pod| pod["metadata"]["uid"].to_string())
         .collect();
+    scene.occupy("demo", label, 1_500, &mut loads);
     scene.apply(&spec(2, "after")).expect("accepted");
     scene.until("every pod is a new one", 180, || {
-        let pods = scene.get(&["pods", "-l", "kvasir.dev/llmdeployment=demo"])?;
+        let pods = scene.get(&["pods", "-l", label])?;
         let pods = pods["items"].as_array().cloned().unwrap_or_default();
         let n_old = pods
             .iter()
@@ -131,9 +141,7 @@ fn fewer_replicas_and_a_rolling_update_break_no_stream() {
             Seen::NotYet(format!("{n_old} old pods"))
         })
     });
-    let (whole, failures) = load.end();
-    assert!(
-        whole > 0 && failures.is_empty(),
-        "{whole} whole answers; failures: {failures:?}"
-    );
+    let answers = Load::end(loads);
+    answers.assert_whole();
+    departures.assert_outlasted(3, &answers);
 }

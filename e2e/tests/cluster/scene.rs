@@ -160,7 +160,44 @@ impl Scene {
             .stdout(Stdio::piped())
             .spawn()
             .expect("the load starts");
-        Load { child }
+        Load { child, n_workers }
+    }
+
+    /// Begins clients, each with one connection that it keeps, until a stream is open on every ready pod with the
+    /// label `selector`; it is chance which pod a connection goes to.
+    pub(crate) fn occupy(&self, name: &str, selector: &str, n_tokens: u32, loads: &mut Vec<Load>) {
+        self.until("a stream is open on every pod", 60, || {
+            let open = self.open_streams(selector)?;
+            if !open.is_empty() && open.iter().all(|n| *n > 0) {
+                return Ok(Seen::Yes(()));
+            }
+            // Between two answers a client has no stream for a moment: one less is all of them.
+            let n_clients: u64 = loads.iter().map(|load| u64::from(load.n_workers)).sum();
+            if open.iter().sum::<u64>() + 1 >= n_clients {
+                let n_workers = u32::try_from(3 * open.len()).unwrap_or(3);
+                loads.push(self.load(name, n_workers, n_tokens));
+            }
+            Ok(Seen::NotYet(format!("{open:?} open, {n_clients} clients")))
+        });
+    }
+
+    /// The streams open on each ready pod with a label, by its own report.
+    fn open_streams(&self, selector: &str) -> Result<Vec<u64>, Error> {
+        let pods = self.get(&["pods", "-l", selector])?;
+        let stays = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null();
+        let pods = pods["items"].as_array().into_iter().flatten().filter(stays);
+        pods.map(|pod| {
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            let path = format!(
+                "/api/v1/namespaces/{}/pods/{name}:8000/proxy/load",
+                self.namespace
+            );
+            let report: Value =
+                serde_json::from_str(&self.kubectl(&["get", "--raw", &path])?).unwrap_or_default();
+            let count = |what: &str| report["queue"][what].as_u64().unwrap_or_default();
+            Ok(count("running") + count("waiting"))
+        })
+        .collect()
     }
 
     fn python(&self, script: &str) -> std::process::Command {
@@ -189,12 +226,26 @@ impl Drop for Scene {
 /// Clients at work.
 pub(crate) struct Load {
     child: Child,
+    n_workers: u32,
 }
 
 impl Load {
-    /// Lets each client finish its answer; (whole answers, failures).
-    pub(crate) fn end(mut self) -> (u64, Vec<String>) {
-        drop(self.child.stdin.take());
+    /// Lets every client of all of them finish its answer.
+    pub(crate) fn end(mut loads: Vec<Self>) -> Answers {
+        for load in &mut loads {
+            drop(load.child.stdin.take());
+        }
+        let mut all = Answers::default();
+        for load in loads {
+            let Answers { whole, failures } = load.finish();
+            all.whole.extend(whole);
+            all.failures.extend(failures);
+        }
+        all
+    }
+
+    /// What they say at their end, once they were told to end.
+    fn finish(mut self) -> Answers {
         let mut said = String::new();
         self.child
             .stdout
@@ -204,11 +255,15 @@ impl Load {
             .expect("text");
         self.child.wait().expect("it ends");
         let said: Value = serde_json::from_str(&said).expect("the script prints JSON");
-        let failures = said["failures"].as_array().cloned().unwrap_or_default();
-        (
-            said["whole"].as_u64().unwrap_or_default(),
-            failures.iter().map(ToString::to_string).collect(),
-        )
+        let list = |name: &str| said[name].as_array().cloned().unwrap_or_default();
+        Answers {
+            whole: list("whole_s")
+                .iter()
+                .filter_map(Value::as_f64)
+                .map(Duration::from_secs_f64)
+                .collect(),
+            failures: list("failures").iter().map(ToString::to_string).collect(),
+        }
     }
 }
 
@@ -217,6 +272,27 @@ impl Drop for Load {
         drop(self.child.stdin.take());
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// How the clients' requests ended.
+#[derive(Default)]
+pub(crate) struct Answers {
+    /// How long each answer streamed that came whole.
+    pub(crate) whole: Vec<Duration>,
+    /// What was said of each that did not.
+    pub(crate) failures: Vec<String>,
+}
+
+impl Answers {
+    /// At least one answer, and none that broke off or was refused.
+    pub(crate) fn assert_whole(&self) {
+        assert!(
+            !self.whole.is_empty() && self.failures.is_empty(),
+            "{} whole answers; failures: {:?}",
+            self.whole.len(),
+            self.failures
+        );
     }
 }
 

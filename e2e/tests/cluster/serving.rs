@@ -1,6 +1,7 @@
 //! The server behind a Service, without the operator: streamed answers, and no answer lost while pods go.
 
-use crate::scene::Scene;
+use crate::departures::Departures;
+use crate::scene::{Load, Scene};
 use crate::with_image;
 use kvasir_e2e::wait::Seen;
 
@@ -51,7 +52,9 @@ fn answers_stream_through_the_services_name_and_survive_a_rolling_update() {
         "the answer is about blocks: {said}"
     );
 
-    let load = scene.load("plain", 6, 300);
+    let mut loads = Vec::new();
+    scene.occupy("plain", "app=plain", 500, &mut loads);
+    let departures = Departures::watch(&scene, "app=plain", "plain");
     scene
         .kubectl(&["rollout", "restart", "deployment/plain"])
         .expect("restarted");
@@ -70,9 +73,7 @@ fn answers_stream_through_the_services_name_and_survive_a_rolling_update() {
             Seen::NotYet(format!("{n_pods} pods"))
         })
     });
-    let (whole, failures) = load.end();
-    assert!(
-        whole > 0 && failures.is_empty(),
-        "{whole} whole answers; failures: {failures:?}"
-    );
+    let answers = Load::end(loads);
+    answers.assert_whole();
+    departures.assert_outlasted(3, &answers);
 }
