@@ -27,17 +27,34 @@ pub fn kvasir_reference() -> String {
     format!("kvasir.dev/kvasir:{}", env!("CARGO_PKG_VERSION"))
 }
 
+/// The devices that an image's server can serve on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// The CPU.
+    Cpu,
+    /// The CPU, and NVIDIA GPUs: cuBLASLt is in the image (540 MB), the driver comes from the node.
+    CpuAndCuda,
+}
+
 /// The server and the operator, built in release, with the shared libraries that they name.
 ///
 /// # Errors
-/// When cargo fails.
-pub fn kvasir() -> Result<Image, Error> {
+/// When cargo fails, or cuBLAS can't be installed.
+pub fn kvasir(devices: Devices) -> Result<Image, Error> {
     let step = progress::begin(
         "Building kvasir-server and kvasir-operator in release (the first time about 6 minutes on 2 cores)",
     );
-    let folder = release_binaries()?;
+    let folder = release_binaries(devices)?;
     let programs = ["kvasir-server", "kvasir-operator"].map(|name| folder.join(name));
-    let files = with_libraries(&programs)?;
+    let mut files = with_libraries(&programs)?;
+    if devices == Devices::CpuAndCuda {
+        let library = run(&mut Command::new(workspace().join("kernels/cuda/cublas.sh")))?;
+        files.push(ImageFile {
+            path: "/lib/x86_64-linux-gnu/libcublasLt.so.13".into(),
+            from: PathBuf::from(library.trim()),
+            mode: 0o755,
+        });
+    }
     step.done(format_args!("built in {}", folder.display()));
     Ok(Image {
         reference: kvasir_reference(),
@@ -100,7 +117,7 @@ pub fn pause(scratch: &Path) -> Result<Image, Error> {
     })
 }
 
-fn release_binaries() -> Result<PathBuf, Error> {
+fn release_binaries(devices: Devices) -> Result<PathBuf, Error> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.current_dir(workspace()).args([
@@ -112,6 +129,9 @@ fn release_binaries() -> Result<PathBuf, Error> {
         "--bin",
         "kvasir-operator",
     ]);
+    if devices == Devices::CpuAndCuda {
+        command.args(["--features", "kvasir-server/cuda"]);
+    }
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(is_of_this_program) {
             command.env_remove(name);

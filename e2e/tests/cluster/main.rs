@@ -48,7 +48,7 @@ fn with_image() -> Option<&'static Cluster> {
     static IMPORTED: OnceLock<()> = OnceLock::new();
     let cluster = cluster()?;
     IMPORTED.get_or_init(|| {
-        let image = recipes::kvasir().expect("the image is built");
+        let image = recipes::kvasir(recipes::Devices::Cpu).expect("the image is built");
         cluster.import(&image).expect("the nodes take it");
         let next = Image {
             reference: next_reference(),
