@@ -1,12 +1,12 @@
 // Attention of one new token a sequence over its paged KV cache (flash decoding: split over the KV length).
 //
 // Grid (items, kv heads * tiles of 16 grouped query heads); 4 warps. An item is a partition of a sequence, 256 consecutive
-// positions: the host lists them, so that a crowd of unequal lengths leaves no block without work. Its tiles of 16 tokens go to the warps in turn, and every tile of K and V is read once for all query heads
-// of its group. Each warp runs its own pipeline of asynchronous copies. Warps are merged in order, partitions by
-// merge_partitions in order: the result depends on the absolute positions only, not on the batch or the grid.
+// positions: the host lists them, so that a crowd of unequal lengths leaves no block without work. Its tiles of 16 tokens
+// go to the warps in turn, and every tile of K and V is read once for all query heads of its group. Each warp runs its own
+// pipeline of asynchronous copies. Warps are merged in order, partitions by merge_partitions in a fixed order: the result
+// depends on the absolute positions only, not on the batch or the grid.
 //
-// Measured on an H100 (32/8 heads, size 128, block 16), K and V read per second: 64 x 4k 2690 GB/s, 8 x 4k 2216, 1 x 4k
-// 1194 (14.0 us), 1 x 32k 1663. A 1 GiB copy gave 2429 GB/s (read + written) in the same run.
+// MEASURED
 #include "attention_tile.cuh"
 #include "kv_cache.cuh"
 
