@@ -48,7 +48,8 @@ pub enum Phase {
     Ready,
     /// Told to stop: `/ready` says so, and requests are still accepted, because who sends them learns it late.
     Draining,
-    /// No more requests; answers under way are finished.
+    /// No more connections; answers under way are finished, and so is one more request of a client that was not told
+    /// to leave, because its answer had begun before.
     Closing,
 }
 
@@ -166,13 +167,9 @@ impl App {
     }
 
     fn serving(&self) -> Result<Arc<Serving>, ApiError> {
-        match self.serving.get() {
-            Some(serving) if *self.phase.borrow() < Phase::Closing => Ok(Arc::clone(serving)),
-            Some(_) => Err(ApiError::unavailable("the server is stopping")),
-            None => Err(ApiError::unavailable(
-                "the model is still loading; /ready tells when it is loaded",
-            )),
-        }
+        self.serving.get().cloned().ok_or_else(|| {
+            ApiError::unavailable("the model is still loading; /ready tells when it is loaded")
+        })
     }
 
     fn load(&self) -> Option<LoadReport> {

@@ -8,6 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Extension;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http_body_util::BodyExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
@@ -18,6 +23,10 @@ use super::{App, OverLimit, Phase, WRITE_TIMEOUT, router};
 
 /// Connections beyond the limit, for probes. Even more are closed at once.
 const RESERVE: usize = 64;
+
+/// A connection that is to close still waits so long for a request. A client whose answer began before SIGTERM was not
+/// told to leave, and may send its next request the moment that the answer ends: closed then, it would lose that one.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// Accepts connections until the app is closing, then lets answers under way finish for at most `drain`. Returns how
 /// many connections were cut.
@@ -82,16 +91,65 @@ async fn connection(
     // Small pieces of a stream go out at once.
     let _ = stream.set_nodelay(true);
     let stream = WriteTimeout::new(stream, timeouts.write);
+    let under_way = Arc::new(watch::Sender::new(0));
+    let mut answers = under_way.subscribe();
+    let routes = routes.layer(axum::middleware::from_fn_with_state(under_way, count));
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeouts.read)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
     let mut connection = pin!(connection);
+    let leaving = async {
+        closing(&mut phase).await;
+        idle(&mut answers).await;
+    };
     tokio::select! {
         result = connection.as_mut() => return log(result),
-        () = closing(&mut phase) => connection.as_mut().graceful_shutdown(),
+        () = leaving => connection.as_mut().graceful_shutdown(),
     }
     log(connection.await);
+}
+
+/// Counts a request from its head to the end of its answer's body.
+async fn count(
+    State(under_way): State<Arc<watch::Sender<usize>>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let counted = Counted::new(under_way);
+    next.run(request).await.map(|body| {
+        Body::new(body.map_err(move |error| {
+            let _held = &counted;
+            error
+        }))
+    })
+}
+
+struct Counted(Arc<watch::Sender<usize>>);
+
+impl Counted {
+    fn new(under_way: Arc<watch::Sender<usize>>) -> Self {
+        under_way.send_modify(|n| *n += 1);
+        Self(under_way)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.send_modify(|n| *n -= 1);
+    }
+}
+
+/// Waits until no answer has been under way for [`LINGER`].
+async fn idle(answers: &mut watch::Receiver<usize>) {
+    loop {
+        // An error means that the connection is gone: there is nothing to wait for.
+        let _ = answers.wait_for(|n| *n == 0).await;
+        let next = answers.wait_for(|n| *n > 0);
+        if !matches!(tokio::time::timeout(LINGER, next).await, Ok(Ok(_))) {
+            return;
+        }
+    }
 }
 
 fn log(result: Result<(), hyper::Error>) {
@@ -112,7 +170,7 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use axum::body::{Body, Bytes};
+    use axum::body::Bytes;
     use axum::routing::get;
     use tokio::sync::oneshot;
 
@@ -120,6 +178,55 @@ mod tests {
 
     /// Nothing that is waited for takes this long on any machine.
     const LONG: Duration = Duration::from_secs(60);
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_client_that_was_not_told_to_leave_is_answered_once_more() {
+        let (finish, finished) = oneshot::channel::<()>();
+        let finished = Arc::new(Mutex::new(Some(finished)));
+        let slow = move || {
+            let finished = finished.lock().unwrap().take();
+            let end = async move {
+                if let Some(finished) = finished {
+                    let _ = finished.await;
+                }
+                Ok::<_, Infallible>(Bytes::from_static(b"end"))
+            };
+            std::future::ready(Body::from_stream(futures::stream::once(end)))
+        };
+        let routes = axum::Router::new().route("/", get(slow));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        client.set_read_timeout(Some(LONG)).unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let timeouts = Timeouts {
+            read: LONG,
+            write: LONG,
+        };
+        let (phase, phases) = watch::channel(Phase::Ready);
+        let served = tokio::spawn(connection(stream, routes, timeouts, phases));
+        let ask = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n";
+        let read = |mut client: &std::net::TcpStream| {
+            let (mut answer, mut byte) = (Vec::new(), [0]);
+            while !answer.ends_with(b"0\r\n\r\n") {
+                client.read_exact(&mut byte).unwrap();
+                answer.push(byte[0]);
+            }
+        };
+
+        // The head of the first answer is out before the phase changes, and its end comes after.
+        client.write_all(ask).unwrap();
+        let mut head = [0; 12];
+        client.read_exact(&mut head).unwrap();
+        assert_eq!(&head, b"HTTP/1.1 200");
+        phase.send_replace(Phase::Closing);
+        finish.send(()).unwrap();
+        read(&client);
+        client.write_all(ask).unwrap();
+        read(&client);
+        // Then nobody asks, and the connection ends.
+        tokio::time::timeout(LONG, served).await.unwrap().unwrap();
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_client_that_never_reads_is_gone_after_a_while() {
