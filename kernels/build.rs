@@ -39,11 +39,11 @@ fn kernels(source: &Path) -> Vec<PathBuf> {
     kernels
 }
 
-/// One fatbin a source, and `cubins.rs`, which embeds them and names their entry points.
+/// One fatbin a source, and `cubins.rs`, which embeds them and names their entry points and where each is.
 fn build_cubins(source: &Path, out: &Path) {
     run(Command::new(source.join("cubins.sh")).arg(out));
     let (mut cubins, mut names) = (String::new(), String::new());
-    for kernel in kernels(source) {
+    for (module, kernel) in kernels(source).iter().enumerate() {
         let stem = kernel
             .file_stem()
             .expect("a file has a name")
@@ -54,14 +54,14 @@ fn build_cubins(source: &Path, out: &Path) {
             out.join(format!("{stem}.fatbin"))
         )
         .expect("a String takes everything");
-        let text = std::fs::read_to_string(&kernel).expect("a source can be read");
+        let text = std::fs::read_to_string(kernel).expect("a source can be read");
         for line in text.lines().filter_map(|line| line.strip_prefix("KERNEL(")) {
             let name = line.split(',').next().unwrap_or_default();
-            writeln!(names, "    {name:?},").expect("a String takes everything");
+            writeln!(names, "    ({name:?}, {module}),").expect("a String takes everything");
         }
     }
     let text = format!(
-        "const CUBINS: &[&[u8]] = &[\n{cubins}];\nconst KERNELS: &[&str] = &[\n{names}];\n"
+        "const CUBINS: &[&[u8]] = &[\n{cubins}];\nconst KERNELS: &[(&str, usize)] = &[\n{names}];\n"
     );
     std::fs::write(out.join("cubins.rs"), text).expect("OUT_DIR can be written");
 }

@@ -97,7 +97,11 @@ fn main() -> Result<()> {
             reference,
             cuda,
         } => {
-            let devices = if cuda { Devices::CpuAndCuda } else { Devices::Cpu };
+            let devices = if cuda {
+                Devices::CpuAndCuda
+            } else {
+                Devices::Cpu
+            };
             let mut image = recipes::kvasir(devices)?;
             image.reference = reference;
             image.write(&output)?;

@@ -203,10 +203,16 @@ fn decode(gpu: &mut Gpu, cache: u64, qkv: u64, batch: usize, context: usize) {
             n_heads: HEADS,
             scale_log2: 0.1275,
         };
-        let split = kernel::paged_decode(items_of_a_set, HEADS, KV_HEADS, size);
+        let (name, split) = kernel::paged_decode(
+            items_of_a_set,
+            HEADS,
+            KV_HEADS,
+            size,
+            gpu.n_multiprocessors(),
+        );
         // SAFETY: everything was allocated and filled above for this batch and context.
         unsafe {
-            gpu.launch(size.decode(), split, &args).unwrap();
+            gpu.launch(name, split, &args).unwrap();
             if n_items > 1 {
                 let merge = kernel::merge_partitions(batch, n_items as usize, HEADS, size);
                 gpu.launch("merge_partitions", merge, &args).unwrap();

@@ -40,12 +40,13 @@ struct PagedDecodeArgs {
 constexpr int PARTITION = 256;
 constexpr int DECODE_WARPS = 4;
 constexpr int DECODE_TILE = 16;
-constexpr int MERGE_GROUPS = 4;
+constexpr uint32_t MERGE_GROUPS = 4;
+constexpr uint32_t MERGE_TOGETHER = 16;
 
-/// Stages of a warp's pipeline. More blocks on a multiprocessor hide a block's start and end better than more stages do:
-/// three blocks fit at head sizes to 128.
-template <int D>
-constexpr int decode_stages = D <= 64 ? 4 : 2;
+/// Stages of a warp's pipeline. Three blocks share a multiprocessor at head sizes to 128: they hide each other's starts and
+/// ends. A block that has the multiprocessor to itself (`alone`) rather loads all tiles of its warps at once.
+template <int D, bool alone>
+constexpr int decode_stages = alone ? (D <= 192 ? 4 : 3) : (D <= 64 ? 4 : 2);
 
 /// Elements of a tile of keys, or of values.
 template <int D>
@@ -53,9 +54,9 @@ constexpr int decode_tile_elements = DECODE_TILE * row_stride<D>;
 
 /// Shared memory: the 16 query rows, then each warp's ring of (keys, values), reused for the warps' results
 /// ([16][D] floats each, which a stage always holds), then [warps][16] maxima and sums.
-template <int D>
+template <int D, bool alone>
 static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
-    constexpr int stages = decode_stages<D>;
+    constexpr int stages = decode_stages<D, alone>;
     constexpr int stage_elements = 2 * decode_tile_elements<D>;
     static_assert(stage_elements * sizeof(bf16) >= 16 * D * sizeof(float), "a warp's result fits into one stage");
     const KvCache& cache = args.cache;
@@ -159,48 +160,60 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     }
 }
 
-KERNEL(paged_decode_64, PagedDecodeArgs, 128, 3) { paged_decode<64>(args); }
-KERNEL(paged_decode_80, PagedDecodeArgs, 128, 3) { paged_decode<80>(args); }
-KERNEL(paged_decode_96, PagedDecodeArgs, 128, 3) { paged_decode<96>(args); }
-KERNEL(paged_decode_128, PagedDecodeArgs, 128, 3) { paged_decode<128>(args); }
-KERNEL(paged_decode_192, PagedDecodeArgs, 128, 1) { paged_decode<192>(args); }
-KERNEL(paged_decode_256, PagedDecodeArgs, 128, 1) { paged_decode<256>(args); }
+KERNEL(paged_decode_64, PagedDecodeArgs, 128, 3) { paged_decode<64, false>(args); }
+KERNEL(paged_decode_80, PagedDecodeArgs, 128, 3) { paged_decode<80, false>(args); }
+KERNEL(paged_decode_96, PagedDecodeArgs, 128, 3) { paged_decode<96, false>(args); }
+KERNEL(paged_decode_128, PagedDecodeArgs, 128, 3) { paged_decode<128, false>(args); }
+KERNEL(paged_decode_192, PagedDecodeArgs, 128, 1) { paged_decode<192, false>(args); }
+KERNEL(paged_decode_256, PagedDecodeArgs, 128, 1) { paged_decode<256, false>(args); }
 
-// Grid (heads, sequences); MERGE_GROUPS groups of head_dim threads. Group g sums the partitions g, g + MERGE_GROUPS, ... in
-// order, then the groups are summed in order: the order depends on the sequence's own length only.
-// Shared memory: a share and a sum for each item of the longest sequence, then the groups' results.
+KERNEL(paged_decode_alone_64, PagedDecodeArgs, 128, 1) { paged_decode<64, true>(args); }
+KERNEL(paged_decode_alone_80, PagedDecodeArgs, 128, 1) { paged_decode<80, true>(args); }
+KERNEL(paged_decode_alone_96, PagedDecodeArgs, 128, 1) { paged_decode<96, true>(args); }
+KERNEL(paged_decode_alone_128, PagedDecodeArgs, 128, 1) { paged_decode<128, true>(args); }
+KERNEL(paged_decode_alone_192, PagedDecodeArgs, 128, 1) { paged_decode<192, true>(args); }
+KERNEL(paged_decode_alone_256, PagedDecodeArgs, 128, 1) { paged_decode<256, true>(args); }
+
+// Grid (heads, sequences); whole warps that hold one group of head_dim threads, or MERGE_GROUPS where a sequence of the step has more than
+// MERGE_TOGETHER items. Such a sequence's items are shared out, g, g + MERGE_GROUPS, ..., to the groups, whose sums are
+// summed in order; a shorter one's are summed in order by the first. The order depends on its own length only.
+// Shared memory: a result for each group, then the maximum of each item of the longest sequence.
 KERNEL(merge_partitions, PagedDecodeArgs, 1024, 1) {
     const DecodeSequence sequence = args.sequences[blockIdx.y];
     const uint32_t n = sequence.n_items;
-    if (n <= 1) return;  // inert, or paged_decode wrote the result
     const uint32_t head_dim = args.cache.head_dim;
     const uint32_t group = threadIdx.x / head_dim, d = threadIdx.x % head_dim;
+    const uint32_t groups = n > MERGE_TOGETHER ? MERGE_GROUPS : 1;
+    if (n <= 1) return;  // inert, or paged_decode wrote the result
     const uint64_t first = uint64_t(sequence.first_item) * args.n_heads + blockIdx.x;
     const float* softmax = args.partial_softmax + 2 * first;
     const float* partial = args.partial_out + first * head_dim;
-    float* results = reinterpret_cast<float*>(shared_memory());  // [MERGE_GROUPS][head_dim + 1], the last a sum
-    float* maxima = results + MERGE_GROUPS * (head_dim + 1);      // [n]
+    float* results = reinterpret_cast<float*>(shared_memory());  // [groups][head_dim + 1], the last a sum
+    float* maxima = results + (groups == 1 ? 0 : groups * (head_dim + 1));
 
-    // Every thread finds the largest maximum by itself; the loads are shared.
     for (uint32_t p = threadIdx.x; p < n; p += blockDim.x) maxima[p] = softmax[2 * p * args.n_heads];
     __syncthreads();
     float top = MINUS_INFINITY;
-    for (uint32_t p = 0; p < n; ++p) top = fmaxf(top, maxima[p]);
+    for (uint32_t p = threadIdx.x % 32; p < n; p += 32) top = fmaxf(top, maxima[p]);
+    for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, lanes));
+    if (group >= groups) return;
 
     float o = 0.0f, l = 0.0f;
 #pragma unroll 8
-    for (uint32_t p = group; p < n; p += MERGE_GROUPS) {
+    for (uint32_t p = group; p < n; p += groups) {
         const float share = power_of_two(maxima[p] - top);
         o += share * partial[uint64_t(p) * args.n_heads * head_dim + d];
         l += share * softmax[2 * p * args.n_heads + 1];
     }
-    results[group * (head_dim + 1) + d] = o;
-    if (d == 0) results[group * (head_dim + 1) + head_dim] = l;
-    __syncthreads();
-    if (group != 0) return;
-    for (int g = 1; g < MERGE_GROUPS; ++g) {
-        o += results[g * (head_dim + 1) + d];
-        l += results[g * (head_dim + 1) + head_dim];
+    if (groups > 1) {
+        results[group * (head_dim + 1) + d] = o;
+        if (d == 0) results[group * (head_dim + 1) + head_dim] = l;
+        __syncthreads();
+        if (group != 0) return;
+        for (uint32_t g = 1; g < groups; ++g) {
+            o += results[g * (head_dim + 1) + d];
+            l += results[g * (head_dim + 1) + head_dim];
+        }
     }
     args.out[uint64_t(sequence.token) * args.out_stride + blockIdx.x * head_dim + d] = to_bf16(o / l);
 }

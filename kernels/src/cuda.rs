@@ -71,8 +71,6 @@ struct World {
     partial_out: u64,
     partial_softmax: u64,
     partial_items: usize,
-    /// Partitions of the longest sequence.
-    max_partitions: usize,
     drawn: Drawn,
     cache: u64,
     n_blocks: u32,
@@ -151,7 +149,7 @@ impl<D: Driver> CudaDevice<D> {
             sequences: bucket_rows(limits.max_sequences),
             tiles: limits.max_tokens * group / head_dim.prefill_rows() as usize
                 + limits.max_sequences,
-            merges: true,
+            partitions: max_partitions,
         };
         let input_bytes = largest.layout().end + 2 * EDITS * 8;
         let partial_items =
@@ -195,7 +193,6 @@ impl<D: Driver> CudaDevice<D> {
                 partial_out,
                 partial_softmax,
                 partial_items,
-                max_partitions,
                 drawn: Drawn {
                     tokens: output,
                     logprobs: after(1),

@@ -48,7 +48,9 @@ pub fn kvasir(devices: Devices) -> Result<Image, Error> {
     let programs = ["kvasir-server", "kvasir-operator"].map(|name| folder.join(name));
     let mut files = with_libraries(&programs)?;
     if devices == Devices::CpuAndCuda {
-        let library = run(&mut Command::new(workspace().join("kernels/cuda/cublas.sh")))?;
+        let library = run(&mut Command::new(
+            workspace().join("kernels/cuda/cublas.sh"),
+        ))?;
         files.push(ImageFile {
             path: "/lib/x86_64-linux-gnu/libcublasLt.so.13".into(),
             from: PathBuf::from(library.trim()),

@@ -18,7 +18,8 @@ use super::driver::{Arguments, DeviceMemory, Driver, FillRow, Launch, Pinned, Pr
 use products::Products;
 use upload::Staging;
 
-// `CUBINS: &[&[u8]]`, one fatbin a source, and `KERNELS: &[&str]`, every entry point: written by build.rs.
+// `CUBINS: &[&[u8]]`, one fatbin a source, and `KERNELS: &[(&str, usize)]`, every
+// entry point and its fatbin: written by build.rs.
 include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
 
 /// The CUDA version whose driver understands the embedded cubins: 13.0, driver 580.
@@ -185,17 +186,11 @@ impl Gpu {
             unsafe { result::device::get_attribute(self.device, which) }
                 .map_err(|error| failed("asking for the shared memory", error))?
         };
-        for name in KERNELS {
+        for (name, module) in KERNELS {
             let symbol = CString::new(*name).expect("a kernel's name has no zero byte");
-            let find = |&module: &sys::CUmodule| {
-                // SAFETY: the module is loaded; one that has no such kernel says so.
-                unsafe { result::module::get_function(module, symbol.clone()) }.ok()
-            };
-            let function = self
-                .modules
-                .iter()
-                .find_map(find)
-                .expect("build.rs listed the kernels of these cubins");
+            // SAFETY: the module is loaded.
+            let function = unsafe { result::module::get_function(self.modules[*module], symbol) }
+                .map_err(|error| failed(name, error))?;
             // SAFETY: the function is valid. Every launch states what it needs; the limit only has to allow it.
             unsafe {
                 let fixed = result::function::get_function_attribute(

@@ -9,7 +9,7 @@ use super::driver::{Arguments, Launch};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadDim {
     elements: u32,
-    decode: &'static str,
+    decode: [&'static str; 2],
     prefill: &'static str,
 }
 
@@ -20,12 +20,30 @@ impl HeadDim {
     /// `None` where no kernel has this head size.
     pub fn new(elements: usize) -> Option<Self> {
         let (decode, prefill) = match elements {
-            64 => ("paged_decode_64", "paged_prefill_64"),
-            80 => ("paged_decode_80", "paged_prefill_80"),
-            96 => ("paged_decode_96", "paged_prefill_96"),
-            128 => ("paged_decode_128", "paged_prefill_128"),
-            192 => ("paged_decode_192", "paged_prefill_192"),
-            256 => ("paged_decode_256", "paged_prefill_256"),
+            64 => (
+                ["paged_decode_64", "paged_decode_alone_64"],
+                "paged_prefill_64",
+            ),
+            80 => (
+                ["paged_decode_80", "paged_decode_alone_80"],
+                "paged_prefill_80",
+            ),
+            96 => (
+                ["paged_decode_96", "paged_decode_alone_96"],
+                "paged_prefill_96",
+            ),
+            128 => (
+                ["paged_decode_128", "paged_decode_alone_128"],
+                "paged_prefill_128",
+            ),
+            192 => (
+                ["paged_decode_192", "paged_decode_alone_192"],
+                "paged_prefill_192",
+            ),
+            256 => (
+                ["paged_decode_256", "paged_decode_alone_256"],
+                "paged_prefill_256",
+            ),
             _ => return None,
         };
         Some(Self {
@@ -38,11 +56,6 @@ impl HeadDim {
     /// Elements of a head.
     pub fn elements(self) -> u32 {
         self.elements
-    }
-
-    /// The kernel that attends for one new token a sequence; takes [`PagedDecodeArgs`].
-    pub fn decode(self) -> &'static str {
-        self.decode
     }
 
     /// The kernel that attends for prefill chunks; takes [`PagedPrefillArgs`].
@@ -305,16 +318,29 @@ pub struct PagedDecodeArgs {
     pub scale_log2: f32,
 }
 
-/// A block each item and tile of 16 grouped heads.
-pub fn paged_decode(items: usize, n_heads: u32, n_kv_heads: u32, head_dim: HeadDim) -> Launch {
+/// A block each item and tile of 16 grouped heads: the kernel, which takes [`PagedDecodeArgs`], and its launch. Both
+/// kernels of a head size give the same bits; one suits a grid that leaves each block a multiprocessor to itself.
+pub fn paged_decode(
+    items: usize,
+    n_heads: u32,
+    n_kv_heads: u32,
+    head_dim: HeadDim,
+    n_multiprocessors: u32,
+) -> (&'static str, Launch) {
     let head_tiles = (n_heads / n_kv_heads).div_ceil(16);
-    let stages = if head_dim.elements <= 64 { 4 } else { 2 };
+    let blocks = [items as u32, n_kv_heads * head_tiles, 1];
+    let alone = blocks[0] * blocks[1] <= n_multiprocessors;
+    let stages = match (alone, head_dim.elements) {
+        (true, 0..=192) => 4,
+        (true, _) => 3,
+        (false, 0..=64) => 4,
+        (false, _) => 2,
+    };
     let rows = 16 + 4 * stages * 2 * 16;
     let shared_bytes = rows * (head_dim.elements + 8) * 2 + 4 * 16 * 2 * 4;
-    grid(
-        [items as u32, n_kv_heads * head_tiles, 1],
-        128,
-        shared_bytes,
+    (
+        head_dim.decode[usize::from(alone)],
+        grid(blocks, 128, shared_bytes),
     )
 }
 
@@ -326,10 +352,12 @@ pub fn merge_partitions(
     head_dim: HeadDim,
 ) -> Launch {
     const GROUPS: u32 = 4;
-    let shared_bytes = (GROUPS * (head_dim.elements + 1) + most_items as u32) * 4;
+    const TOGETHER: usize = 16;
+    let groups = if most_items > TOGETHER { GROUPS } else { 1 };
+    let shared_bytes = (groups * (head_dim.elements + 1) + most_items as u32) * 4;
     grid(
         [n_heads, sequences as u32, 1],
-        GROUPS * head_dim.elements,
+        (groups * head_dim.elements).next_multiple_of(32),
         shared_bytes,
     )
 }

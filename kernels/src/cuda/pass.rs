@@ -215,15 +215,18 @@ impl<D: Driver> Ops for Pass<'_, D> {
                 n_heads,
                 scale_log2,
             };
-            self.launch(
-                head_dim.decode(),
-                kernel::paged_decode(wave.items.len(), n_heads, n_kv_heads, head_dim),
-                &decode,
+            let (name, launch) = kernel::paged_decode(
+                wave.items.len(),
+                n_heads,
+                n_kv_heads,
+                head_dim,
+                self.driver.n_multiprocessors(),
             );
-            if self.plan.shape.merges {
+            self.launch(name, launch, &decode);
+            if self.plan.shape.partitions > 1 {
                 let launch = kernel::merge_partitions(
                     wave.sequences.len(),
-                    self.world.max_partitions,
+                    self.plan.shape.partitions,
                     n_heads,
                     head_dim,
                 );

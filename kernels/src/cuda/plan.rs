@@ -25,8 +25,8 @@ pub(super) struct Shape {
     pub(super) sequences: usize,
     /// Tiles of prefill chunks; exact, for steps with some are not captured.
     pub(super) tiles: usize,
-    /// Whether some sequence has several partitions.
-    pub(super) merges: bool,
+    /// Partitions of the longest sequence that decodes, up to a power of two; with 1 there is nothing to merge.
+    pub(super) partitions: usize,
 }
 
 impl Shape {
@@ -118,6 +118,7 @@ impl Plan {
             items: 0..0,
             sequences: 0..0,
         };
+        let mut longest = 1;
         for span in &step.spans {
             if span.n_tokens > 1 {
                 // The last tiles see the most keys: they start first, so that the short ones fill the end.
@@ -134,6 +135,7 @@ impl Plan {
             }
             let length = span.first_position + 1;
             let n_items = length.div_ceil(PARTITION);
+            longest = longest.max(n_items);
             if wave.items.len() + n_items as usize > room {
                 let (items, sequences) = (wave.items.end, wave.sequences.end);
                 self.waves.push(std::mem::replace(
@@ -165,7 +167,7 @@ impl Plan {
             items: bucket_items(self.items.len()),
             sequences: bucket_rows(self.sequences.len()),
             tiles: self.tiles.len(),
-            merges: self.items.len() > self.sequences.len(),
+            partitions: (longest as usize).next_power_of_two(),
         };
         wave.items.end = self.shape.items;
         wave.sequences.end = self.shape.sequences;
@@ -391,7 +393,7 @@ mod tests {
             .map(|t| (t.first_token, t.first_row))
             .collect();
         assert_eq!(tiles, [(3, 128), (3, 0)], "160 rows, the later ones first");
-        assert!(plan.shape.merges && !plan.shape.only_decodes());
+        assert!(plan.shape.partitions == 2 && !plan.shape.only_decodes());
     }
 
     #[test]

@@ -114,7 +114,13 @@ impl World {
     }
 
     /// Attends for (row, token, length), each cut into its partitions.
-    fn decode(&mut self, sequences: &[[usize; 3]], qkv: &[u16], seed: u64) -> Vec<u16> {
+    fn decode(
+        &mut self,
+        sequences: &[[usize; 3]],
+        qkv: &[u16],
+        n_multiprocessors: u32,
+        seed: u64,
+    ) -> Vec<u16> {
         let Shape {
             n_heads,
             n_kv_heads,
@@ -159,11 +165,13 @@ impl World {
         };
         let size = HeadDim::new(head_dim).unwrap();
         let (heads, kv_heads) = (n_heads as u32, n_kv_heads as u32);
-        let split = kernel::paged_decode(items.len(), heads, kv_heads, size);
-        let merge = kernel::merge_partitions(merged.len(), items.len(), heads, size);
+        let (name, split) =
+            kernel::paged_decode(items.len(), heads, kv_heads, size, n_multiprocessors);
+        let most = merged.iter().map(|s| s.n_items as usize).max().unwrap_or(0);
+        let merge = kernel::merge_partitions(merged.len(), most, heads, size);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
         unsafe {
-            launch(size.decode(), split, seed, &args);
+            launch(name, split, seed, &args);
             launch("merge_partitions", merge, seed, &args);
         }
         out
@@ -244,7 +252,8 @@ fn shapes() -> impl Iterator<Item = Shape> {
 fn decode_is_close_and_the_same_alone_and_in_a_crowd() {
     let mut noise = Noise(10);
     for shape in shapes() {
-        let lengths = [1, 2, 16, 17, 255, 256, 257, 700];
+        // The last has so many partitions that groups of threads share them.
+        let lengths = [1, 2, 16, 17, 255, 256, 257, 700, 17 * 256 + 3];
         let mut world = World::new(shape, &lengths, &mut noise);
         let stride = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim;
         let qkv = noise.bf16s(lengths.len() * stride);
@@ -254,13 +263,13 @@ fn decode_is_close_and_the_same_alone_and_in_a_crowd() {
             .map(|(i, &length)| [i, i, length])
             .collect();
         sequences.push([0, 0, 0]);
-        let out = world.decode(&sequences, &qkv, 1);
+        let out = world.decode(&sequences, &qkv, 1, 1);
         for (i, &length) in lengths.iter().enumerate() {
             let want = world.attend(i, length - 1, &qkv[i * stride..], f64::from(SCALE));
             let got = &out[i * want.len()..][..want.len()];
             let why = format!("decode, head size {}, length {length}", shape.head_dim);
             assert_near(&why, got, &want, |_| TOLERANCE);
-            let alone = world.decode(&sequences[i..=i], &qkv, 2);
+            let alone = world.decode(&sequences[i..=i], &qkv, 1000, 2);
             assert_eq!(&alone[i * want.len()..][..want.len()], got, "{why}: alone");
         }
     }
