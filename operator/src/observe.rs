@@ -13,7 +13,7 @@ use hyper_util::rt::TokioExecutor;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Event, Pod, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::api::ListParams;
+use kube::api::{ListParams, LogParams};
 use kube::{Api, Client, ResourceExt};
 use kvasir_crds::llmdeployment::{LLMDeployment, SELECTOR_LABEL};
 use kvasir_crds::{LoadReport, llmdeployment};
@@ -21,11 +21,17 @@ use kvasir_crds::{LoadReport, llmdeployment};
 use crate::plan::autoscale::ReplicaLoad;
 use crate::plan::children::PORT;
 use crate::plan::pod_template::SERVER;
+use crate::plan::status::{MAX_NOT_READY, ended, last_line};
 
 /// How long a replica may take to answer `/load`; a later answer is silence.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(1);
 /// A load report is a few hundred bytes.
 const LOAD_LIMIT_BYTES: usize = 64 * 1024;
+/// Lines of a log that are read for the last that isn't empty.
+const LOG_TAIL_LINES: i64 = 5;
+const LOG_LIMIT_BYTES: i64 = 16 * 1024;
+/// A longer line is cut: a status is no place for a whole log.
+pub const LINE_LIMIT_CHARS: usize = 1000;
 
 /// What exists. An object of a child's name that isn't controlled by the deployment is here too: `plan` tells them apart.
 #[derive(Clone, Debug, Default)]
@@ -40,11 +46,24 @@ pub struct Observed {
     pub account: Option<ServiceAccount>,
     /// Pods with the deployment's selector, by name.
     pub pods: Vec<Pod>,
-    /// Warnings about those pods and about the ReplicaSets that make them; empty where every pod is ready.
+    /// Warnings about those pods; empty where every one is ready.
     pub warnings: Vec<Event>,
+    /// The last lines of containers that ended and left no message.
+    pub last_lines: Vec<LastLine>,
     /// One entry for each pod whose server has started and that is not being deleted; empty where the spec has no
     /// autoscaling. A server that hangs is no longer ready, yet must count as silent rather than as gone.
     pub loads: Vec<ReplicaLoad>,
+}
+
+/// What a container said last in its log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LastLine {
+    /// The pod's name.
+    pub pod: String,
+    /// The container's.
+    pub container: String,
+    /// The line, of at most [`LINE_LIMIT_CHARS`].
+    pub line: String,
 }
 
 /// Asks replicas for their load.
@@ -129,14 +148,15 @@ pub async fn observe(
     let mut pods = pods.items;
     pods.sort_by_key(ResourceExt::name_any);
 
-    let all_ready = child.as_ref().is_some_and(|child: &Deployment| {
-        let wanted = child.spec.as_ref().and_then(|s| s.replicas).unwrap_or(1);
-        usize::try_from(wanted) == Ok(pods.len()) && pods.iter().all(is_ready)
-    });
-    let warnings = if all_ready {
-        Vec::new()
+    let failing: Vec<&Pod> = pods
+        .iter()
+        .filter(|pod| pod.metadata.deletion_timestamp.is_none() && !is_ready(pod))
+        .collect();
+    let (warnings, last_lines) = if failing.is_empty() {
+        (Vec::new(), Vec::new())
     } else {
-        warnings(client, &namespace, &name, &pods).await?
+        let warnings = warnings(client, &namespace, &failing).await?;
+        (warnings, last_lines(client, &namespace, &failing).await)
     };
     let loads = if deployment.spec.autoscaling.is_some() {
         let serving = pods
@@ -154,37 +174,64 @@ pub async fn observe(
         account,
         pods,
         warnings,
+        last_lines,
         loads,
     })
 }
 
-/// Warnings about the pods, and about the ReplicaSets that could not make them.
-async fn warnings(
-    client: &Client,
-    namespace: &str,
-    name: &str,
-    pods: &[Pod],
-) -> kube::Result<Vec<Event>> {
+/// Warnings about these pods.
+async fn warnings(client: &Client, namespace: &str, pods: &[&Pod]) -> kube::Result<Vec<Event>> {
     let events: Api<Event> = Api::namespaced(client.clone(), namespace);
-    let of_kind = |kind: &str| {
-        ListParams::default().fields(&format!("type=Warning,involvedObject.kind={kind}"))
-    };
-    let (of_pods, of_sets) = (of_kind("Pod"), of_kind("ReplicaSet"));
-    let (of_pods, of_sets) = tokio::try_join!(events.list(&of_pods), events.list(&of_sets))?;
-    let about = |event: &Event| event.involved_object.name.clone().unwrap_or_default();
-    let prefix = format!("{name}-");
-    let mut found: Vec<Event> = of_pods
-        .items
-        .into_iter()
-        .filter(|e| pods.iter().any(|p| p.name_any() == about(e)))
-        .collect();
-    found.extend(of_sets.items.into_iter().filter(|e| {
-        // A ReplicaSet's name is its Deployment's and one hash.
-        about(e)
-            .strip_prefix(&prefix)
-            .is_some_and(|hash| !hash.contains('-'))
-    }));
+    let of_pods = ListParams::default().fields("type=Warning,involvedObject.kind=Pod");
+    let names: Vec<_> = pods.iter().map(|pod| pod.metadata.name.as_ref()).collect();
+    let mut found = events.list(&of_pods).await?.items;
+    found.retain(|event| names.contains(&event.involved_object.name.as_ref()));
     Ok(found)
+}
+
+/// What the containers said last that ended without a message: the kubelet copies the log's end into one only where the
+/// container asks for it and fails. A log that can't be read, of a node that is gone, leaves the rest to be told.
+async fn last_lines(client: &Client, namespace: &str, pods: &[&Pod]) -> Vec<LastLine> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let silent = pods.iter().take(MAX_NOT_READY).flat_map(|pod| {
+        let status = pod.status.as_ref();
+        let servers = status.and_then(|s| s.container_statuses.as_deref());
+        let init = status.and_then(|s| s.init_container_statuses.as_deref());
+        let all = [servers, init].into_iter().flatten().flatten();
+        let silent = all.filter(|c| {
+            let ended = ended(c).filter(|_| !c.ready);
+            ended.is_some_and(|end| end.message.as_deref().and_then(last_line).is_none())
+        });
+        silent.map(move |container| (pod.name_any(), container))
+    });
+    let reads = silent.map(|(pod, container)| {
+        let params = LogParams {
+            container: Some(container.name.clone()),
+            // Where it was started again, the run that ended is the one before.
+            previous: container
+                .state
+                .as_ref()
+                .is_none_or(|s| s.terminated.is_none()),
+            tail_lines: Some(LOG_TAIL_LINES),
+            limit_bytes: Some(LOG_LIMIT_BYTES),
+            ..LogParams::default()
+        };
+        let (api, container) = (&api, container.name.clone());
+        async move {
+            match api.logs(&pod, &params).await {
+                Ok(log) => last_line(&log).map(|line| LastLine {
+                    line: line.chars().take(LINE_LIMIT_CHARS).collect(),
+                    pod,
+                    container,
+                }),
+                Err(error) => {
+                    tracing::debug!(pod, container, %error, "log not read");
+                    None
+                }
+            }
+        }
+    });
+    join_all(reads).await.into_iter().flatten().collect()
 }
 
 /// The pod's condition Ready.

@@ -124,6 +124,7 @@ pub fn plan(
         child: running,
         pods: &observed.pods,
         warnings: &observed.warnings,
+        last_lines: &observed.last_lines,
         decision: decision.as_ref(),
         scaling: scaling.as_ref(),
         now: now.wall,

@@ -4,7 +4,7 @@
 
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ContainerStatus, Event, Pod};
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Event, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::ResourceExt;
 use kvasir_crds::llmdeployment::{
@@ -15,10 +15,10 @@ use kvasir_crds::llmdeployment::{
 use super::autoscale::Decision;
 use super::children::{endpoint, revision, revision_of};
 use super::pod_template::SERVER;
-use crate::observe::is_ready;
+use crate::observe::{LastLine, is_ready};
 
 /// Replicas that don't serve are listed up to here.
-const MAX_NOT_READY: usize = 10;
+pub const MAX_NOT_READY: usize = 10;
 
 /// What the status is made from.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +35,8 @@ pub struct StatusInput<'a> {
     pub pods: &'a [Pod],
     /// Warnings about them.
     pub warnings: &'a [Event],
+    /// The last lines of containers that ended without a message.
+    pub last_lines: &'a [LastLine],
     /// The autoscaler's answer.
     pub decision: Option<&'a Decision>,
     /// A change of the number of replicas, decided now.
@@ -58,7 +60,12 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
         .child
         .and_then(|child| child.status.clone())
         .unwrap_or_default();
-    let not_ready = not_ready(input.pods, input.warnings);
+    let refusal = child.conditions.iter().flatten().find(|c| {
+        // What the API server said when a pod was to be made: quota, admission.
+        c.type_ == "ReplicaFailure" && c.status == "True"
+    });
+    let refusal = refusal.map(|c| c.message.clone().unwrap_or_default());
+    let not_ready = not_ready(refusal, input.pods, input.warnings, input.last_lines);
     LLMDeploymentStatus {
         observed_generation: input.deployment.metadata.generation,
         conditions: conditions(input, &before.conditions, ready, not_ready.first()),
@@ -223,54 +230,36 @@ fn conditions(
     conditions
 }
 
-/// Replicas that don't serve, and why; the most telling first.
-#[must_use]
-pub fn not_ready(pods: &[Pod], warnings: &[Event]) -> Vec<NotReadyReplica> {
-    let mut found: Vec<(Reason, NotReadyReplica)> = Vec::new();
-    let mut add = |pod: Option<String>, reason: Reason, message: String| {
-        found.push((
-            reason,
-            NotReadyReplica {
-                pod,
-                reason: reason.as_str().to_owned(),
-                message,
-            },
-        ));
-    };
-    let about = |kind: &str, event: &&Event| event.involved_object.kind.as_deref() == Some(kind);
-    if pods.is_empty() {
-        let refusals = warnings
-            .iter()
-            .filter(|e| about("ReplicaSet", e) && e.reason.as_deref() == Some("FailedCreate"));
-        if let Some(event) = refusals.max_by_key(|e| e.last_timestamp.as_ref().map(|t| t.0)) {
-            add(
-                None,
-                Reason::PodRefused,
-                event.message.clone().unwrap_or_default(),
-            );
-        }
-    }
-    for pod in pods
+/// Replicas that don't serve, and why; the most telling first. `refusal` says why a pod could not be made.
+fn not_ready(
+    refusal: Option<String>,
+    pods: &[Pod],
+    warnings: &[Event],
+    last_lines: &[LastLine],
+) -> Vec<NotReadyReplica> {
+    let refused = refusal.map(|message| (None, Reason::PodRefused, message));
+    let failing = pods
         .iter()
         .filter(|pod| pod.metadata.deletion_timestamp.is_none() && !is_ready(pod))
-    {
-        let of_pod = warnings
-            .iter()
-            .filter(|e| about("Pod", e) && e.involved_object.name == pod.metadata.name);
-        let last = of_pod.max_by_key(|e| e.last_timestamp.as_ref().map(|t| t.0));
-        let (reason, message) = why(pod, last);
-        add(Some(pod.name_any()), reason, message);
-    }
+        .map(|pod| {
+            let (reason, message) = why(pod, warnings, last_lines);
+            (Some(pod.name_any()), reason, message)
+        });
+    let mut found: Vec<_> = refused.into_iter().chain(failing).collect();
     // Starting is the least telling; otherwise the order of the pods' names.
-    found.sort_by_key(|(reason, _)| *reason == Reason::Starting);
+    found.sort_by_key(|(_, reason, _)| *reason == Reason::Starting);
     found
         .into_iter()
-        .map(|(_, replica)| replica)
         .take(MAX_NOT_READY)
+        .map(|(pod, reason, message)| NotReadyReplica {
+            pod,
+            reason: reason.as_str().to_owned(),
+            message,
+        })
         .collect()
 }
 
-fn why(pod: &Pod, warning: Option<&Event>) -> (Reason, String) {
+fn why(pod: &Pod, warnings: &[Event], last_lines: &[LastLine]) -> (Reason, String) {
     let status = pod.status.clone().unwrap_or_default();
     let conditions = status.conditions.unwrap_or_default();
     if let Some(refusal) = conditions
@@ -292,22 +281,45 @@ fn why(pod: &Pod, warning: Option<&Event>) -> (Reason, String) {
             .unwrap_or_else(|| "the pod is lost".into());
         return (Reason::PodLost, words);
     }
-    let containers = status.container_statuses.unwrap_or_default().into_iter();
-    let mut all = containers.chain(status.init_container_statuses.unwrap_or_default());
-    let server: Vec<ContainerStatus> = all.by_ref().filter(|c| !c.ready).collect();
+    let containers = status.container_statuses.unwrap_or_default();
+    let served = !containers.is_empty() && containers.iter().all(|c| c.ready);
+    let init = status.init_container_statuses.unwrap_or_default();
+    let mut idle: Vec<_> = containers
+        .into_iter()
+        .chain(init)
+        .filter(|c| !c.ready)
+        .collect();
     // The server's own words come before those of other containers.
-    let ordered = server
+    idle.sort_by_key(|c| c.name != SERVER);
+    let of_pod: Vec<&Event> = warnings
         .iter()
-        .filter(|c| c.name == SERVER)
-        .chain(server.iter().filter(|c| c.name != SERVER));
-    for container in ordered {
-        if let Some(found) = refused(container) {
+        .filter(|e| e.involved_object.name == pod.metadata.name)
+        .collect();
+    for container in &idle {
+        let last_line = last_lines
+            .iter()
+            .find(|l| Some(&l.pod) == pod.metadata.name.as_ref() && l.container == container.name)
+            .map(|l| l.line.as_str());
+        if let Some(found) = refused(container, last_line, &of_pod) {
             return found;
         }
     }
-    let warned = warning.and_then(|event| event.message.clone());
-    match warning.and_then(|event| event.reason.as_deref()) {
-        Some("Unhealthy") if server.iter().any(|c| c.started == Some(true)) => {
+    if served {
+        // The kubelet no longer says so: its node does not answer, or a readiness gate holds.
+        let condition = conditions.iter().find(|c| c.type_ == "Ready");
+        let words = condition.and_then(|c| c.message.clone().or_else(|| c.reason.clone()));
+        let words = words.unwrap_or_else(|| "its node does not answer".into());
+        return (
+            Reason::PodLost,
+            format!("its containers served, and the pod is not ready: {words}"),
+        );
+    }
+    let last = of_pod
+        .into_iter()
+        .max_by_key(|e| e.last_timestamp.as_ref().map(|t| t.0));
+    let warned = last.and_then(|event| event.message.clone());
+    match last.and_then(|event| event.reason.as_deref()) {
+        Some("Unhealthy") if idle.iter().any(|c| c.started == Some(true)) => {
             (Reason::ProbeFailing, warned.unwrap_or_default())
         }
         Some("FailedMount" | "FailedAttachVolume" | "FailedCreatePodSandBox") => {
@@ -317,8 +329,29 @@ fn why(pod: &Pod, warning: Option<&Event>) -> (Reason, String) {
     }
 }
 
+/// How a container's last run ended, unless it serves again since.
+pub fn ended(container: &ContainerStatus) -> Option<&ContainerStateTerminated> {
+    let state = container.state.as_ref();
+    if let Some(now) = state.and_then(|state| state.terminated.as_ref()) {
+        return Some(now);
+    }
+    // A run that ended long ago says nothing about a server that started well after it.
+    let serves = container.started == Some(true) && state.is_some_and(|s| s.running.is_some());
+    let before = container.last_state.as_ref()?.terminated.as_ref();
+    before.filter(|_| !serves)
+}
+
+/// The last line that isn't empty.
+pub fn last_line(text: &str) -> Option<&str> {
+    text.lines().map(str::trim).rfind(|line| !line.is_empty())
+}
+
 /// Why a container doesn't run: its image, its configuration, or the end of its last run with its last words.
-fn refused(container: &ContainerStatus) -> Option<(Reason, String)> {
+fn refused(
+    container: &ContainerStatus,
+    logged: Option<&str>,
+    warnings: &[&Event],
+) -> Option<(Reason, String)> {
     let state = container.state.clone().unwrap_or_default();
     let waiting = state.waiting.unwrap_or_default();
     let words = |fallback: &str| {
@@ -345,29 +378,41 @@ fn refused(container: &ContainerStatus) -> Option<(Reason, String)> {
         }
         _ => {}
     }
-    let ended = state
-        .terminated
-        .or_else(|| container.last_state.clone().unwrap_or_default().terminated)?;
-    let last_line = ended
-        .message
-        .as_deref()
-        .and_then(|m| m.lines().map(str::trim).rfind(|l| !l.is_empty()));
+    let ended = ended(container)?;
     let how = match (ended.reason.as_deref(), ended.signal) {
         (Some("OOMKilled"), _) => "was killed for want of memory".to_owned(),
         (_, Some(signal)) if signal != 0 => format!("was killed by signal {signal}"),
         _ => format!("ended with exit code {}", ended.exit_code),
     };
-    let times = container.restart_count;
-    let words = last_line
-        .map(|line| format!(": {line}"))
-        .unwrap_or_default();
-    Some((
-        Reason::Crashed,
-        format!(
-            "the container {} {how}, restarted {times} times{words}",
-            container.name
-        ),
-    ))
+    let words = ended.message.as_deref().and_then(last_line).or(logged);
+    let words = words.map(|line| format!(": {line}")).unwrap_or_default();
+    let end = format!(
+        "the container {} {how}, restarted {} times{words}",
+        container.name, container.restart_count
+    );
+    Some(match killed_by_probe(ended, warnings) {
+        Some(probe) => (Reason::ProbeFailing, format!("{}; {end}", probe.trim_end())),
+        None => (Reason::Crashed, end),
+    })
+}
+
+/// The kubelet's words on the liveness probe that ended this run. A startup probe fails until a model is loaded, and so
+/// explains nothing.
+fn killed_by_probe<'a>(
+    ended: &ContainerStateTerminated,
+    warnings: &[&'a Event],
+) -> Option<&'a str> {
+    let started = ended.started_at.as_ref()?.0;
+    let finished = ended.finished_at.as_ref()?.0;
+    warnings
+        .iter()
+        .filter(|event| {
+            let at = event.last_timestamp.as_ref().map(|t| t.0);
+            event.reason.as_deref() == Some("Unhealthy")
+                && at.is_some_and(|at| started <= at && at <= finished)
+        })
+        .filter_map(|event| event.message.as_deref())
+        .find(|message| message.starts_with("Liveness probe failed"))
 }
 
 #[cfg(test)]

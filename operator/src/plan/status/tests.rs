@@ -20,11 +20,43 @@ fn container(state: Value) -> Value {
 
 #[test]
 fn says_why_in_words() {
-    let unhealthy: Event = serde_json::from_value(json!({
-        "metadata": {}, "involvedObject": { "kind": "Pod", "name": "p", "uid": "u" }, "reason": "Unhealthy",
-        "message": "Readiness probe failed: HTTP probe failed with statuscode: 503"
-    }))
-    .unwrap();
+    let warning = |reason: &str, at: &str, message: &str| -> Event {
+        serde_json::from_value(json!({
+            "metadata": {}, "involvedObject": { "kind": "Pod", "name": "p", "uid": "u" }, "reason": reason,
+            "lastTimestamp": at, "message": message
+        }))
+        .unwrap()
+    };
+    let unhealthy = warning(
+        "Unhealthy",
+        "2026-01-01T00:00:50Z",
+        "Readiness probe failed: HTTP probe failed with statuscode: 503",
+    );
+    let hung = warning(
+        "Unhealthy",
+        "2026-01-01T00:00:30Z",
+        "Liveness probe failed: context deadline exceeded",
+    );
+    let mount = warning(
+        "FailedMount",
+        "2026-01-01T00:00:50Z",
+        "MountVolume.SetUp failed for volume \"models\"",
+    );
+    let ran = |exit: i32, from: u32, to: u32| {
+        json!({ "exitCode": exit, "startedAt": format!("2026-01-01T00:00:{from:02}Z"),
+            "finishedAt": format!("2026-01-01T00:00:{to:02}Z") })
+    };
+    let unmounted = pod(container(
+        json!({ "state": { "waiting": { "reason": "ContainerCreating" } } }),
+    ));
+    let found = not_ready(None, &[unmounted], std::slice::from_ref(&mount), &[]);
+    assert_eq!(found[0].reason, "ContainerRefused", "a volume");
+    assert!(found[0].message.contains("MountVolume.SetUp failed"));
+    let logged = LastLine {
+        pod: "p".into(),
+        container: "server".into(),
+        line: "weights end too early".into(),
+    };
     for (why, status, reason, words) in [
         (
             "the scheduler's message",
@@ -83,8 +115,74 @@ fn says_why_in_words() {
             "PodLost",
             "low on memory",
         ),
+        (
+            "no message: the log's last line",
+            container(
+                json!({ "state": { "waiting": { "reason": "CrashLoopBackOff" } },
+                "lastState": { "terminated": { "exitCode": 0, "reason": "Completed" } }, "restartCount": 3 }),
+            ),
+            "Crashed",
+            "ended with exit code 0, restarted 3 times: weights end too early",
+        ),
+        (
+            "the message comes before the log",
+            container(
+                json!({ "state": { "terminated": { "exitCode": 1, "message": "no space" } } }),
+            ),
+            "Crashed",
+            ": no space",
+        ),
+        (
+            "a hung server that the liveness probe ended",
+            container(
+                json!({ "state": { "waiting": { "reason": "CrashLoopBackOff" } },
+                "lastState": { "terminated": ran(137, 10, 40) } }),
+            ),
+            "ProbeFailing",
+            "Liveness probe failed: context deadline exceeded; the container server ended with exit code 137",
+        ),
+        (
+            "a crash that came after the probe's run",
+            container(
+                json!({ "state": { "waiting": { "reason": "CrashLoopBackOff" } },
+                "lastState": { "terminated": ran(1, 45, 48) } }),
+            ),
+            "Crashed",
+            "exit code 1",
+        ),
+        (
+            "an old crash doesn't explain a failing probe",
+            container(json!({ "started": true, "state": { "running": {} },
+                "lastState": { "terminated": { "exitCode": 1, "message": "long ago" } } })),
+            "ProbeFailing",
+            "statuscode: 503",
+        ),
+        (
+            "an init container of the user's",
+            json!({ "phase": "Pending",
+                "containerStatuses": [{ "name": "server", "ready": false, "image": "i", "imageID": "",
+                    "restartCount": 0, "state": { "waiting": { "reason": "PodInitializing" } } }],
+                "initContainerStatuses": [{ "name": "fetch", "ready": false, "image": "i", "imageID": "",
+                    "restartCount": 1, "state": { "terminated": { "exitCode": 6, "message": "no such host" } } }] }),
+            "Crashed",
+            "the container fetch ended with exit code 6, restarted 1 times: no such host",
+        ),
+        (
+            "a node that does not answer",
+            json!({ "phase": "Running", "conditions": [{ "type": "Ready", "status": "False" }],
+                "containerStatuses": [{ "name": "server", "ready": true, "image": "i", "imageID": "",
+                    "restartCount": 0, "started": true, "state": { "running": {} } }] }),
+            "PodLost",
+            "its node does not answer",
+        ),
     ] {
-        let found = not_ready(&[pod(status)], std::slice::from_ref(&unhealthy));
+        let warnings = [unhealthy.clone(), hung.clone()];
+        let found = not_ready(
+            None,
+            &[pod(status)],
+            &warnings,
+            std::slice::from_ref(&logged),
+        );
         assert_eq!(found[0].reason, reason, "{why}");
         assert!(
             found[0].message.contains(words),
@@ -99,7 +197,45 @@ fn says_nothing_of_pods_that_serve_or_end() {
     let ready = pod(json!({ "conditions": [{ "type": "Ready", "status": "True" }] }));
     let mut ending = pod(json!({ "phase": "Running" }));
     ending.metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
-    assert_eq!(not_ready(&[ready, ending], &[]), []);
+    assert_eq!(not_ready(None, &[ready, ending], &[], &[]), []);
+}
+
+#[test]
+fn a_pod_that_could_not_be_made_is_told_beside_those_that_were() {
+    let d = deployment(json!({ "model": { "source": { "demo": {} } }, "replicas": 2 }));
+    let mut child = super::super::children::children(&d, 2, "i", None)
+        .unwrap()
+        .deployment;
+    child.status = serde_json::from_value(json!({ "conditions": [
+        { "type": "Progressing", "status": "True" },
+        { "type": "ReplicaFailure", "status": "True", "reason": "FailedCreate",
+          "message": "pods \"m-1\" is forbidden: exceeded quota: gpus" }] }))
+    .unwrap();
+    let serving = pod(json!({ "conditions": [{ "type": "Ready", "status": "True" }] }));
+    let status = status(&StatusInput {
+        deployment: &d,
+        accepted: Ok(()),
+        name_conflict: None,
+        child: Some(&child),
+        pods: std::slice::from_ref(&serving),
+        warnings: &[],
+        last_lines: &[],
+        decision: None,
+        scaling: None,
+        now: Timestamp::UNIX_EPOCH,
+    });
+    assert_eq!(status.not_ready[0].reason, "PodRefused");
+    let reasons = reasons(&status);
+    assert_eq!(reasons[1], "Available=True ReplicaServing");
+    assert_eq!(reasons[3], "Ready=False PodRefused");
+    assert!(status.conditions[3].message.contains("exceeded quota"));
+}
+
+#[test]
+fn the_last_line_is_the_last_with_words() {
+    for (text, want) in [("a\nb\n\n  \n", Some("b")), ("\n \n", None), ("", None)] {
+        assert_eq!(last_line(text), want, "{text:?}");
+    }
 }
 
 fn deployment(spec: Value) -> LLMDeployment {
@@ -148,6 +284,7 @@ fn conditions_follow_the_rollout() {
         child: Some(&done),
         pods: std::slice::from_ref(&serving),
         warnings: &[],
+        last_lines: &[],
         decision: None,
         scaling: None,
         now,
