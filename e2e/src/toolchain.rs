@@ -11,6 +11,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+mod monitoring;
+
+pub use monitoring::Monitoring;
+
 /// The Kubernetes release that the cluster runs.
 pub const KUBERNETES: &str = "v1.34.4";
 /// The release of helm that installs the chart.
@@ -76,7 +80,7 @@ impl Toolchain {
                     "kube-proxy",
                     "kubectl",
                 ],
-                takes: "about 6 minutes on 2 cores",
+                takes: "6 to 9 minutes on 2 cores",
             })?,
             helm: build(&Program {
                 name: "helm",

@@ -7,6 +7,7 @@ mod existing;
 mod foundation;
 mod gpu;
 mod lifecycle;
+mod monitoring;
 mod reasons;
 mod refusals;
 mod removal;
