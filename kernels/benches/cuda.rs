@@ -62,8 +62,10 @@ fn main() {
             product(&mut gpu, cache, noise, what, rows, inner, cols);
         }
     }
+    let logits = gpu.allocate("logits", 256 * 128_256 * 4).unwrap();
+    fill_logits(&mut gpu, logits, 256);
     for rows in [1, 64, 256, 2048] {
-        small(&mut gpu, noise, rows);
+        small(&mut gpu, noise, logits, rows);
     }
 }
 
@@ -78,6 +80,24 @@ fn fill(gpu: &mut Gpu, to: u64, bytes: usize) {
                 .wrapping_add(1);
             let x = (state >> 40) as f32 / 8_388_608.0 - 1.0;
             two.copy_from_slice(&half::bf16::from_f32(x * 0.1).to_le_bytes());
+        }
+    })
+    .unwrap();
+}
+
+/// Rows of logits as a model has them: bell-shaped, of standard deviation 2.
+fn fill_logits(gpu: &mut Gpu, to: u64, rows: usize) {
+    gpu.upload(to, rows, 128_256 * 4, &|r, out| {
+        let mut state = (r as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let mut unit = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 40) as f32 / 16_777_216.0
+        };
+        for four in out.chunks_exact_mut(4) {
+            let sum: f32 = (0..12).map(|_| unit()).sum();
+            four.copy_from_slice(&(2.0 * (sum - 6.0)).to_le_bytes());
         }
     })
     .unwrap();
@@ -318,7 +338,7 @@ fn product(
     );
 }
 
-fn small(gpu: &mut Gpu, x: u64, rows: usize) {
+fn small(gpu: &mut Gpu, x: u64, logits: u64, rows: usize) {
     let report = |what: &str, bytes: usize, us: f64| {
         println!(
             "{{\"what\": \"{what}\", \"rows\": {rows}, \"us\": {us:.2}, \"gb_s\": {:.0}}}",
@@ -379,7 +399,7 @@ fn small(gpu: &mut Gpu, x: u64, rows: usize) {
         let drawn = gpu.allocate("draws", rows * 4).unwrap();
         let us = time(gpu, |gpu, _| {
             let args = SampleArgs {
-                logits: x,
+                logits,
                 rows: asked,
                 tokens: drawn,
                 logprobs: drawn,

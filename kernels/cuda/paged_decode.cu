@@ -6,7 +6,7 @@
 // pipeline of asynchronous copies. Warps are merged in order, partitions by merge_partitions in a fixed order: the result
 // depends on the absolute positions only, not on the batch or the grid.
 //
-// MEASURED
+// Measured: e2e/gpu/RESULTS.md.
 #include "attention_tile.cuh"
 #include "kv_cache.cuh"
 
@@ -174,46 +174,56 @@ KERNEL(paged_decode_alone_128, PagedDecodeArgs, 128, 1) { paged_decode<128, true
 KERNEL(paged_decode_alone_192, PagedDecodeArgs, 128, 1) { paged_decode<192, true>(args); }
 KERNEL(paged_decode_alone_256, PagedDecodeArgs, 128, 1) { paged_decode<256, true>(args); }
 
-// Grid (heads, sequences); whole warps that hold one group of head_dim threads, or MERGE_GROUPS where a sequence of the step has more than
-// MERGE_TOGETHER items. Such a sequence's items are shared out, g, g + MERGE_GROUPS, ..., to the groups, whose sums are
-// summed in order; a shorter one's are summed in order by the first. The order depends on its own length only.
-// Shared memory: a result for each group, then the maximum of each item of the longest sequence.
+// Grid (heads, sequences); whole warps that hold one group of head_dim threads, or MERGE_GROUPS where a sequence of the
+// step has more than MERGE_TOGETHER items. Such a sequence's items are shared out, g, g + MERGE_GROUPS, ..., to the groups,
+// whose sums are summed in order; a shorter one's are summed in order by the first. The order depends on its own length
+// only. Shared memory: a result for each group, then the maximum of each item of the longest sequence.
 KERNEL(merge_partitions, PagedDecodeArgs, 1024, 1) {
     const DecodeSequence sequence = args.sequences[blockIdx.y];
     const uint32_t n = sequence.n_items;
+    if (n <= 1) return;  // inert, or paged_decode wrote the result
     const uint32_t head_dim = args.cache.head_dim;
     const uint32_t group = threadIdx.x / head_dim, d = threadIdx.x % head_dim;
-    const uint32_t groups = n > MERGE_TOGETHER ? MERGE_GROUPS : 1;
-    if (n <= 1) return;  // inert, or paged_decode wrote the result
     const uint64_t first = uint64_t(sequence.first_item) * args.n_heads + blockIdx.x;
     const float* softmax = args.partial_softmax + 2 * first;
     const float* partial = args.partial_out + first * head_dim;
-    float* results = reinterpret_cast<float*>(shared_memory());  // [groups][head_dim + 1], the last a sum
-    float* maxima = results + (groups == 1 ? 0 : groups * (head_dim + 1));
+    const uint32_t step = 2 * args.n_heads;
+    bf16* out = args.out + uint64_t(sequence.token) * args.out_stride + blockIdx.x * head_dim;
+    float top = MINUS_INFINITY, o = 0.0f, l = 0.0f;
 
-    for (uint32_t p = threadIdx.x; p < n; p += blockDim.x) maxima[p] = softmax[2 * p * args.n_heads];
+    if (n <= MERGE_TOGETHER) {
+        if (group != 0) return;
+#pragma unroll 8
+        for (uint32_t p = 0; p < n; ++p) top = fmaxf(top, softmax[p * step]);
+#pragma unroll 8
+        for (uint32_t p = 0; p < n; ++p) {
+            const float share = power_of_two(softmax[p * step] - top);
+            o += share * partial[uint64_t(p) * args.n_heads * head_dim + d];
+            l += share * softmax[p * step + 1];
+        }
+        out[d] = to_bf16(o / l);
+        return;
+    }
+    float* results = reinterpret_cast<float*>(shared_memory());  // [MERGE_GROUPS][head_dim + 1], the last a sum
+    float* maxima = results + MERGE_GROUPS * (head_dim + 1);
+    for (uint32_t p = threadIdx.x; p < n; p += blockDim.x) maxima[p] = softmax[p * step];
     __syncthreads();
-    float top = MINUS_INFINITY;
     for (uint32_t p = threadIdx.x % 32; p < n; p += 32) top = fmaxf(top, maxima[p]);
     for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, lanes));
-    if (group >= groups) return;
-
-    float o = 0.0f, l = 0.0f;
+    if (group >= MERGE_GROUPS) return;
 #pragma unroll 8
-    for (uint32_t p = group; p < n; p += groups) {
+    for (uint32_t p = group; p < n; p += MERGE_GROUPS) {
         const float share = power_of_two(maxima[p] - top);
         o += share * partial[uint64_t(p) * args.n_heads * head_dim + d];
-        l += share * softmax[2 * p * args.n_heads + 1];
+        l += share * softmax[p * step + 1];
     }
-    if (groups > 1) {
-        results[group * (head_dim + 1) + d] = o;
-        if (d == 0) results[group * (head_dim + 1) + head_dim] = l;
-        __syncthreads();
-        if (group != 0) return;
-        for (uint32_t g = 1; g < groups; ++g) {
-            o += results[g * (head_dim + 1) + d];
-            l += results[g * (head_dim + 1) + head_dim];
-        }
+    results[group * (head_dim + 1) + d] = o;
+    if (d == 0) results[group * (head_dim + 1) + head_dim] = l;
+    __syncthreads();
+    if (group != 0) return;
+    for (uint32_t g = 1; g < MERGE_GROUPS; ++g) {
+        o += results[g * (head_dim + 1) + d];
+        l += results[g * (head_dim + 1) + head_dim];
     }
-    args.out[uint64_t(sequence.token) * args.out_stride + blockIdx.x * head_dim + d] = to_bf16(o / l);
+    out[d] = to_bf16(o / l);
 }

@@ -353,13 +353,14 @@ pub fn merge_partitions(
 ) -> Launch {
     const GROUPS: u32 = 4;
     const TOGETHER: usize = 16;
-    let groups = if most_items > TOGETHER { GROUPS } else { 1 };
-    let shared_bytes = (groups * (head_dim.elements + 1) + most_items as u32) * 4;
-    grid(
-        [n_heads, sequences as u32, 1],
-        (groups * head_dim.elements).next_multiple_of(32),
-        shared_bytes,
-    )
+    let (groups, shared_bytes) = if most_items > TOGETHER {
+        let words = GROUPS * (head_dim.elements + 1) + most_items as u32;
+        (GROUPS, words * 4)
+    } else {
+        (1, 0)
+    };
+    let threads = (groups * head_dim.elements).next_multiple_of(32);
+    grid([n_heads, sequences as u32, 1], threads, shared_bytes)
 }
 
 /// Up to [`HeadDim::prefill_rows`] rows of one span, for `paged_prefill`.
