@@ -43,7 +43,7 @@ def main():
         for batch, context, goal, name in [(64, 4096, ">= 85", "64 x 4k"), (1, 4096, ">= 35", "1 x 4k")]:
             found = find(ours, what="decode", batch=batch, context=context)
             row(f"decode attention, {name}, block 16, % of copy", goal, f"decode {name}",
-                f"{100 * found['gb_s'] / copy:.0f}")  # fmt: skip
+                f"{100 * found['gb_s'] / copy:.1f}")  # fmt: skip
         row("prefill attention, 8k, TFLOP/s", ">= 280", "prefill 8k",
             find(ours, what="prefill", tokens=8192)["tflop_s"])  # fmt: skip
     if serving:
