@@ -44,13 +44,12 @@ def product_tflop_s():
 
 
 def attention(backend, batch, queries, context, causal):
-    heads = {}
     sets = max(1, min(LAUNCHES, (4 << 30) // (batch * context * 4096)))
     q = torch.randn(batch, 32, queries, 128, device="cuda", dtype=torch.bfloat16)
     kv = [torch.randn(2, batch, 8, context, 128, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
     with sdpa_kernel(backend):
         return time(lambda i: functional.scaled_dot_product_attention(
-            q, kv[i % sets][0], kv[i % sets][1], is_causal=causal, enable_gqa=True, **heads))  # fmt: skip
+            q, kv[i % sets][0], kv[i % sets][1], is_causal=causal, enable_gqa=True))  # fmt: skip
 
 
 def measure():

@@ -11,17 +11,20 @@
 //! - [`kernel`]: the kernels' names, arguments and launches.
 //! - `plan`: pure: what of a step goes up, and where it lies.
 //! - `pass`: the operations of a forward pass as launches.
+//! - `world`: where everything lies; `graphs`: the shapes that came again.
 
 pub mod driver;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+mod graphs;
 pub mod kernel;
 mod pass;
 mod plan;
 #[cfg(feature = "cuda-shim")]
 pub mod shim;
+mod world;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use crate::device::{
     AttentionShape, Buffer, Device, DeviceConfig, DeviceError, Dtype, Memory, Ops, Precision, Rows,
@@ -29,10 +32,12 @@ use crate::device::{
 };
 use crate::step::Step;
 use driver::{Driver, Pinned};
-use kernel::{HeadDim, KvCache, MAX_TOP, PARTITION};
+use graphs::Graphs;
+use kernel::{HeadDim, MAX_TOP, PARTITION};
 use pass::Pass;
 pub use plan::sample_row;
 use plan::{Plan, Shape, bucket_items, bucket_rows};
+use world::{Area, DeviceVector, Drawn, Matrix, World};
 
 /// Left free for what the driver allocates while it serves: modules, graphs, its own heap.
 const RESERVE_BYTES: u64 = 512 << 20;
@@ -40,9 +45,6 @@ const RESERVE_BYTES: u64 = 512 << 20;
 const PARTIAL_ITEMS: usize = 8192;
 /// Copies, and changes of the block tables, that go up along with a step; more take a trip of their own.
 const EDITS: usize = 8192;
-/// Graphs that are kept; beyond that the one that was not used for the longest time goes.
-const MAX_GRAPHS: usize = 96;
-
 /// The device.
 pub struct CudaDevice<D: Driver> {
     driver: D,
@@ -58,61 +60,6 @@ pub struct CudaDevice<D: Driver> {
     cache_bytes: u64,
 }
 
-/// Where everything lies that operations name; addresses never change once the model is built.
-struct World {
-    config: DeviceConfig,
-    head_dim: HeadDim,
-    weights: Vec<Matrix>,
-    vectors: Vec<DeviceVector>,
-    buffers: Vec<Area>,
-    input: u64,
-    tables: u64,
-    inverse_frequencies: u64,
-    partial_out: u64,
-    partial_softmax: u64,
-    partial_items: usize,
-    drawn: Drawn,
-    cache: u64,
-    n_blocks: u32,
-}
-
-/// A weight: `[rows, stride]`, bfloat16, zeros from column `cols` on.
-#[derive(Clone, Copy, Debug)]
-struct Matrix {
-    address: u64,
-    rows: usize,
-    cols: usize,
-    stride: usize,
-}
-
-/// A vector, zeros from its length to a multiple of 8.
-#[derive(Clone, Copy, Debug)]
-struct DeviceVector {
-    binary32: u64,
-    bfloat16: u64,
-    len: usize,
-}
-
-/// An activation buffer: `[rows, stride]`, bfloat16 or (`wide`) binary32.
-#[derive(Clone, Copy, Debug)]
-struct Area {
-    address: u64,
-    rows: Rows,
-    cols: usize,
-    stride: usize,
-    wide: bool,
-}
-
-/// What `sample` writes, one array after another: `[L]`, `[L]`, `[L][MAX_TOP]`, `[L][MAX_TOP]`.
-#[derive(Clone, Copy, Debug)]
-struct Drawn {
-    tokens: u64,
-    logprobs: u64,
-    top_ids: u64,
-    top_logprobs: u64,
-    rows: usize,
-}
-
 /// Host memory of one of the two steps that may be under way.
 struct Slot {
     input: Pinned,
@@ -125,12 +72,6 @@ struct InFlight<E> {
     event: E,
     /// By row of logits: log-probabilities asked for.
     n_logprobs: Vec<Option<u8>>,
-}
-
-/// The shapes that were seen.
-struct Graphs<G> {
-    seen: HashMap<Shape, (u64, Option<G>)>,
-    clock: u64,
 }
 
 impl<D: Driver> CudaDevice<D> {
@@ -206,10 +147,7 @@ impl<D: Driver> CudaDevice<D> {
             },
             step: Step::deferred(&config),
             plan: Plan::default(),
-            graphs: Graphs {
-                seen: HashMap::new(),
-                clock: 0,
-            },
+            graphs: Graphs::new(),
             slots,
             in_flight: VecDeque::with_capacity(2),
             next_ticket: 0,
@@ -363,42 +301,6 @@ impl<D: Driver> CudaDevice<D> {
     }
 }
 
-impl<G> Graphs<G> {
-    fn find(&mut self, shape: Shape) -> Option<&G> {
-        self.clock += 1;
-        let (used, graph) = self.seen.get_mut(&shape)?;
-        *used = self.clock;
-        graph.as_ref()
-    }
-
-    /// Notes the shape where it is new.
-    fn seen_before(&mut self, shape: Shape) -> bool {
-        let clock = self.clock;
-        let mut new = false;
-        self.seen.entry(shape).or_insert_with(|| {
-            new = true;
-            (clock, None)
-        });
-        !new
-    }
-
-    fn keep(&mut self, shape: Shape, graph: G) -> &G {
-        let n_graphs = self
-            .seen
-            .values()
-            .filter(|(_, graph)| graph.is_some())
-            .count();
-        if n_graphs >= MAX_GRAPHS {
-            let captured = self.seen.iter().filter(|(_, (_, graph))| graph.is_some());
-            if let Some(oldest) = captured.min_by_key(|(_, (used, _))| *used).map(|(s, _)| *s) {
-                self.seen.remove(&oldest);
-            }
-        }
-        let entry = self.seen.entry(shape).or_insert((self.clock, None));
-        entry.1.insert(graph)
-    }
-}
-
 fn unsupported(what: String) -> DeviceError {
     DeviceError::Unsupported {
         device: "cuda",
@@ -487,7 +389,7 @@ impl<D: Driver> Device for CudaDevice<D> {
             .iter()
             .flat_map(|part| {
                 let bytes = part.bytes.chunks_exact(part.dtype.bytes());
-                bytes.map(|bytes| widen(part.dtype, bytes))
+                bytes.map(|bytes| part.dtype.widen(bytes))
             })
             .collect();
         let len = values.len();
@@ -651,7 +553,7 @@ impl<D: Driver> Device for CudaDevice<D> {
         let dtype = if area.wide { Dtype::F32 } else { Dtype::BF16 };
         Ok(rows
             .flat_map(|row| row.chunks_exact(element).take(area.cols))
-            .map(|bytes| widen(dtype, bytes))
+            .map(|bytes| dtype.widen(bytes))
             .collect())
     }
 }
@@ -678,44 +580,12 @@ impl<D: Driver> CudaDevice<D> {
     }
 }
 
-impl World {
-    fn vocabulary(&self) -> usize {
-        let logits = self.buffers.iter().find(|area| area.wide);
-        logits.map_or(0, |area| area.cols)
-    }
-
-    /// The cache of one layer, as kernels name it.
-    fn kv_cache(&self, layer: usize) -> KvCache {
-        let shape = &self.config.attention;
-        let block = 2 * shape.n_kv_heads * shape.block_size * shape.head_dim * 2;
-        KvCache {
-            layer: self.cache + (layer * block * self.n_blocks as usize) as u64,
-            tables: self.tables,
-            table_width: self.config.limits.max_blocks_per_sequence as u32,
-            block_size: shape.block_size as u32,
-            block_size_magic: KvCache::magic(shape.block_size as u32),
-            n_kv_heads: shape.n_kv_heads as u32,
-            head_dim: shape.head_dim as u32,
-            unused: 0,
-        }
-    }
-}
-
-fn widen(dtype: Dtype, bytes: &[u8]) -> f32 {
-    match (dtype, bytes) {
-        (Dtype::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-        (Dtype::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).to_f32(),
-        (Dtype::BF16, &[a, b]) => half::bf16::from_le_bytes([a, b]).to_f32(),
-        _ => unreachable!("an element has as many bytes as its dtype"),
-    }
-}
-
 /// Elements as bfloat16.
 fn round(dtype: Dtype, from: &[u8], to: &mut [u8]) {
     if dtype == Dtype::BF16 {
         return to.copy_from_slice(from);
     }
     for (from, to) in from.chunks_exact(dtype.bytes()).zip(to.chunks_exact_mut(2)) {
-        to.copy_from_slice(&half::bf16::from_f32(widen(dtype, from)).to_le_bytes());
+        to.copy_from_slice(&half::bf16::from_f32(dtype.widen(from)).to_le_bytes());
     }
 }

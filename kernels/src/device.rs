@@ -30,6 +30,16 @@ impl Dtype {
             Self::F16 | Self::BF16 => 2,
         }
     }
+
+    /// The value of one element, from its [`Dtype::bytes`] little-endian bytes; exact.
+    pub(crate) fn widen(self, bytes: &[u8]) -> f32 {
+        match (self, bytes) {
+            (Self::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+            (Self::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).to_f32(),
+            (Self::BF16, &[a, b]) => half::bf16::from_le_bytes([a, b]).to_f32(),
+            _ => unreachable!("an element has as many bytes as its dtype"),
+        }
+    }
 }
 
 /// A row-major tensor in somebody else's memory, usually a mapped file. The bytes need not be aligned.

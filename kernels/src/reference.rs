@@ -4,7 +4,7 @@
 //! the other devices are tested against it. It knows no SIMD, no threads, no packing, and it is slow.
 
 use crate::device::{
-    AttentionShape, BlockId, Buffer, Device, DeviceConfig, DeviceError, Dtype, Memory, Ops, Rows,
+    AttentionShape, BlockId, Buffer, Device, DeviceConfig, DeviceError, Memory, Ops, Rows,
     StepInput, StepOutput, TensorView, Ticket, Vector, Weight,
 };
 use crate::sampling::{self, Scratch};
@@ -444,19 +444,10 @@ fn widen(parts: &[TensorView<'_>]) -> Vec<f64> {
         out.extend(
             part.bytes
                 .chunks_exact(part.dtype.bytes())
-                .map(|bytes| f64::from(element(part.dtype, bytes))),
+                .map(|bytes| f64::from(part.dtype.widen(bytes))),
         );
     }
     out
-}
-
-fn element(dtype: Dtype, bytes: &[u8]) -> f32 {
-    match (dtype, bytes) {
-        (Dtype::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-        (Dtype::F16, &[a, b]) => half::f16::from_le_bytes([a, b]).to_f32(),
-        (Dtype::BF16, &[a, b]) => half::bf16::from_le_bytes([a, b]).to_f32(),
-        _ => unreachable!("an element has as many bytes as its dtype"),
-    }
 }
 
 #[cfg(test)]

@@ -72,6 +72,10 @@ enum Previous {
     /// Here, by row of logits.
     Known(Vec<u32>),
     /// On the device, which looks them up itself.
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "cuda-shim")),
+        expect(dead_code, reason = "only CUDA runs ahead of the host")
+    )]
     OnDevice,
 }
 

@@ -16,6 +16,8 @@ use kvasir_server::engine::{
 };
 use kvasir_server::model::{LoadOptions, ModelFiles, load};
 
+use serde_json::Value;
+
 use support::{DeviceKind, cases, floats, golden, tokens};
 
 /// A size of everything that may matter.
@@ -131,6 +133,18 @@ fn requests(case: &Path) -> Vec<Request> {
     requests
 }
 
+/// The greedy answer of Transformers, and how many of its tokens come before the first whose margin is not above `bound`.
+fn transformers_answer(golden: &Value, request: &Request, bound: f32) -> (Vec<u32>, usize) {
+    let prompts = golden["prompts"].as_array().unwrap();
+    let prompt = prompts
+        .iter()
+        .find(|prompt| tokens(&prompt["ids"]) == request.prompt)
+        .unwrap();
+    let margins = floats(&prompt["float32"]["margins"]);
+    let clear = margins.iter().take_while(|&&margin| margin > bound);
+    (tokens(&prompt["float32"]["greedy"]), clear.count())
+}
+
 /// On a GPU products are a library's, and prefill and decode attend in another order: a crowd gives what each request
 /// gives alone wherever the first two logits are further apart than what bfloat16 costs Transformers itself.
 #[cfg(feature = "cuda-shim")]
@@ -151,18 +165,9 @@ fn cuda_crowd(case: &Path, shape: Shape) -> Counters {
         .collect();
     let (answers, counters) = answers(start(case, DeviceKind::Cuda, shape), &requests);
     for request in &requests {
-        let prompts = golden["prompts"].as_array().unwrap();
-        let prompt = prompts
-            .iter()
-            .find(|prompt| tokens(&prompt["ids"]) == request.prompt)
-            .unwrap();
-        let clear = floats(&prompt["float32"]["margins"])
-            .iter()
-            .take_while(|&&margin| margin > bound)
-            .count();
+        let (want, clear) = transformers_answer(&golden, request, bound);
         let (scores, drawn, _) = &answers[&request.id];
         let found: Vec<u32> = drawn.iter().map(|sampled| sampled.token).collect();
-        let want = tokens(&prompt["float32"]["greedy"]);
         let why = format!("{}: {} tokens", case.display(), request.prompt.len());
         assert_eq!(found[..clear], want[..clear], "{why}");
         assert_eq!(found.len(), want.len(), "{why}");
@@ -266,21 +271,12 @@ fn greedy(kind: DeviceKind) {
             .collect();
         let (answers, _) = answers(start(&case, kind, ALONE), &requests);
         for request in &requests {
-            let prompts = golden["prompts"].as_array().unwrap();
-            let prompt = prompts
-                .iter()
-                .find(|prompt| tokens(&prompt["ids"]) == request.prompt)
-                .unwrap();
-            let clear = floats(&prompt["float32"]["margins"])
-                .iter()
-                .take_while(|&&margin| margin > noise)
-                .count();
+            let (want, clear) = transformers_answer(&golden, request, noise);
             let found: Vec<u32> = answers[&request.id]
                 .1
                 .iter()
                 .map(|sampled| sampled.token)
                 .collect();
-            let want = tokens(&prompt["float32"]["greedy"]);
             assert_eq!(
                 found[..clear],
                 want[..clear],

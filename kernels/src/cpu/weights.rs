@@ -185,10 +185,5 @@ fn pack_row(precision: Precision, dtype: Dtype, row: &[u8], lane: usize, panel: 
 }
 
 fn element(dtype: Dtype, bytes: &[u8], index: usize) -> f32 {
-    let bytes = &bytes[index * dtype.bytes()..];
-    match dtype {
-        Dtype::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-        Dtype::F16 => half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-        Dtype::BF16 => half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-    }
+    dtype.widen(&bytes[index * dtype.bytes()..][..dtype.bytes()])
 }

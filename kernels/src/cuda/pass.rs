@@ -5,8 +5,9 @@
 use crate::device::{Buffer, DeviceError, Ops, Rows, Vector, Weight};
 
 use super::driver::{Arguments, Driver, Launch, Product, ProductShape};
+use super::kernel;
 use super::plan::{Layout, Plan};
-use super::{Area, World, kernel};
+use super::world::{Area, World};
 
 /// One pass.
 pub(super) struct Pass<'a, D: Driver> {

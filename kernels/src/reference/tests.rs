@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::device::{
-    Limits, LogitsRow, LogitsWant, Precision, Rope, Span, TableRow, TableUpdate, TokenInput,
+    Dtype, Limits, LogitsRow, LogitsWant, Precision, Rope, Span, TableRow, TableUpdate, TokenInput,
 };
 
 fn config() -> DeviceConfig {
