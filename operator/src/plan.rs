@@ -92,6 +92,10 @@ pub fn plan(
     let running = observed.deployment.as_ref().filter(|_| conflict.is_none());
     let current = running.and_then(|child| child.spec.as_ref()?.replicas);
 
+    if deployment.spec.autoscaling.is_none() {
+        // Should it be switched on again, what was known before counts no more.
+        history.autoscale = autoscale::History::default();
+    }
     let decision = deployment.spec.autoscaling.as_ref().map(|policy| {
         let current = current.map_or(policy.min_replicas.get(), |n| u32::try_from(n).unwrap_or(0));
         autoscale::decide(
@@ -106,8 +110,10 @@ pub fn plan(
         (Some(decision), _) => i32::try_from(decision.replicas).unwrap_or(i32::MAX),
         (None, replicas) => replicas.unwrap_or(1),
     };
+    let children = children::children(deployment, replicas, default_image, running);
     let scaling = match (&decision, current) {
-        (Some(decision), Some(from)) if from != replicas => Some(LastScaling {
+        // Where the children can't be planned nothing is carried out, and nothing may be told.
+        (Some(decision), Some(from)) if from != replicas && children.is_ok() => Some(LastScaling {
             time: Time(now.wall),
             from,
             to: replicas,
@@ -115,8 +121,6 @@ pub fn plan(
         }),
         _ => None,
     };
-
-    let children = children::children(deployment, replicas, default_image, running);
     let status = status::status(&StatusInput {
         deployment,
         accepted: children.as_ref().map(drop).map_err(String::as_str),
@@ -207,3 +211,6 @@ fn name_conflict(deployment: &LLMDeployment, observed: &Observed) -> Option<Stri
         .or_else(|| foreign(deployment, observed.budget.as_ref()))
         .or_else(|| foreign(deployment, observed.account.as_ref()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use kvasir_crds::LoadReport;
 use kvasir_crds::llmdeployment::Autoscaling;
+use kvasir_crds::load_report::SCHEMA;
 
 /// What is known of one ready replica.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,15 +27,14 @@ pub enum ReplicaLoad {
 /// The answers of the past window, by the operator's monotonic clock.
 #[derive(Clone, Debug, Default)]
 pub struct History {
-    first: Option<Duration>,
+    /// Answers are known from here on without a gap as long as the window.
+    since: Duration,
     wanted: VecDeque<(Duration, u32)>,
 }
 
 impl History {
     /// Adds an answer and forgets those older than `window`.
     fn push(&mut self, now: Duration, wanted: u32, window: Duration) {
-        self.first.get_or_insert(now);
-        self.wanted.push_back((now, wanted));
         while self
             .wanted
             .front()
@@ -42,12 +42,17 @@ impl History {
         {
             self.wanted.pop_front();
         }
+        // What is forgotten counts no more, should the window grow; after a gap knowledge begins anew.
+        self.since = match self.wanted.is_empty() {
+            true => now,
+            false => self.since.max(now.saturating_sub(window)),
+        };
+        self.wanted.push_back((now, wanted));
     }
 
     /// The history reaches back over the whole window; after a restart it doesn't, and nothing is scaled down.
     fn covers(&self, now: Duration, window: Duration) -> bool {
-        self.first
-            .is_some_and(|first| now.saturating_sub(first) >= window)
+        !self.wanted.is_empty() && now.saturating_sub(self.since) >= window
     }
 
     fn max(&self) -> u32 {
@@ -83,7 +88,7 @@ struct Totals {
 }
 
 /// Decides. `current` is the number of replicas asked for now, `loads` one entry for each ready replica, `history` the
-/// answers before this one, to which this one is added where it rests on reports.
+/// answers before this one, to which this one is added.
 pub fn decide(
     policy: &Autoscaling,
     current: u32,
@@ -94,37 +99,45 @@ pub fn decide(
     let (low, high) = (policy.min_replicas.get(), policy.max_replicas.get());
     let bounded = current.clamp(low, high.max(low));
     let (totals, silent) = total(loads);
-    let held = |reason: String, totals: Option<&Totals>| Decision {
-        replicas: bounded,
-        reason,
-        utilization_percent: totals.map(Totals::utilization_percent),
-        queue_depth: totals.map(|t| t.waiting),
-    };
-    if bounded != current {
-        return held(
-            format!("{current} is outside of minReplicas {low} and maxReplicas {high}"),
-            None,
-        );
-    }
-    if totals.reporting == 0 || totals.blocks == 0 {
-        return held("no replica reports its load: holding".into(), None);
+    let outside = || format!("{current} is outside of minReplicas {low} and maxReplicas {high}");
+    let window = Duration::from_secs(u64::from(policy.scale_down_stabilization_seconds));
+    if totals.reporting == 0 {
+        // What isn't known may be a full load: a lull is counted from its end.
+        history.push(now, bounded, window);
+        return Decision {
+            replicas: bounded,
+            reason: match bounded == current {
+                true => "no replica reports its load: holding".into(),
+                false => format!("scaled from {current} to {bounded}: {}", outside()),
+            },
+            utilization_percent: None,
+            queue_depth: None,
+        };
     }
 
     let up = wanted(policy, &totals).clamp(low, high.max(low));
     // Going down, a silent replica counts as full: an average pool of active blocks, and as much as its share.
     let average = totals.blocks.div_ceil(totals.reporting);
+    let theirs = silent.saturating_mul(average);
     let pessimistic = Totals {
         reporting: totals.reporting + silent,
-        blocks: totals.blocks + silent * average,
-        active: totals.active + silent * average,
+        blocks: totals.blocks.saturating_add(theirs),
+        active: totals.active.saturating_add(theirs),
         ..totals
     };
     let down = wanted(policy, &pessimistic).clamp(low, high.max(low));
-    let window = Duration::from_secs(u64::from(policy.scale_down_stabilization_seconds));
     history.push(now, down, window);
 
     let numbers = totals.describe(policy);
-    let (replicas, reason) = if up > current {
+    let (replicas, reason) = if bounded != current {
+        // Both at once: a minimum that rose under load takes one jump.
+        let to = bounded.max(up);
+        let why = outside();
+        (
+            to,
+            format!("scaled from {current} to {to}: {why}; {numbers}"),
+        )
+    } else if up > current {
         (up, format!("scaled up from {current} to {up}: {numbers}"))
     } else if down >= current {
         (
@@ -159,7 +172,8 @@ pub fn decide(
 }
 
 /// Adds up the reports of the replicas that serve, and counts the silent ones. A report without blocks or queue is as
-/// good as none, and so is one whose engine doesn't beat any more; a draining replica is neither supply nor demand.
+/// good as none, and so is one of another schema, or one whose engine doesn't beat any more; a draining replica is
+/// neither supply nor demand.
 fn total(loads: &[ReplicaLoad]) -> (Totals, u64) {
     const STALE_MS: u64 = 10_000;
     let (mut totals, mut silent) = (Totals::default(), 0);
@@ -167,16 +181,21 @@ fn total(loads: &[ReplicaLoad]) -> (Totals, u64) {
         match load {
             ReplicaLoad::Reported(report) if report.draining == Some(true) => {}
             ReplicaLoad::Reported(LoadReport {
+                schema,
                 blocks: Some(blocks),
                 queue: Some(queue),
                 heartbeat_age_ms,
                 ..
-            }) if heartbeat_age_ms.is_none_or(|age| age < STALE_MS) => {
+            }) if schema.is_none_or(|schema| schema == SCHEMA)
+                && heartbeat_age_ms.is_none_or(|age| age < STALE_MS)
+                && blocks.total > 0 =>
+            {
                 totals.reporting += 1;
-                totals.blocks += blocks.total;
-                totals.active += blocks.active;
-                totals.waiting_need += blocks.waiting_need;
-                totals.waiting += queue.waiting;
+                // A report comes from outside: nonsense may give a wrong answer, and never an overflow.
+                totals.blocks = totals.blocks.saturating_add(blocks.total);
+                totals.active = totals.active.saturating_add(blocks.active);
+                totals.waiting_need = totals.waiting_need.saturating_add(blocks.waiting_need);
+                totals.waiting = totals.waiting.saturating_add(queue.waiting);
             }
             ReplicaLoad::Reported(_) | ReplicaLoad::Silent => silent += 1,
         }
@@ -186,19 +205,22 @@ fn total(loads: &[ReplicaLoad]) -> (Totals, u64) {
 
 /// Replicas that carry these totals, before the bounds: never less than 1.
 fn wanted(policy: &Autoscaling, totals: &Totals) -> u32 {
-    // ceil(demand / (blocks of one replica * target / 100)), in whole numbers.
-    let demand = totals.active + totals.waiting_need;
-    let capacity = totals.blocks * u64::from(policy.target_block_utilization_percent.get());
-    let by_blocks = (demand * 100 * totals.reporting).div_ceil(capacity.max(1));
+    // ceil(demand / (blocks of one replica * target / 100)), in whole numbers that don't overflow.
+    let demand = u128::from(totals.active) + u128::from(totals.waiting_need);
+    let target = u128::from(policy.target_block_utilization_percent.get());
+    let capacity = u128::from(totals.blocks) * target;
+    let by_blocks = (demand * 100)
+        .saturating_mul(u128::from(totals.reporting))
+        .div_ceil(capacity.max(1));
     let by_queue = totals
         .waiting
         .div_ceil(u64::from(policy.target_queue_depth.get()));
-    u32::try_from(by_blocks.max(by_queue).max(1)).unwrap_or(u32::MAX)
+    u32::try_from(by_blocks.max(u128::from(by_queue)).max(1)).unwrap_or(u32::MAX)
 }
 
 impl Totals {
     fn utilization_percent(&self) -> u32 {
-        u32::try_from(self.active * 100 / self.blocks.max(1))
+        u32::try_from(u128::from(self.active) * 100 / u128::from(self.blocks.max(1)))
             .unwrap_or(100)
             .min(100)
     }

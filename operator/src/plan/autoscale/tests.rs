@@ -19,7 +19,7 @@ fn load(active: u64, waiting_need: u64, waiting: u64) -> ReplicaLoad {
             total: 100,
             active,
             waiting_need,
-            free: 100 - active,
+            free: 100_u64.saturating_sub(active),
             cached: 0,
         }),
         queue: Some(QueueCounts {
@@ -183,8 +183,109 @@ fn cases() {
             new(),
             1,
         ),
-        ("only draining ones: hold", 2, vec![draining], settled(1), 2),
+        (
+            "only draining ones: hold",
+            2,
+            vec![draining.clone()],
+            settled(1),
+            2,
+        ),
         ("below the minimum", 0, vec![], new(), 1),
+        (
+            "below the minimum and loaded: one jump",
+            0,
+            vec![load(90, 150, 4)],
+            new(),
+            3,
+        ),
+        (
+            "silent ones add nothing on the way up, however many",
+            1,
+            [vec![load(81, 0, 0)], vec![ReplicaLoad::Silent; 4]].concat(),
+            new(),
+            2,
+        ),
+        (
+            "a silent one beside an idle one holds two of three",
+            3,
+            vec![load(0, 0, 0), ReplicaLoad::Silent],
+            settled(1),
+            2,
+        ),
+        (
+            "the others carry a silent one that counts as full",
+            4,
+            vec![
+                load(0, 0, 0),
+                load(0, 0, 0),
+                load(0, 0, 0),
+                ReplicaLoad::Silent,
+            ],
+            settled(1),
+            2,
+        ),
+        (
+            "N-1 carry the load exactly",
+            3,
+            vec![load(54, 0, 0), load(53, 0, 0), load(53, 0, 0)],
+            settled(1),
+            2,
+        ),
+        (
+            "N-1 lack one block",
+            3,
+            vec![load(54, 0, 0), load(54, 0, 0), load(53, 0, 0)],
+            settled(1),
+            3,
+        ),
+        (
+            "N-1 lack room in the queue",
+            3,
+            vec![load(0, 0, 3); 3],
+            settled(1),
+            3,
+        ),
+        (
+            "a draining one is no supply on the way down",
+            3,
+            vec![load(80, 0, 0), load(80, 0, 0), draining.clone()],
+            settled(1),
+            2,
+        ),
+        (
+            "a draining one is no silence either",
+            2,
+            vec![load(10, 0, 0), draining.clone()],
+            settled(1),
+            1,
+        ),
+        (
+            "a pool of no blocks is unknown capacity",
+            2,
+            vec![
+                load(1, 0, 0),
+                with(load(0, 0, 0), |r| r.blocks = Some(BlockCounts::default())),
+            ],
+            settled(1),
+            2,
+        ),
+        (
+            "a report of another schema is silence",
+            2,
+            vec![
+                load(1, 0, 0),
+                with(load(0, 0, 0), |r| r.schema = Some(SCHEMA + 1)),
+            ],
+            settled(1),
+            2,
+        ),
+        (
+            "nonsense overflows nothing",
+            2,
+            vec![load(u64::MAX, u64::MAX, u64::MAX); 2],
+            new(),
+            10,
+        ),
         (
             "above the maximum",
             20,
@@ -241,6 +342,62 @@ fn a_lull_is_waited_out_to_the_second() {
     );
 }
 
+/// Seconds of load, silence or nothing at all, and how many replicas the last second leaves of three.
+#[test]
+fn a_window_counts_only_what_is_known() {
+    enum Second {
+        Idle(u64),
+        Silent(u64),
+        Nothing(u64),
+    }
+    use Second::{Idle, Nothing, Silent};
+    for (why, seconds, want) in [
+        ("a whole window of idleness", vec![Idle(62)], 1),
+        ("less than a window", vec![Idle(60)], 3),
+        (
+            "silence is no idleness: the window begins after it",
+            vec![Idle(50), Silent(20), Idle(50)],
+            3,
+        ),
+        ("and ends", vec![Idle(50), Silent(20), Idle(62)], 1),
+        (
+            "time that nobody looked at is no idleness",
+            vec![Idle(50), Nothing(3600), Idle(2)],
+            3,
+        ),
+    ] {
+        let (mut history, mut now, mut replicas) = (History::default(), 0, 3);
+        for second in seconds {
+            let (n, loads) = match second {
+                Idle(n) => (n, vec![load(0, 0, 0); 3]),
+                Silent(n) => (n, vec![ReplicaLoad::Silent; 3]),
+                Nothing(n) => {
+                    now += n;
+                    continue;
+                }
+            };
+            for _ in 0..n {
+                let at = Duration::from_secs(now);
+                replicas = decide(&policy(), 3, &loads, &mut history, at).replicas;
+                now += 1;
+            }
+        }
+        assert_eq!(replicas, want, "{why}");
+    }
+}
+
+#[test]
+fn a_window_that_grows_is_waited_out_anew() {
+    let mut history = settled(1);
+    let mut longer = policy();
+    longer.scale_down_stabilization_seconds = 300;
+    for (second, want) in [(101, 3), (200, 3), (339, 3), (340, 1)] {
+        let at = Duration::from_secs(second);
+        let decision = decide(&longer, 3, &vec![load(0, 0, 0); 3], &mut history, at);
+        assert_eq!(decision.replicas, want, "{second}: {}", decision.reason);
+    }
+}
+
 #[test]
 fn the_reason_has_the_numbers() {
     let decision = decide(
@@ -262,9 +419,9 @@ fn the_reason_has_the_numbers() {
 }
 
 proptest! {
-    /// Never out of bounds; more demand never gives fewer replicas; what is taken away is not missed.
+    /// Never out of bounds; what is taken away is not missed.
     #[test]
-    fn bounded_monotonic_and_sufficient(
+    fn bounded_and_sufficient(
         current in 1u32..12,
         actives in prop::collection::vec((0u64..=100, 0u64..300, 0u64..40), 0..6),
         silent in 0usize..3,
@@ -279,9 +436,43 @@ proptest! {
             let demand: u64 = actives.iter().map(|(a, n, _)| a + n).sum();
             prop_assert!(u64::from(decision.replicas) * 80 >= demand.min(800), "{decision:?}");
         }
-        let heavier: Vec<_> = actives.iter().map(|(a, n, w)| load(*a, n + 50, w + 1))
-            .chain(std::iter::repeat_n(ReplicaLoad::Silent, silent)).collect();
-        let more = decide(&policy(), current, &heavier, &mut settled(past), now);
-        prop_assert!(more.replicas >= decision.replicas, "{decision:?} {more:?}");
+    }
+
+    /// More demand never gives fewer replicas, whichever replica it stands at, in blocks, in need or in the queue.
+    #[test]
+    fn monotonic_in_demand(
+        current in 1u32..12,
+        replicas in prop::collection::vec(((0u64..=100, 0u64..300, 0u64..40), (0u64..=100, 0u64..300, 0u64..40)), 0..6),
+        silent in 0usize..3,
+        past in 1u32..10,
+    ) {
+        let silent = vec![ReplicaLoad::Silent; silent];
+        let light = replicas.iter().map(|((a, n, w), _)| load(*a, *n, *w));
+        let heavy = replicas.iter().map(|((a, n, w), (more_a, more_n, more_w))| {
+            load((a + more_a).min(100), n + more_n, w + more_w)
+        });
+        let decided = |loads: Vec<ReplicaLoad>| {
+            let loads = [loads, silent.clone()].concat();
+            decide(&policy(), current, &loads, &mut settled(past), Duration::from_secs(101))
+        };
+        let (less, more) = (decided(light.collect()), decided(heavy.collect()));
+        prop_assert!(more.replicas >= less.replicas, "{less:?} {more:?}");
+    }
+
+    /// A replica that falls silent, with no queue, is never a reason to add and never a reason to take away.
+    #[test]
+    fn silence_changes_nothing_for_the_worse(
+        current in 1u32..=10,
+        actives in prop::collection::vec(0u64..=100, 2..6),
+        past in 1u32..10,
+    ) {
+        let loads: Vec<_> = actives.iter().map(|a| load(*a, 0, 0)).collect();
+        let mut silenced = loads.clone();
+        silenced[0] = ReplicaLoad::Silent;
+        let now = Duration::from_secs(101);
+        let heard = decide(&policy(), current, &loads, &mut settled(past), now).replicas;
+        let unheard = decide(&policy(), current, &silenced, &mut settled(past), now).replicas;
+        prop_assert!(unheard <= heard.max(current), "added: {heard} {unheard}");
+        prop_assert!(unheard >= heard.min(current), "taken: {heard} {unheard}");
     }
 }

@@ -1,0 +1,127 @@
+//! Whole plans: what is told, what is carried out, and what the history changes about it.
+
+use kvasir_crds::LoadReport;
+use kvasir_crds::load_report::{BlockCounts, QueueCounts};
+use serde_json::{Value, json};
+
+use super::autoscale::ReplicaLoad;
+use super::*;
+
+const IMAGE: &str = "kvasir:1";
+
+fn deployment(spec: Value) -> LLMDeployment {
+    serde_json::from_value(json!({
+        "apiVersion": "kvasir.dev/v1alpha1", "kind": "LLMDeployment",
+        "metadata": { "name": "llama", "namespace": "models", "uid": "0c3e", "generation": 1 },
+        "spec": spec
+    }))
+    .unwrap()
+}
+
+fn autoscaled() -> Value {
+    json!({ "model": { "source": { "demo": {} } }, "autoscaling": { "maxReplicas": 4 } })
+}
+
+/// A replica of 100 blocks.
+fn load(active: u64, waiting: u64) -> ReplicaLoad {
+    ReplicaLoad::Reported(LoadReport {
+        blocks: Some(BlockCounts {
+            total: 100,
+            active,
+            ..BlockCounts::default()
+        }),
+        queue: Some(QueueCounts {
+            waiting,
+            ..QueueCounts::default()
+        }),
+        ..LoadReport::default()
+    })
+}
+
+/// What is observed once the plan for `spec` with `replicas` was carried out.
+fn observed(spec: &Value, replicas: i32, loads: Vec<ReplicaLoad>) -> Observed {
+    let made = children::children(&deployment(spec.clone()), replicas, IMAGE, None).unwrap();
+    Observed {
+        deployment: Some(made.deployment),
+        loads,
+        ..Observed::default()
+    }
+}
+
+fn at(second: u64) -> Now {
+    Now {
+        monotonic: Duration::from_secs(second),
+        wall: Timestamp::UNIX_EPOCH,
+    }
+}
+
+fn replicas(plan: &Plan) -> Option<i32> {
+    plan.children.as_ref()?.deployment.spec.as_ref()?.replicas
+}
+
+#[test]
+fn a_change_of_replicas_is_told_once_with_its_numbers() {
+    let d = deployment(autoscaled());
+    let mut history = History::default();
+    let before = observed(&autoscaled(), 1, vec![load(100, 11)]);
+    let scaled = plan(&d, &before, &mut history, at(0), IMAGE);
+    assert_eq!(replicas(&scaled), Some(3));
+    assert_eq!(scaled.events.len(), 1);
+    let note = &scaled.events[0];
+    assert_eq!(note.reason, "ScaledUp");
+    for words in ["from 1 to 3", "100 blocks active", "11 requests waiting"] {
+        assert!(note.message.contains(words), "{}", note.message);
+    }
+    let last = scaled.status.unwrap().last_scaling.unwrap();
+    assert_eq!((last.from, last.to, &last.reason), (1, 3, &note.message));
+
+    let after = observed(&autoscaled(), 3, vec![load(100, 11)]);
+    let held = plan(&d, &after, &mut history, at(2), IMAGE);
+    assert_eq!((replicas(&held), held.events), (Some(3), vec![]));
+}
+
+#[test]
+fn what_is_not_carried_out_is_not_told() {
+    let mut spec = autoscaled();
+    let before = observed(&spec, 1, vec![load(100, 11)]);
+    spec["podTemplate"] = json!({ "spec": { "nodeSelektor": {} , "restartPolicy": "Never" } });
+    let plan = plan(
+        &deployment(spec),
+        &before,
+        &mut History::default(),
+        at(0),
+        IMAGE,
+    );
+    assert_eq!(replicas(&plan), None);
+    let told = plan.events.iter().map(|note| note.reason);
+    assert!(!told.into_iter().any(|reason| reason.starts_with("Scaled")));
+    assert_eq!(plan.status.unwrap().last_scaling, None);
+}
+
+#[test]
+fn autoscaling_switched_on_again_waits_a_whole_window() {
+    let idle = || observed(&autoscaled(), 3, vec![load(0, 0); 3]);
+    let d = deployment(autoscaled());
+    let mut history = History::default();
+    for second in 0..=299 {
+        plan(&d, &idle(), &mut history, at(second), IMAGE);
+    }
+    let mut interrupted = history.clone();
+    let down = plan(&d, &idle(), &mut history, at(300), IMAGE);
+    assert_eq!(replicas(&down), Some(1), "the window has passed");
+
+    let fixed = json!({ "model": { "source": { "demo": {} } }, "replicas": 3 });
+    plan(
+        &deployment(fixed),
+        &idle(),
+        &mut interrupted,
+        at(299),
+        IMAGE,
+    );
+    let held = plan(&d, &idle(), &mut interrupted, at(300), IMAGE);
+    assert_eq!(
+        replicas(&held),
+        Some(3),
+        "what was known before counts no more"
+    );
+}
