@@ -16,6 +16,8 @@ pub struct Metrics {
     registry: Registry,
     replicas: IntGaugeVec,
     target: GaugeVec,
+    utilization: GaugeVec,
+    waiting: IntGaugeVec,
     reconciles: IntCounter,
     errors: IntCounter,
 }
@@ -43,6 +45,20 @@ impl Metrics {
                 ),
                 labels,
             )?,
+            utilization: GaugeVec::new(
+                Opts::new(
+                    "kvasir_operator_block_utilization_ratio",
+                    "KV blocks held by sequences, of those in the replicas that report.",
+                ),
+                labels,
+            )?,
+            waiting: IntGaugeVec::new(
+                Opts::new(
+                    "kvasir_operator_waiting_requests",
+                    "Requests that wait in the replicas that report.",
+                ),
+                labels,
+            )?,
             reconciles: IntCounter::new(
                 "kvasir_operator_reconciles_total",
                 "Reconciles that ended well.",
@@ -58,6 +74,12 @@ impl Metrics {
         metrics
             .registry
             .register(Box::new(metrics.target.clone()))?;
+        metrics
+            .registry
+            .register(Box::new(metrics.utilization.clone()))?;
+        metrics
+            .registry
+            .register(Box::new(metrics.waiting.clone()))?;
         metrics
             .registry
             .register(Box::new(metrics.reconciles.clone()))?;
@@ -91,12 +113,29 @@ impl Metrics {
                 .with_label_values(&[&namespace, &name, *state])
                 .set(value);
         }
-        if let Some(policy) = &deployment.spec.autoscaling {
-            let target = f64::from(policy.target_block_utilization_percent.get()) / 100.0;
-            self.target
-                .with_label_values(&[&namespace, &name])
-                .set(target);
+        let labels = &[namespace.as_str(), name.as_str()];
+        // What isn't known has no series: a 0 would be a lie. An error of a removal says that there was none.
+        match &deployment.spec.autoscaling {
+            Some(policy) => {
+                let target = f64::from(policy.target_block_utilization_percent.get()) / 100.0;
+                self.target.with_label_values(labels).set(target);
+            }
+            None => drop(self.target.remove_label_values(labels)),
         }
+        match plan.load {
+            Some(load) => {
+                let ratio = load.active_blocks as f64 / load.blocks.max(1) as f64;
+                self.utilization.with_label_values(labels).set(ratio);
+                let waiting = i64::try_from(load.waiting_requests).unwrap_or(i64::MAX);
+                self.waiting.with_label_values(labels).set(waiting);
+            }
+            None => self.forget_load(labels),
+        }
+    }
+
+    fn forget_load(&self, labels: &[&str; 2]) {
+        let _ = self.utilization.remove_label_values(labels);
+        let _ = self.waiting.remove_label_values(labels);
     }
 
     /// Drops the series of a deployment that is gone.
@@ -106,6 +145,7 @@ impl Metrics {
             let _ = self.replicas.remove_label_values(&[namespace, name, state]);
         }
         let _ = self.target.remove_label_values(&[namespace, name]);
+        self.forget_load(&[namespace, name]);
     }
 
     /// Records a reconcile that failed.
@@ -119,5 +159,53 @@ impl Metrics {
     /// What the encoder says.
     pub fn text(&self) -> prometheus::Result<String> {
         TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use kvasir_crds::llmdeployment::LLMDeployment;
+    use serde_json::json;
+
+    use super::*;
+    use crate::plan::autoscale::Load;
+
+    #[test]
+    fn unknown_load_has_no_series_and_a_deployment_that_is_gone_none_at_all() {
+        let metrics = Metrics::new().unwrap();
+        let deployment: LLMDeployment = serde_json::from_value(json!({
+            "metadata": { "name": "m", "namespace": "n" },
+            "spec": { "model": { "source": { "demo": {} } }, "replicas": 1 }
+        }))
+        .unwrap();
+        let plan = |load| Plan {
+            children: None,
+            events: vec![],
+            status: None,
+            load,
+            recheck_after: Duration::ZERO,
+        };
+        let observed = Observed::default();
+        let known = plan(Some(Load {
+            blocks: 200,
+            active_blocks: 50,
+            waiting_requests: 3,
+        }));
+        let holds = |words: &str| metrics.text().unwrap().contains(words);
+        metrics.reconciled(&deployment, &known, &observed);
+        let ratio = "kvasir_operator_block_utilization_ratio{name=\"m\",namespace=\"n\"} 0.25";
+        let waiting = "kvasir_operator_waiting_requests{name=\"m\",namespace=\"n\"} 3";
+        assert!(
+            holds(ratio) && holds(waiting),
+            "{}",
+            metrics.text().unwrap()
+        );
+        metrics.reconciled(&deployment, &plan(None), &observed);
+        assert!(!holds("utilization_ratio{") && !holds("waiting_requests{"));
+        metrics.reconciled(&deployment, &known, &observed);
+        metrics.forget("n", "m");
+        assert!(!holds("name=\"m\""));
     }
 }

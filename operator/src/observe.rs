@@ -50,8 +50,8 @@ pub struct Observed {
     pub warnings: Vec<Event>,
     /// The last lines of containers that ended and left no message.
     pub last_lines: Vec<LastLine>,
-    /// One entry for each pod whose server has started and that is not being deleted; empty where the spec has no
-    /// autoscaling. A server that hangs is no longer ready, yet must count as silent rather than as gone.
+    /// One entry for each pod whose server has started and that is not being deleted. A server that hangs is no longer
+    /// ready, yet must count as silent rather than as gone.
     pub loads: Vec<ReplicaLoad>,
 }
 
@@ -158,15 +158,11 @@ pub async fn observe(
         let warnings = warnings(client, &namespace, &failing).await?;
         (warnings, last_lines(client, &namespace, &failing).await)
     };
-    let loads = if deployment.spec.autoscaling.is_some() {
-        let serving = pods
-            .iter()
-            .filter(|pod| has_started(pod) && pod.metadata.deletion_timestamp.is_none());
-        let addresses = serving.filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref());
-        join_all(addresses.map(|ip| reader.read(ip))).await
-    } else {
-        Vec::new()
-    };
+    let serving = pods
+        .iter()
+        .filter(|pod| has_started(pod) && pod.metadata.deletion_timestamp.is_none());
+    let addresses = serving.filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref());
+    let loads = join_all(addresses.map(|ip| reader.read(ip))).await;
     Ok(Observed {
         deployment: child,
         service,

@@ -15,10 +15,11 @@ use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{LLMDeployment, LLMDeploymentStatus, LastScaling};
 
 use crate::observe::Observed;
+use autoscale::Load;
 use children::Children;
 use status::StatusInput;
 
-/// Load figures alone are written to the status at most this often.
+/// Load figures alone are written to the status at most this often, and read this often where replicas are fixed.
 const LOAD_STATUS_INTERVAL: Duration = Duration::from_secs(15);
 /// How often the replicas of an autoscaled deployment are asked for their load.
 const AUTOSCALE_INTERVAL: Duration = Duration::from_secs(2);
@@ -60,6 +61,8 @@ pub struct Plan {
     pub events: Vec<Note>,
     /// The status, where it changes.
     pub status: Option<LLMDeploymentStatus>,
+    /// What the replicas report, for the metrics.
+    pub load: Option<Load>,
     /// When to look again, if nothing happens before.
     pub recheck_after: Duration,
 }
@@ -96,6 +99,7 @@ pub fn plan(
         // Should it be switched on again, what was known before counts no more.
         history.autoscale = autoscale::History::default();
     }
+    let load = autoscale::load(&observed.loads);
     let decision = deployment.spec.autoscaling.as_ref().map(|policy| {
         let current = current.map_or(policy.min_replicas.get(), |n| u32::try_from(n).unwrap_or(0));
         autoscale::decide(
@@ -129,6 +133,7 @@ pub fn plan(
         pods: &observed.pods,
         warnings: &observed.warnings,
         last_lines: &observed.last_lines,
+        load,
         decision: decision.as_ref(),
         scaling: scaling.as_ref(),
         now: now.wall,
@@ -136,6 +141,7 @@ pub fn plan(
     let recheck_after = match () {
         () if deployment.spec.autoscaling.is_some() => AUTOSCALE_INTERVAL,
         () if status.ready_replicas < replicas => NOT_READY_INTERVAL,
+        () if replicas > 0 => LOAD_STATUS_INTERVAL,
         () => RESYNC_INTERVAL,
     };
     let events = scaling
@@ -154,6 +160,7 @@ pub fn plan(
         children: children.ok().filter(|_| conflict.is_none()),
         events,
         status: changed(deployment.status.as_ref(), status, history, now),
+        load,
         recheck_after,
     }
 }
@@ -165,18 +172,17 @@ fn changed(
     history: &mut History,
     now: Now,
 ) -> Option<LLMDeploymentStatus> {
-    let Some(before) = before else {
-        history.status = Some(status.clone());
-        return Some(status);
-    };
-    if *before == status {
+    if before == Some(&status) {
         return None;
     }
-    let only_load = LLMDeploymentStatus {
-        utilization_percent: before.utilization_percent,
-        queue_depth: before.queue_depth,
-        ..status.clone()
-    } == *before;
+    let only_load = before.is_some_and(|before| {
+        let elder = LLMDeploymentStatus {
+            utilization_percent: before.utilization_percent,
+            queue_depth: before.queue_depth,
+            ..status.clone()
+        };
+        elder == *before
+    });
     let recent = history
         .load_status_at
         .is_some_and(|at| now.monotonic.saturating_sub(at) < LOAD_STATUS_INTERVAL);

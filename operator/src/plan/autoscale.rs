@@ -71,10 +71,37 @@ pub struct Decision {
     pub replicas: u32,
     /// Why, with the numbers: for the status and the event.
     pub reason: String,
-    /// Active blocks of all, as a whole percent; `None` where no replica reported.
-    pub utilization_percent: Option<u32>,
-    /// Waiting requests over all replicas; `None` where no replica reported.
-    pub queue_depth: Option<u64>,
+}
+
+/// What the replicas that report carry together, for people to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Blocks of all pools; never 0.
+    pub blocks: u64,
+    /// Those of them that sequences hold.
+    pub active_blocks: u64,
+    /// Requests that wait.
+    pub waiting_requests: u64,
+}
+
+impl Load {
+    /// Active blocks in whole percent of all, at most 100.
+    #[must_use]
+    pub fn utilization_percent(&self) -> u8 {
+        let percent = u128::from(self.active_blocks) * 100 / u128::from(self.blocks.max(1));
+        u8::try_from(percent.min(100)).unwrap_or(100)
+    }
+}
+
+/// Adds up what is reported; `None` where no replica reports.
+#[must_use]
+pub fn load(loads: &[ReplicaLoad]) -> Option<Load> {
+    let (totals, _) = total(loads);
+    (totals.reporting > 0).then_some(Load {
+        blocks: totals.blocks,
+        active_blocks: totals.active,
+        waiting_requests: totals.waiting,
+    })
 }
 
 /// Sums over the replicas that reported and serve.
@@ -110,8 +137,6 @@ pub fn decide(
                 true => "no replica reports its load: holding".into(),
                 false => format!("scaled from {current} to {bounded}: {}", outside()),
             },
-            utilization_percent: None,
-            queue_depth: None,
         };
     }
 
@@ -163,12 +188,7 @@ pub fn decide(
             ),
         }
     };
-    Decision {
-        replicas,
-        reason,
-        utilization_percent: Some(totals.utilization_percent()),
-        queue_depth: Some(totals.waiting),
-    }
+    Decision { replicas, reason }
 }
 
 /// Adds up the reports of the replicas that serve, and counts the silent ones. A report without blocks or queue is as
@@ -219,12 +239,6 @@ fn wanted(policy: &Autoscaling, totals: &Totals) -> u32 {
 }
 
 impl Totals {
-    fn utilization_percent(&self) -> u32 {
-        u32::try_from(u128::from(self.active) * 100 / u128::from(self.blocks.max(1)))
-            .unwrap_or(100)
-            .min(100)
-    }
-
     fn describe(&self, policy: &Autoscaling) -> String {
         format!(
             "{} blocks active and {} needed by waiting requests, of {} in {} reporting replicas (target {} %); \

@@ -12,7 +12,7 @@ use kvasir_crds::llmdeployment::{
     SELECTOR_LABEL,
 };
 
-use super::autoscale::Decision;
+use super::autoscale::{Decision, Load};
 use super::children::{endpoint, revision, revision_of};
 use super::pod_template::SERVER;
 use crate::observe::{LastLine, is_ready};
@@ -37,6 +37,8 @@ pub struct StatusInput<'a> {
     pub warnings: &'a [Event],
     /// The last lines of containers that ended without a message.
     pub last_lines: &'a [LastLine],
+    /// What the replicas report; `None` where none does.
+    pub load: Option<Load>,
     /// The autoscaler's answer.
     pub decision: Option<&'a Decision>,
     /// A change of the number of replicas, decided now.
@@ -74,14 +76,10 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
         updated_replicas: child.updated_replicas.unwrap_or(0),
         selector: Some(format!("{SELECTOR_LABEL}={}", input.deployment.name_any())),
         endpoint: Some(endpoint(input.deployment)),
-        utilization_percent: input
-            .decision
-            .and_then(|d| d.utilization_percent)
-            .and_then(|n| i32::try_from(n).ok()),
+        utilization_percent: input.load.map(|load| load.utilization_percent().into()),
         queue_depth: input
-            .decision
-            .and_then(|d| d.queue_depth)
-            .map(|n| i32::try_from(n).unwrap_or(i32::MAX)),
+            .load
+            .map(|load| i32::try_from(load.waiting_requests).unwrap_or(i32::MAX)),
         last_scaling: input.scaling.cloned().or(before.last_scaling),
         not_ready,
     }
@@ -197,7 +195,7 @@ fn conditions(
     ];
     conditions.push(match (input.decision, &input.deployment.spec.autoscaling) {
         (Some(decision), Some(policy)) => {
-            let unknown = decision.queue_depth.is_none();
+            let unknown = input.load.is_none();
             let at_max = decision.replicas >= policy.max_replicas.get();
             let reason = match () {
                 () if unknown => Reason::LoadUnknown,

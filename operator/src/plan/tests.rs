@@ -125,3 +125,63 @@ fn autoscaling_switched_on_again_waits_a_whole_window() {
         "what was known before counts no more"
     );
 }
+
+#[test]
+fn load_is_written_where_replicas_are_fixed_and_seldom() {
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
+    let d = deployment(spec.clone());
+    let mut history = History::default();
+    let mut written = |second: u64, active: u64, waiting: u64| {
+        let seen = observed(&spec, 1, vec![load(active, waiting)]);
+        let plan = plan(&d, &seen, &mut history, at(second), IMAGE);
+        let status = plan.status?;
+        Some((status.utilization_percent?, status.queue_depth?))
+    };
+    for (why, second, active, waiting, want) in [
+        ("the first status", 0, 10, 0, Some((10, 0))),
+        ("load alone waits", 14, 50, 2, None),
+        ("until its interval has passed", 15, 50, 2, Some((50, 2))),
+        ("nothing changed", 40, 50, 2, None),
+        ("a rare change is written at once", 41, 51, 2, Some((51, 2))),
+        ("and the next one waits", 42, 52, 2, None),
+    ] {
+        assert_eq!(written(second, active, waiting), want, "{why}");
+    }
+    let seen = observed(&spec, 0, vec![]);
+    let changed = plan(&d, &seen, &mut history, at(43), IMAGE).status.unwrap();
+    assert_eq!(
+        changed.utilization_percent, None,
+        "another change takes the load along at once"
+    );
+}
+
+#[test]
+fn looks_again_as_soon_as_something_may_have_changed() {
+    let fixed = |n: i32| json!({ "model": { "source": { "demo": {} } }, "replicas": n });
+    let ready: k8s_openapi::api::core::v1::Pod = serde_json::from_value(json!({
+        "metadata": { "name": "p" }, "status": { "conditions": [{ "type": "Ready", "status": "True" }] } }))
+    .unwrap();
+    for (why, spec, n, pods, seconds) in [
+        ("autoscaled", autoscaled(), 1, vec![ready.clone()], 2),
+        (
+            "not ready: events come without a watch",
+            fixed(1),
+            1,
+            vec![],
+            5,
+        ),
+        ("the load of fixed replicas", fixed(1), 1, vec![ready], 15),
+        ("nothing runs", fixed(0), 0, vec![], 300),
+    ] {
+        let mut seen = observed(&spec, n, vec![]);
+        seen.pods = pods;
+        let plan = plan(
+            &deployment(spec),
+            &seen,
+            &mut History::default(),
+            at(0),
+            IMAGE,
+        );
+        assert_eq!(plan.recheck_after, Duration::from_secs(seconds), "{why}");
+    }
+}

@@ -412,10 +412,33 @@ fn the_reason_has_the_numbers() {
         "scaled up from 1 to 3: 90 blocks active and 150 needed by waiting requests, of 100 in 1 reporting replicas \
          (target 80 %); 4 requests waiting (target 4 per replica)"
     );
+}
+
+#[test]
+fn the_load_is_that_of_the_replicas_that_report() {
+    let draining = with(load(100, 0, 50), |r| r.draining = Some(true));
+    let both = [
+        load(91, 150, 4),
+        ReplicaLoad::Silent,
+        draining,
+        load(0, 0, 1),
+    ];
+    let found = super::load(&both).unwrap();
+    assert_eq!((found.active_blocks, found.blocks), (91, 200));
     assert_eq!(
-        (decision.utilization_percent, decision.queue_depth),
-        (Some(90), Some(4))
+        found.utilization_percent(),
+        45,
+        "whole percents, rounded down"
     );
+    assert_eq!(found.waiting_requests, 5);
+    assert_eq!(
+        super::load(&[ReplicaLoad::Silent]),
+        None,
+        "silence is no load of 0"
+    );
+    assert_eq!(super::load(&[]), None);
+    let nonsense = super::load(&[load(u64::MAX, 0, 0)]).unwrap();
+    assert_eq!(nonsense.utilization_percent(), 100);
 }
 
 proptest! {
