@@ -6,13 +6,13 @@ use k8s_openapi::NamespaceResourceScope;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
-use kvasir_crds::LLMDeployment;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::observe::Observed;
-use crate::plan::Plan;
+use crate::plan::{Plan, Severity};
+use crate::stored::Stored;
 
 /// The field manager of everything that the operator writes.
 pub const FIELD_MANAGER: &str = "kvasir-operator";
@@ -23,7 +23,7 @@ pub const FIELD_MANAGER: &str = "kvasir-operator";
 /// What the API server says; what was written before stays, and the next reconcile goes on from there.
 pub async fn apply(
     client: &Client,
-    deployment: &LLMDeployment,
+    deployment: &Stored,
     observed: &Observed,
     plan: &Plan,
 ) -> kube::Result<()> {
@@ -40,7 +40,10 @@ pub async fn apply(
             instance: None,
         };
         let event = Event {
-            type_: EventType::Normal,
+            type_: match note.severity {
+                Severity::Normal => EventType::Normal,
+                Severity::Warning => EventType::Warning,
+            },
             reason: note.reason.to_owned(),
             note: Some(note.message.clone()),
             action: note.action.to_owned(),
@@ -51,10 +54,10 @@ pub async fn apply(
             .await?;
     }
     if let Some(status) = &plan.status {
-        let api: Api<LLMDeployment> =
+        let api: Api<Stored> =
             Api::namespaced(client.clone(), &deployment.namespace().unwrap_or_default());
         let patch = json!({
-            "apiVersion": LLMDeployment::api_version(&()), "kind": LLMDeployment::kind(&()), "status": status,
+            "apiVersion": Stored::api_version(&()), "kind": Stored::kind(&()), "status": status,
         });
         let params = PatchParams::apply(FIELD_MANAGER).force();
         match api

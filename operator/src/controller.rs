@@ -1,4 +1,5 @@
-//! Watches, and calls observe -> plan -> apply for each `LLMDeployment` that something happened to.
+//! Watches, and calls observe -> plan -> apply for each `LLMDeployment` that something happened to. One that can't be
+//! read is reconciled like any other, into a status that says so.
 //!
 //! A change of the status alone triggers nothing. It holds no state that a restart would lose.
 
@@ -17,14 +18,14 @@ use kube::runtime::controller::{self, Action, Config, Controller};
 use kube::runtime::reflector::{self, ObjectRef};
 use kube::runtime::{WatchStreamExt, predicates, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
-use kvasir_crds::LLMDeployment;
 use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 use serde::de::DeserializeOwned;
 
 use crate::apply::apply;
 use crate::metrics::Metrics;
 use crate::observe::{LoadReader, observe, serves};
-use crate::plan::{History, Now, plan};
+use crate::plan::{History, Now, plan, plan_unreadable};
+use crate::stored::Stored;
 
 /// Reconciles at once, at most: each waits for the API server most of its time.
 const CONCURRENCY: u16 = 32;
@@ -73,7 +74,7 @@ pub async fn run(
 ) {
     let (store, writer) = reflector::store();
     let deployments = watcher(
-        api::<LLMDeployment>(&client, &settings),
+        api::<Stored>(&client, &settings),
         watcher::Config::default(),
     )
     .default_backoff()
@@ -101,7 +102,7 @@ pub async fn run(
         .owns(api::<ServiceAccount>(&client, &settings), owned.clone())
         .watches(api::<Pod>(&client, &settings), owned, |pod| {
             let namespace = pod.namespace().unwrap_or_default();
-            serves(&pod).map(|name| ObjectRef::<LLMDeployment>::new(name).within(&namespace))
+            serves(&pod).map(|name| ObjectRef::<Stored>::new(name).within(&namespace))
         })
         .graceful_shutdown_on(stop)
         .run(reconcile, on_error, context)
@@ -125,47 +126,41 @@ where
     }
 }
 
-#[tracing::instrument(skip_all, fields(namespace = deployment.namespace(), name = deployment.name_any()))]
-async fn reconcile(
-    deployment: Arc<LLMDeployment>,
-    context: Arc<Context>,
-) -> Result<Action, kube::Error> {
-    let uid = deployment.uid().unwrap_or_default();
-    if deployment.metadata.deletion_timestamp.is_some() {
+#[tracing::instrument(skip_all, fields(namespace = stored.namespace(), name = stored.name_any()))]
+async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action, kube::Error> {
+    let uid = stored.uid().unwrap_or_default();
+    if stored.meta().deletion_timestamp.is_some() {
         // The garbage collector takes the children; there is no finalizer to hold it up.
         context
             .memory
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&uid);
-        context.metrics.forget(
-            &deployment.namespace().unwrap_or_default(),
-            &deployment.name_any(),
-        );
+        context
+            .metrics
+            .forget(&stored.namespace().unwrap_or_default(), &stored.name_any());
         return Ok(Action::await_change());
     }
-    let observed = observe(&context.client, &context.loads, &deployment).await?;
+    let observed = observe(&context.client, &context.loads, stored.meta()).await?;
     let now = Now {
         monotonic: context.started.elapsed(),
         wall: Timestamp::now(),
     };
     let plan = context.memory(&uid, |memory| {
-        plan(
-            &deployment,
-            &observed,
-            &mut memory.history,
-            now,
-            &context.settings.default_image,
-        )
+        let (history, image) = (&mut memory.history, &context.settings.default_image);
+        match &stored.0 {
+            Ok(deployment) => plan(deployment, &observed, history, now, image),
+            Err(unreadable) => plan_unreadable(unreadable, &observed, history, now),
+        }
     });
-    apply(&context.client, &deployment, &observed, &plan).await?;
+    apply(&context.client, &stored, &observed, &plan).await?;
     context.memory(&uid, |memory| memory.failures = 0);
-    context.metrics.reconciled(&deployment, &plan, &observed);
+    context.metrics.reconciled(&stored, &plan, &observed);
     Ok(Action::requeue(plan.recheck_after))
 }
 
-fn on_error(deployment: Arc<LLMDeployment>, error: &kube::Error, context: Arc<Context>) -> Action {
-    let failures = context.memory(&deployment.uid().unwrap_or_default(), |memory| {
+fn on_error(stored: Arc<Stored>, error: &kube::Error, context: Arc<Context>) -> Action {
+    let failures = context.memory(&stored.uid().unwrap_or_default(), |memory| {
         memory.failures = memory.failures.saturating_add(1);
         memory.history.forget_status();
         memory.failures
@@ -173,7 +168,7 @@ fn on_error(deployment: Arc<LLMDeployment>, error: &kube::Error, context: Arc<Co
     let delay = FIRST_RETRY
         .saturating_mul(1 << failures.saturating_sub(1).min(6))
         .min(LONGEST_RETRY);
-    tracing::warn!(name = %deployment.name_any(), %error, failures, retry_s = delay.as_secs(), "reconcile failed");
+    tracing::warn!(name = %stored.name_any(), %error, failures, retry_s = delay.as_secs(), "reconcile failed");
     context.metrics.failed();
     Action::requeue(delay)
 }

@@ -1,11 +1,11 @@
 //! The operator's metrics, all of them. Names are `kvasir_operator_...`, in base units.
 
 use kube::ResourceExt;
-use kvasir_crds::LLMDeployment;
 use prometheus::{GaugeVec, IntCounter, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use crate::observe::Observed;
 use crate::plan::Plan;
+use crate::stored::Stored;
 
 /// States of `kvasir_operator_replicas`.
 const STATES: [&str; 3] = ["desired", "current", "ready"];
@@ -90,7 +90,7 @@ impl Metrics {
     }
 
     /// Records a reconcile that ended well.
-    pub fn reconciled(&self, deployment: &LLMDeployment, plan: &Plan, observed: &Observed) {
+    pub fn reconciled(&self, deployment: &Stored, plan: &Plan, observed: &Observed) {
         self.reconciles.inc();
         let (namespace, name) = (
             deployment.namespace().unwrap_or_default(),
@@ -99,7 +99,10 @@ impl Metrics {
         let desired = plan
             .children
             .as_ref()
-            .and_then(|c| c.deployment.spec.as_ref()?.replicas)
+            .map(|c| &c.deployment)
+            // Where nothing may be touched, what was asked for before goes on.
+            .or(observed.deployment.as_ref())
+            .and_then(|child| child.spec.as_ref()?.replicas)
             .unwrap_or(0);
         let current = i64::try_from(observed.pods.len()).unwrap_or(i64::MAX);
         let ready = observed
@@ -115,7 +118,8 @@ impl Metrics {
         }
         let labels = &[namespace.as_str(), name.as_str()];
         // What isn't known has no series: a 0 would be a lie. An error of a removal says that there was none.
-        match &deployment.spec.autoscaling {
+        let spec = deployment.0.as_ref().map(|deployment| &deployment.spec);
+        match spec.ok().and_then(|spec| spec.autoscaling.as_ref()) {
             Some(policy) => {
                 let target = f64::from(policy.target_block_utilization_percent.get()) / 100.0;
                 self.target.with_label_values(labels).set(target);
@@ -166,7 +170,6 @@ impl Metrics {
 mod tests {
     use std::time::Duration;
 
-    use kvasir_crds::llmdeployment::LLMDeployment;
     use serde_json::json;
 
     use super::*;
@@ -175,7 +178,7 @@ mod tests {
     #[test]
     fn unknown_load_has_no_series_and_a_deployment_that_is_gone_none_at_all() {
         let metrics = Metrics::new().unwrap();
-        let deployment: LLMDeployment = serde_json::from_value(json!({
+        let deployment: Stored = serde_json::from_value(json!({
             "metadata": { "name": "m", "namespace": "n" },
             "spec": { "model": { "source": { "demo": {} } }, "replicas": 1 }
         }))

@@ -13,10 +13,11 @@ use hyper_util::rt::TokioExecutor;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Event, Pod, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ListParams, LogParams};
 use kube::{Api, Client, ResourceExt};
-use kvasir_crds::llmdeployment::{LLMDeployment, SELECTOR_LABEL};
-use kvasir_crds::{LoadReport, llmdeployment};
+use kvasir_crds::LoadReport;
+use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 
 use crate::plan::autoscale::ReplicaLoad;
 use crate::plan::children::PORT;
@@ -114,19 +115,17 @@ impl LoadReader {
     }
 }
 
-/// Reads everything that `plan` needs for `deployment`.
+/// Reads everything that `plan` needs for the deployment of this metadata.
 ///
 /// # Errors
 /// What the API server says. A replica that doesn't answer is no error.
 pub async fn observe(
     client: &Client,
     reader: &LoadReader,
-    deployment: &LLMDeployment,
+    metadata: &ObjectMeta,
 ) -> kube::Result<Observed> {
-    let (name, namespace) = (
-        deployment.name_any(),
-        deployment.namespace().unwrap_or_default(),
-    );
+    let [name, namespace] =
+        [&metadata.name, &metadata.namespace].map(|part| part.clone().unwrap_or_default());
     let (deployments, services) = (
         Api::namespaced(client.clone(), &namespace),
         Api::namespaced(client.clone(), &namespace),
@@ -136,8 +135,7 @@ pub async fn observe(
         Api::namespaced(client.clone(), &namespace),
     );
     let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-    let selector =
-        ListParams::default().labels(&format!("{}={name}", llmdeployment::SELECTOR_LABEL));
+    let selector = ListParams::default().labels(&format!("{SELECTOR_LABEL}={name}"));
     let (child, service, budget, account, pods) = tokio::try_join!(
         deployments.get_opt(&name),
         services.get_opt(&name),

@@ -10,14 +10,17 @@ pub mod status;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::{Resource, ResourceExt};
-use kvasir_crds::llmdeployment::{LLMDeployment, LLMDeploymentStatus, LastScaling};
+use kvasir_crds::llmdeployment::{
+    ConditionType, LLMDeployment, LLMDeploymentStatus, LastScaling, Reason,
+};
 
 use crate::observe::Observed;
+use crate::stored::Unreadable;
 use autoscale::Load;
 use children::Children;
-use status::StatusInput;
+use status::{Refusal, StatusInput};
 
 /// Load figures alone are written to the status at most this often, and read this often where replicas are fixed.
 const LOAD_STATUS_INTERVAL: Duration = Duration::from_secs(15);
@@ -67,9 +70,20 @@ pub struct Plan {
     pub recheck_after: Duration,
 }
 
+/// How an event is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// For information.
+    Normal,
+    /// The user has to do something.
+    Warning,
+}
+
 /// An event on the `LLMDeployment`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
+    /// How it is meant.
+    pub severity: Severity,
     /// CamelCase, from a closed set.
     pub reason: &'static str,
     /// What the operator did.
@@ -78,7 +92,7 @@ pub struct Note {
     pub message: String,
 }
 
-/// Plans one reconcile. `default_image` is used where the deployment names none and none runs yet.
+/// Plans one reconcile of a deployment that could be read. `default_image` is used where the deployment names none and none runs yet.
 pub fn plan(
     deployment: &LLMDeployment,
     observed: &Observed,
@@ -86,12 +100,7 @@ pub fn plan(
     now: Now,
     default_image: &str,
 ) -> Plan {
-    // The status written last, which the watch may not have brought back yet: planning from an older one would take
-    // the last scaling out of it.
-    let mut deployment = deployment.clone();
-    deployment.status = history.status.clone().or(deployment.status);
-    let deployment = &deployment;
-    let conflict = name_conflict(deployment, observed);
+    let conflict = name_conflict(&deployment.metadata, observed);
     let running = observed.deployment.as_ref().filter(|_| conflict.is_none());
     let current = running.and_then(|child| child.spec.as_ref()?.replicas);
 
@@ -99,7 +108,6 @@ pub fn plan(
         // Should it be switched on again, what was known before counts no more.
         history.autoscale = autoscale::History::default();
     }
-    let load = autoscale::load(&observed.loads);
     let decision = deployment.spec.autoscaling.as_ref().map(|policy| {
         let current = current.map_or(policy.min_replicas.get(), |n| u32::try_from(n).unwrap_or(0));
         autoscale::decide(
@@ -114,7 +122,16 @@ pub fn plan(
         (Some(decision), _) => i32::try_from(decision.replicas).unwrap_or(i32::MAX),
         (None, replicas) => replicas.unwrap_or(1),
     };
-    let children = children::children(deployment, replicas, default_image, running);
+    let children =
+        match conflict {
+            Some(conflict) => Err(conflict),
+            None => children::children(deployment, replicas, default_image, running).map_err(
+                |sentence| Refusal {
+                    reason: Reason::InvalidPodTemplate,
+                    sentence,
+                },
+            ),
+        };
     let scaling = match (&decision, current) {
         // Where the children can't be planned nothing is carried out, and nothing may be told.
         (Some(decision), Some(from)) if from != replicas && children.is_ok() => Some(LastScaling {
@@ -125,10 +142,16 @@ pub fn plan(
         }),
         _ => None,
     };
+    // The status written last, which the watch may not have brought back yet: planning from an older one would take
+    // the last scaling out of it.
+    let before = history.status.clone().or(deployment.status.clone());
+    let refused = children.as_ref().err();
+    let load = autoscale::load(&observed.loads);
     let status = status::status(&StatusInput {
-        deployment,
-        accepted: children.as_ref().map(drop).map_err(String::as_str),
-        name_conflict: conflict.as_deref(),
+        metadata: &deployment.metadata,
+        spec: Some(&deployment.spec),
+        before: before.as_ref(),
+        refused,
         child: running,
         pods: &observed.pods,
         warnings: &observed.warnings,
@@ -144,25 +167,79 @@ pub fn plan(
         () if replicas > 0 => LOAD_STATUS_INTERVAL,
         () => RESYNC_INTERVAL,
     };
-    let events = scaling
-        .map(|s| Note {
-            reason: if s.to > s.from {
-                "ScaledUp"
-            } else {
-                "ScaledDown"
-            },
-            action: "Scale",
-            message: s.reason,
-        })
-        .into_iter()
-        .collect();
+    let scaled = scaling.map(|s| Note {
+        severity: Severity::Normal,
+        reason: match s.to > s.from {
+            true => "ScaledUp",
+            false => "ScaledDown",
+        },
+        action: "Scale",
+        message: s.reason,
+    });
+    let told = refused.and_then(|refusal| refusal_note(before.as_ref(), refusal));
     Plan {
-        children: children.ok().filter(|_| conflict.is_none()),
-        events,
-        status: changed(deployment.status.as_ref(), status, history, now),
+        events: scaled.into_iter().chain(told).collect(),
+        children: children.ok(),
+        status: changed(before.as_ref(), status, history, now),
         load,
         recheck_after,
     }
+}
+
+/// Plans for a deployment whose spec can't be read: what runs goes on as it is, and the status says why.
+pub fn plan_unreadable(
+    unreadable: &Unreadable,
+    observed: &Observed,
+    history: &mut History,
+    now: Now,
+) -> Plan {
+    let refusal = Refusal {
+        reason: Reason::InvalidSpec,
+        sentence: unreadable.sentence.clone(),
+    };
+    history.autoscale = autoscale::History::default();
+    let before = history.status.clone().or(unreadable.status.clone());
+    let load = autoscale::load(&observed.loads);
+    let conflict = name_conflict(&unreadable.metadata, observed);
+    let status = status::status(&StatusInput {
+        metadata: &unreadable.metadata,
+        spec: None,
+        before: before.as_ref(),
+        refused: Some(&refusal),
+        child: observed.deployment.as_ref().filter(|_| conflict.is_none()),
+        pods: &observed.pods,
+        warnings: &observed.warnings,
+        last_lines: &observed.last_lines,
+        load,
+        decision: None,
+        scaling: None,
+        now: now.wall,
+    });
+    Plan {
+        children: None,
+        events: refusal_note(before.as_ref(), &refusal)
+            .into_iter()
+            .collect(),
+        status: changed(before.as_ref(), status, history, now),
+        load,
+        recheck_after: LOAD_STATUS_INTERVAL,
+    }
+}
+
+/// The event of a refusal that the status doesn't tell yet.
+fn refusal_note(before: Option<&LLMDeploymentStatus>, refusal: &Refusal) -> Option<Note> {
+    let conditions = before.map(|status| status.conditions.as_slice());
+    let known = conditions.unwrap_or_default().iter().any(|c| {
+        c.type_ == ConditionType::Accepted.as_str()
+            && c.reason == refusal.reason.as_str()
+            && c.message == refusal.sentence
+    });
+    (!known).then(|| Note {
+        severity: Severity::Warning,
+        reason: refusal.reason.as_str(),
+        action: "Accept",
+        message: refusal.sentence.clone(),
+    })
 }
 
 /// The status where it differs from the one there is; figures of load alone wait for their interval.
@@ -194,28 +271,29 @@ fn changed(
     Some(status)
 }
 
-/// The sentence for an object of a child's name that the deployment doesn't control; such an object is never touched.
-fn name_conflict(deployment: &LLMDeployment, observed: &Observed) -> Option<String> {
+/// The refusal for an object of a child's name that the deployment doesn't control; such an object is never touched.
+fn name_conflict(metadata: &ObjectMeta, observed: &Observed) -> Option<Refusal> {
     fn foreign<K: Resource<DynamicType = ()>>(
-        deployment: &LLMDeployment,
+        metadata: &ObjectMeta,
         object: Option<&K>,
-    ) -> Option<String> {
+    ) -> Option<Refusal> {
         let object = object?;
         let controlled = object.owner_references().iter().any(|owner| {
-            owner.controller == Some(true) && Some(&owner.uid) == deployment.metadata.uid.as_ref()
+            owner.controller == Some(true) && Some(&owner.uid) == metadata.uid.as_ref()
         });
-        (!controlled).then(|| {
-            format!(
+        (!controlled).then(|| Refusal {
+            reason: Reason::NameConflict,
+            sentence: format!(
                 "the {} {} exists and is not controlled by this LLMDeployment: delete it, or give the LLMDeployment another name",
                 K::kind(&()),
                 object.name_any()
-            )
+            ),
         })
     }
-    foreign(deployment, observed.deployment.as_ref())
-        .or_else(|| foreign(deployment, observed.service.as_ref()))
-        .or_else(|| foreign(deployment, observed.budget.as_ref()))
-        .or_else(|| foreign(deployment, observed.account.as_ref()))
+    foreign(metadata, observed.deployment.as_ref())
+        .or_else(|| foreign(metadata, observed.service.as_ref()))
+        .or_else(|| foreign(metadata, observed.budget.as_ref()))
+        .or_else(|| foreign(metadata, observed.account.as_ref()))
 }
 
 #[cfg(test)]

@@ -5,9 +5,10 @@
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{PodTemplateSpec, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Resource, ResourceExt};
 use kvasir_crds::LLMDeployment;
-use kvasir_crds::llmdeployment::{ModelSource, SELECTOR_LABEL};
+use kvasir_crds::llmdeployment::{LLMDeploymentSpec, ModelSource, SELECTOR_LABEL};
 use serde_json::{Value, json};
 
 use super::pod_template::{MODELS, SERVER, lay_over};
@@ -90,18 +91,15 @@ pub fn children(
 
 /// The base URL of the API inside the cluster.
 #[must_use]
-pub fn endpoint(d: &LLMDeployment) -> String {
-    format!(
-        "http://{}.{}.svc:{PORT}/v1",
-        d.name_any(),
-        d.namespace().unwrap_or_default()
-    )
+pub fn endpoint(metadata: &ObjectMeta) -> String {
+    let [name, namespace] =
+        [&metadata.name, &metadata.namespace].map(|part| part.as_deref().unwrap_or_default());
+    format!("http://{name}.{namespace}.svc:{PORT}/v1")
 }
 
 /// The hash over the user's fields that shape pods. The number of replicas is not among them.
 #[must_use]
-pub fn revision(d: &LLMDeployment) -> String {
-    let spec = &d.spec;
+pub fn revision(spec: &LLMDeploymentSpec) -> String {
     let fields = json!({
         "model": spec.model,
         "engine": spec.engine,
@@ -163,7 +161,7 @@ fn template(
     default_image: &str,
     running: Option<&Deployment>,
 ) -> Result<PodTemplateSpec, String> {
-    let revision = revision(d);
+    let revision = revision(&d.spec);
     let kept = running
         .and_then(|running| running.spec.as_ref())
         .map(|spec| &spec.template)

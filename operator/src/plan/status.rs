@@ -5,10 +5,10 @@
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Event, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
 use kube::ResourceExt;
 use kvasir_crds::llmdeployment::{
-    ConditionType, LLMDeployment, LLMDeploymentStatus, LastScaling, NotReadyReplica, Reason,
+    ConditionType, LLMDeploymentSpec, LLMDeploymentStatus, LastScaling, NotReadyReplica, Reason,
     SELECTOR_LABEL,
 };
 
@@ -20,15 +20,26 @@ use crate::observe::{LastLine, is_ready};
 /// Replicas that don't serve are listed up to here.
 pub const MAX_NOT_READY: usize = 10;
 
+/// Why nothing may be made of a deployment: the reason of the condition Accepted, and its sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Why, from the closed set.
+    pub reason: Reason,
+    /// In words, with the field or the object and what to do.
+    pub sentence: String,
+}
+
 /// What the status is made from.
 #[derive(Clone, Copy, Debug)]
 pub struct StatusInput<'a> {
-    /// The resource; its old status gives the transition times.
-    pub deployment: &'a LLMDeployment,
-    /// Whether the children could be planned; the sentence otherwise.
-    pub accepted: Result<(), &'a str>,
-    /// The sentence for a foreign object of a child's name.
-    pub name_conflict: Option<&'a str>,
+    /// The resource's metadata.
+    pub metadata: &'a ObjectMeta,
+    /// Its spec, where that could be read.
+    pub spec: Option<&'a LLMDeploymentSpec>,
+    /// Its status before this one, which gives the transition times.
+    pub before: Option<&'a LLMDeploymentStatus>,
+    /// Why nothing may be made of it.
+    pub refused: Option<&'a Refusal>,
     /// The child Deployment as observed.
     pub child: Option<&'a Deployment>,
     /// Its pods.
@@ -50,7 +61,8 @@ pub struct StatusInput<'a> {
 /// The whole status.
 #[must_use]
 pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
-    let before = input.deployment.status.clone().unwrap_or_default();
+    let before = input.before.cloned().unwrap_or_default();
+    let name = input.metadata.name.clone().unwrap_or_default();
     let living: Vec<&Pod> = input
         .pods
         .iter()
@@ -69,13 +81,13 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
     let refusal = refusal.map(|c| c.message.clone().unwrap_or_default());
     let not_ready = not_ready(refusal, input.pods, input.warnings, input.last_lines);
     LLMDeploymentStatus {
-        observed_generation: input.deployment.metadata.generation,
+        observed_generation: input.metadata.generation,
         conditions: conditions(input, &before.conditions, ready, not_ready.first()),
         replicas: count(living.len()),
         ready_replicas: ready,
         updated_replicas: child.updated_replicas.unwrap_or(0),
-        selector: Some(format!("{SELECTOR_LABEL}={}", input.deployment.name_any())),
-        endpoint: Some(endpoint(input.deployment)),
+        selector: Some(format!("{SELECTOR_LABEL}={name}")),
+        endpoint: Some(endpoint(input.metadata)),
         utilization_percent: input.load.map(|load| load.utilization_percent().into()),
         queue_depth: input
             .load
@@ -101,29 +113,28 @@ fn conditions(
             status: status.to_owned(),
             reason: reason.to_owned(),
             message,
-            observed_generation: input.deployment.metadata.generation,
+            observed_generation: input.metadata.generation,
             last_transition_time: since.map_or(Time(input.now), |c| c.last_transition_time.clone()),
         }
     };
-    let (accepted, refused) = match (input.name_conflict, input.accepted) {
-        (Some(sentence), _) => (Reason::NameConflict, sentence),
-        (None, Err(sentence)) => (Reason::InvalidPodTemplate, sentence),
-        (None, Ok(())) => (Reason::SpecAccepted, ""),
+    let (accepted, refused) = match input.refused {
+        Some(refusal) => (refusal.reason, refusal.sentence.as_str()),
+        None => (Reason::SpecAccepted, ""),
     };
-    let is_accepted = accepted == Reason::SpecAccepted;
+    let is_accepted = input.refused.is_none();
     let wanted = input.child.and_then(|child| child.spec.as_ref()?.replicas);
     let asked = match input.decision {
         Some(decision) => i32::try_from(decision.replicas).ok(),
-        None => input.deployment.spec.replicas,
+        None => input.spec.and_then(|spec| spec.replicas),
     };
-    let revision = revision(input.deployment);
+    let revision = input.spec.map(revision);
     // The Deployment as observed may still be of the generation before: what is rolled out must be what is asked for.
     let rolled_out = input.child.is_some_and(|child| {
         let status = child.status.clone().unwrap_or_default();
         let template = child.spec.as_ref().map(|spec| &spec.template);
         let wanted = wanted.unwrap_or(1);
         asked == Some(wanted)
-            && template.and_then(revision_of) == Some(&revision)
+            && template.and_then(revision_of) == revision.as_ref()
             && status.observed_generation == child.metadata.generation
             && status.updated_replicas.unwrap_or(0) == wanted
             && status.replicas.unwrap_or(0) == wanted
@@ -193,7 +204,15 @@ fn conditions(
             false => condition(ConditionType::Ready, false, &why, sentence),
         },
     ];
-    conditions.push(match (input.decision, &input.deployment.spec.autoscaling) {
+    let autoscaling = input.spec.and_then(|spec| spec.autoscaling.as_ref());
+    conditions.push(match (input.decision, autoscaling) {
+        // Nothing is carried out, whatever the load.
+        _ if !is_accepted => condition(
+            ConditionType::ScalingActive,
+            false,
+            accepted.as_str(),
+            refused.to_owned(),
+        ),
         (Some(decision), Some(policy)) => {
             let unknown = input.load.is_none();
             let at_max = decision.replicas >= policy.max_replicas.get();

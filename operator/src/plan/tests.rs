@@ -185,3 +185,65 @@ fn looks_again_as_soon_as_something_may_have_changed() {
         assert_eq!(plan.recheck_after, Duration::from_secs(seconds), "{why}");
     }
 }
+
+#[test]
+fn a_spec_that_cannot_be_read_is_told_once_and_nothing_is_touched() {
+    let stored: crate::stored::Stored = serde_json::from_value(json!({
+        "metadata": { "name": "llama", "namespace": "models", "uid": "0c3e", "generation": 2 },
+        "spec": { "model": { "source": { "huggingFace": {} } }, "replicas": 1 },
+    }))
+    .unwrap();
+    let unreadable = stored.0.unwrap_err();
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
+    let seen = observed(&spec, 1, vec![load(30, 1)]);
+    let mut history = History::default();
+    let first = plan_unreadable(&unreadable, &seen, &mut history, at(0));
+    assert!(first.children.is_none());
+    assert_eq!(first.events.len(), 1);
+    assert_eq!(first.events[0].severity, Severity::Warning);
+    assert_eq!(first.events[0].reason, "InvalidSpec");
+    assert!(first.events[0].message.contains("spec.model.source"));
+    let status = first.status.unwrap();
+    let accepted = &status.conditions[0];
+    assert_eq!(
+        (accepted.type_.as_str(), accepted.status.as_str()),
+        ("Accepted", "False")
+    );
+    assert_eq!(accepted.reason, "InvalidSpec");
+    assert_eq!(accepted.message, first.events[0].message);
+    assert_eq!(status.observed_generation, Some(2));
+    assert_eq!(
+        status.utilization_percent,
+        Some(30),
+        "what runs is still looked at"
+    );
+
+    let again = plan_unreadable(&unreadable, &seen, &mut history, at(15));
+    assert_eq!((again.events, again.status), (vec![], None));
+    // The operator starts anew: the status that the API server holds tells it already.
+    let told = Unreadable {
+        status: Some(status),
+        ..unreadable
+    };
+    let restarted = plan_unreadable(&told, &seen, &mut History::default(), at(0));
+    assert_eq!((restarted.events, restarted.status), (vec![], None));
+}
+
+#[test]
+fn a_refusal_is_told_once_and_again_when_it_changes() {
+    let spec = |field: &str| {
+        let mut spec = autoscaled();
+        spec["podTemplate"] = json!({ "spec": { field: "x" } });
+        deployment(spec)
+    };
+    let seen = observed(&autoscaled(), 1, vec![load(0, 0)]);
+    let mut history = History::default();
+    for (why, field, want) in [
+        ("told", "nodeSelektor", 1),
+        ("known", "nodeSelektor", 0),
+        ("another mistake", "restartPolicy", 1),
+    ] {
+        let plan = plan(&spec(field), &seen, &mut history, at(0), IMAGE);
+        assert_eq!(plan.events.len(), want, "{why}");
+    }
+}

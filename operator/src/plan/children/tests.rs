@@ -121,7 +121,7 @@ fn pods_roll_only_with_the_users_fields() {
 #[test]
 fn a_revision_is_the_same_in_every_release() {
     assert_eq!(
-        revision(&deployment(demo())),
+        revision(&deployment(demo()).spec),
         "9aa977875e308282",
         "a change here rolls every pod of every user"
     );

@@ -1,5 +1,6 @@
 //! A table of pods and the words about them, and the conditions that follow.
 
+use kvasir_crds::LLMDeployment;
 use serde_json::{Value, json};
 
 use super::*;
@@ -213,9 +214,10 @@ fn a_pod_that_could_not_be_made_is_told_beside_those_that_were() {
     .unwrap();
     let serving = pod(json!({ "conditions": [{ "type": "Ready", "status": "True" }] }));
     let status = status(&StatusInput {
-        deployment: &d,
-        accepted: Ok(()),
-        name_conflict: None,
+        metadata: &d.metadata,
+        spec: Some(&d.spec),
+        before: None,
+        refused: None,
         child: Some(&child),
         pods: std::slice::from_ref(&serving),
         warnings: &[],
@@ -279,9 +281,10 @@ fn conditions_follow_the_rollout() {
     let now = Timestamp::UNIX_EPOCH;
     let done = child(1);
     let input = StatusInput {
-        deployment: &d,
-        accepted: Ok(()),
-        name_conflict: None,
+        metadata: &d.metadata,
+        spec: Some(&d.spec),
+        before: None,
+        refused: None,
         child: Some(&done),
         pods: std::slice::from_ref(&serving),
         warnings: &[],
@@ -304,7 +307,7 @@ fn conditions_follow_the_rollout() {
     let mut changed = d.clone();
     changed.spec.drain_seconds = 7;
     let stale = StatusInput {
-        deployment: &changed,
+        spec: Some(&changed.spec),
         ..input
     };
     assert_eq!(
@@ -325,20 +328,39 @@ fn conditions_follow_the_rollout() {
         ..input
     };
     assert_eq!(reasons(&status(&nothing))[3], "Ready=False Creating");
-    let conflict = StatusInput {
-        name_conflict: Some("Service m exists"),
-        ..nothing
+    let refused = |reason: Reason| Refusal {
+        reason,
+        sentence: "spec.podTemplate.x".into(),
+    };
+    for reason in [
+        Reason::NameConflict,
+        Reason::InvalidPodTemplate,
+        Reason::InvalidSpec,
+    ] {
+        let refusal = refused(reason);
+        let refused = StatusInput {
+            refused: Some(&refusal),
+            ..nothing
+        };
+        let want = |condition: &str| format!("{condition}=False {reason}");
+        let kinds = [
+            "Accepted",
+            "Available",
+            "Progressing",
+            "Ready",
+            "ScalingActive",
+        ];
+        assert_eq!(reasons(&status(&refused)), kinds.map(want));
+    }
+    let refusal = refused(Reason::InvalidSpec);
+    let unreadable = StatusInput {
+        spec: None,
+        refused: Some(&refusal),
+        ..input
     };
     assert_eq!(
-        reasons(&status(&conflict))[0],
-        "Accepted=False NameConflict"
-    );
-    let invalid = StatusInput {
-        accepted: Err("spec.podTemplate.x"),
-        ..nothing
-    };
-    assert_eq!(
-        reasons(&status(&invalid))[3],
-        "Ready=False InvalidPodTemplate"
+        reasons(&status(&unreadable))[1],
+        "Available=True ReplicaServing",
+        "what serves goes on, and the status says so"
     );
 }
