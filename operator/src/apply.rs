@@ -3,6 +3,8 @@
 //! It decides nothing. An object that already is as planned is not written again.
 
 use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ManagedFieldsEntry;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -11,11 +13,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::observe::Observed;
+use crate::plan::children::FIELD_MANAGER;
 use crate::plan::{Plan, Severity};
 use crate::stored::Stored;
-
-/// The field manager of everything that the operator writes.
-pub const FIELD_MANAGER: &str = "kvasir-operator";
 
 /// Carries out `plan`.
 ///
@@ -31,7 +31,12 @@ pub async fn apply(
         child(client, &children.account, observed.account.as_ref()).await?;
         child(client, &children.service, observed.service.as_ref()).await?;
         child(client, &children.budget, observed.budget.as_ref()).await?;
-        child(client, &children.deployment, observed.deployment.as_ref()).await?;
+        let mut existing = observed.deployment.as_ref();
+        if let (Some(running), Some(fields)) = (existing, &plan.reclaimed) {
+            reclaim(client, running, fields).await?;
+            existing = None;
+        }
+        child(client, &children.deployment, existing).await?;
     }
     for note in &plan.events {
         // A recorder of its own for each: a shared one would merge two scalings into one event with the first's words.
@@ -69,6 +74,29 @@ pub async fn apply(
             other => drop(other?),
         }
     }
+    Ok(())
+}
+
+/// Makes fields of the Deployment ours that somebody else set, so that the apply that follows takes them out. An error
+/// 409 says that it was changed since it was observed: the change leads to the next reconcile.
+async fn reclaim(
+    client: &Client,
+    running: &Deployment,
+    fields: &[ManagedFieldsEntry],
+) -> kube::Result<()> {
+    let name = running.name_any();
+    let api: Api<Deployment> =
+        Api::namespaced(client.clone(), &running.namespace().unwrap_or_default());
+    let patch = json!({ "metadata": {
+        "resourceVersion": running.metadata.resource_version, "managedFields": fields,
+    } });
+    let params = PatchParams {
+        field_manager: Some(FIELD_MANAGER.into()),
+        ..PatchParams::default()
+    };
+    api.patch_metadata(&name, &params, &Patch::Merge(&patch))
+        .await?;
+    tracing::info!(name, "restoring a pod template that was edited by hand");
     Ok(())
 }
 

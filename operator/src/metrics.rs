@@ -185,6 +185,7 @@ mod tests {
         .unwrap();
         let plan = |load| Plan {
             children: None,
+            reclaimed: None,
             events: vec![],
             status: None,
             load,

@@ -4,13 +4,14 @@
 
 pub mod autoscale;
 pub mod children;
+pub mod drift;
 pub mod pod_template;
 pub mod status;
 
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ManagedFieldsEntry, ObjectMeta, Time};
 use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{
     ConditionType, LLMDeployment, LLMDeploymentStatus, LastScaling, Reason,
@@ -60,6 +61,9 @@ impl History {
 pub struct Plan {
     /// The children as they should be; `None` where nothing may be touched.
     pub children: Option<Children>,
+    /// Where somebody edited the child Deployment's pod template: its managed fields with the edit in our hands, to be
+    /// written before the children.
+    pub reclaimed: Option<Vec<ManagedFieldsEntry>>,
     /// What to tell the user, in order.
     pub events: Vec<Note>,
     /// The status, where it changes.
@@ -176,9 +180,13 @@ pub fn plan(
         action: "Scale",
         message: s.reason,
     });
+    let reclaimed = running
+        .filter(|_| refused.is_none())
+        .and_then(drift::reclaimed);
     let told = refused.and_then(|refusal| refusal_note(before.as_ref(), refusal));
     Plan {
         events: scaled.into_iter().chain(told).collect(),
+        reclaimed,
         children: children.ok(),
         status: changed(before.as_ref(), status, history, now),
         load,
@@ -217,6 +225,7 @@ pub fn plan_unreadable(
     });
     Plan {
         children: None,
+        reclaimed: None,
         events: refusal_note(before.as_ref(), &refusal)
             .into_iter()
             .collect(),

@@ -22,6 +22,16 @@ pub const REVISION_LABEL: &str = "kvasir.dev/revision";
 /// The value of `app.kubernetes.io/managed-by`.
 pub const MANAGED_BY: &str = "kvasir-operator";
 
+/// The field manager of everything that the operator writes.
+pub const FIELD_MANAGER: &str = "kvasir-operator";
+
+/// The annotation of the child Deployment that holds its pod template as it was applied last: what the API server holds
+/// may have been edited since, and another operator may render another one.
+pub const APPLIED_TEMPLATE: &str = "kvasir.dev/applied-template";
+
+/// All annotations of an object together may hold 262,144 bytes.
+const MAX_TEMPLATE_BYTES: usize = 200_000;
+
 /// How long a model may take to load before the kubelet starts it again.
 const STARTUP_SECONDS: u32 = 3600;
 
@@ -41,8 +51,8 @@ pub struct Children {
     pub account: ServiceAccount,
 }
 
-/// The children of `d`. Where `running`, the Deployment as observed, has the same revision, its pods stay as they
-/// are: neither a new `default_image` nor a new operator rolls them.
+/// The children of `d`. Where `running`, the Deployment as observed, was applied for the same revision, its pods stay as
+/// they are: neither a new `default_image` nor a new operator rolls them, and a hand edit is taken back.
 ///
 /// # Errors
 /// One sentence for the condition Accepted: what of `spec.podTemplate` can't be laid over.
@@ -61,9 +71,19 @@ pub fn children(
     });
     let selector = json!({ SELECTOR_LABEL: name });
     let template = template(d, default_image, running)?;
+    let applied = serde_json::to_string(&template)
+        .map_err(|e| format!("the pod template can't be written: {e}"))?;
+    if applied.len() > MAX_TEMPLATE_BYTES {
+        return Err(format!(
+            "spec.podTemplate and spec.engine make a pod template of {} bytes, of at most {MAX_TEMPLATE_BYTES}: move long values into a ConfigMap",
+            applied.len()
+        ));
+    }
+    let mut of_deployment = metadata.clone();
+    of_deployment["annotations"] = json!({ APPLIED_TEMPLATE: applied });
     Ok(Children {
         deployment: typed(json!({
-            "metadata": metadata,
+            "metadata": of_deployment,
             "spec": {
                 "replicas": replicas,
                 "selector": { "matchLabels": selector },
@@ -155,32 +175,31 @@ fn labels(name: &str) -> Value {
     })
 }
 
-/// The template of the pods: rendered, unless the running one has the same revision and differs from it.
+/// The template of the pods: as it was applied last, where that was for the same revision, and rendered otherwise. So
+/// neither a new default image, nor a new operator, nor a hand edit changes it while the user's fields stay the same.
 fn template(
     d: &LLMDeployment,
     default_image: &str,
     running: Option<&Deployment>,
 ) -> Result<PodTemplateSpec, String> {
     let revision = revision(&d.spec);
-    let kept = running
-        .and_then(|running| running.spec.as_ref())
-        .map(|spec| &spec.template)
-        .filter(|template| revision_of(template) == Some(&revision));
-    let Some(kept) = kept else {
-        return render(d, default_image, &revision);
+    let of_revision = |template: &PodTemplateSpec| revision_of(template) == Some(&revision);
+    let applied = running.and_then(applied_template).filter(of_revision);
+    // Somebody took the annotation away: what runs is then the best record there is.
+    let live = || {
+        let spec = running.and_then(|running| running.spec.as_ref());
+        spec.map(|spec| spec.template.clone()).filter(of_revision)
     };
-    let containers = kept.spec.iter().flat_map(|spec| &spec.containers);
-    let image = containers
-        .filter(|c| c.name == SERVER)
-        .find_map(|c| c.image.as_deref());
-    let rendered = render(d, image.unwrap_or(default_image), &revision)?;
-    // The API server adds defaults to what it was given. Applying those too would make them ours, so the rendered
-    // template is applied as long as it says the same.
-    let same = match (serde_json::to_value(&rendered), serde_json::to_value(kept)) {
-        (Ok(rendered), Ok(kept)) => contains(&kept, &rendered),
-        _ => false,
-    };
-    Ok(if same { rendered } else { kept.clone() })
+    match applied.or_else(live) {
+        Some(applied) => Ok(applied),
+        None => render(d, default_image, &revision),
+    }
+}
+
+/// The template that was applied last, as its annotation has it.
+fn applied_template(running: &Deployment) -> Option<PodTemplateSpec> {
+    let annotations = running.metadata.annotations.as_ref()?;
+    serde_json::from_str(annotations.get(APPLIED_TEMPLATE)?).ok()
 }
 
 /// The revision that a pod template carries.
@@ -191,23 +210,6 @@ pub(super) fn revision_of(template: &PodTemplateSpec) -> Option<&String> {
         .labels
         .as_ref()?
         .get(REVISION_LABEL)
-}
-
-/// `whole` says all that `part` says.
-fn contains(whole: &Value, part: &Value) -> bool {
-    match (whole, part) {
-        (Value::Object(whole), Value::Object(part)) => part
-            .iter()
-            .all(|(key, part)| whole.get(key).is_some_and(|whole| contains(whole, part))),
-        (Value::Array(whole), Value::Array(part)) => {
-            whole.len() == part.len()
-                && whole
-                    .iter()
-                    .zip(part)
-                    .all(|(whole, part)| contains(whole, part))
-        }
-        (whole, part) => whole == part,
-    }
 }
 
 fn render(

@@ -247,3 +247,50 @@ fn a_refusal_is_told_once_and_again_when_it_changes() {
         assert_eq!(plan.events.len(), want, "{why}");
     }
 }
+
+#[test]
+fn a_hand_edit_is_taken_back_and_nothing_else_rolls_pods() {
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
+    let d = deployment(spec.clone());
+    let mut seen = observed(&spec, 1, vec![]);
+    let applied = seen.deployment.clone().unwrap();
+    let entry = |manager: &str, operation: &str, fields: Value| -> ManagedFieldsEntry {
+        serde_json::from_value(
+            json!({ "manager": manager, "operation": operation, "fieldsV1": fields }),
+        )
+        .unwrap()
+    };
+    let ours = entry(
+        "kvasir-operator",
+        "Apply",
+        json!({ "f:spec": { "f:template": {} } }),
+    );
+    let held = seen.deployment.as_mut().unwrap();
+    held.metadata.managed_fields = Some(vec![ours.clone()]);
+    let untouched = plan(&d, &seen, &mut History::default(), at(0), "kvasir:2");
+    assert_eq!(untouched.reclaimed, None);
+    assert_eq!(
+        untouched.children.unwrap().deployment.spec,
+        applied.spec,
+        "a new default image"
+    );
+
+    let held = seen.deployment.as_mut().unwrap();
+    let template = &mut held.spec.as_mut().unwrap().template;
+    template.spec.as_mut().unwrap().host_pid = Some(true);
+    let edit = json!({ "f:spec": { "f:template": { "f:spec": { "f:hostPID": {} } } } });
+    held.metadata.managed_fields = Some(vec![ours, entry("kubectl-edit", "Update", edit.clone())]);
+    let restored = plan(&d, &seen, &mut History::default(), at(0), "kvasir:2");
+    assert_eq!(
+        restored.children.unwrap().deployment.spec,
+        applied.spec,
+        "a hand edit"
+    );
+    let fields = restored.reclaimed.unwrap();
+    assert_eq!(fields.len(), 1);
+    assert_eq!(
+        fields[0].fields_v1.as_ref().unwrap().0,
+        edit,
+        "its fields are ours"
+    );
+}

@@ -89,20 +89,14 @@ fn pods_roll_only_with_the_users_fields() {
         "scaling rolls nothing"
     );
 
-    let mut elder = held.clone();
-    let container = &mut elder
-        .spec
-        .as_mut()
-        .unwrap()
-        .template
-        .spec
-        .as_mut()
-        .unwrap()
-        .containers[0];
-    container.readiness_probe = None;
-    let kept = template(demo(), "kvasir:1", &elder);
+    let mut elder = first.clone();
+    let rendered = &mut elder.spec.as_mut().unwrap().template;
+    rendered.spec.as_mut().unwrap().containers[0].readiness_probe = None;
+    let applied = serde_json::to_string(rendered).unwrap();
+    let annotations = elder.metadata.annotations.as_mut().unwrap();
+    annotations.insert(APPLIED_TEMPLATE.into(), applied);
     assert_eq!(
-        kept,
+        template(demo(), "kvasir:1", &elder),
         elder.spec.as_ref().unwrap().template,
         "what an elder operator rendered is kept whole"
     );
@@ -116,6 +110,68 @@ fn pods_roll_only_with_the_users_fields() {
         Some("kvasir:2"),
         "a change takes the new default"
     );
+}
+
+#[test]
+fn hand_edits_of_the_template_are_taken_back() {
+    let applied = children(&deployment(demo()), 1, "kvasir:1", None)
+        .unwrap()
+        .deployment;
+    let edited = |edit: fn(&mut PodTemplateSpec)| {
+        let mut held = applied.clone();
+        edit(&mut held.spec.as_mut().unwrap().template);
+        held
+    };
+    fn server(template: &mut PodTemplateSpec) -> &mut k8s_openapi::api::core::v1::Container {
+        &mut template.spec.as_mut().unwrap().containers[0]
+    }
+    let unmarked = |mut held: Deployment| {
+        held.metadata.annotations = None;
+        held
+    };
+    for (why, held) in [
+        (
+            "another image",
+            edited(|t| server(t).image = Some("x:2".into())),
+        ),
+        (
+            "a probe taken out",
+            edited(|t| server(t).liveness_probe = None),
+        ),
+        (
+            "a field added",
+            edited(|t| t.spec.as_mut().unwrap().host_network = Some(true)),
+        ),
+        ("the revision taken out", edited(|t| t.metadata = None)),
+        ("the annotation taken out", unmarked(applied.clone())),
+    ] {
+        // A new operator with a new default image sees it first.
+        let wanted = children(&deployment(demo()), 1, "kvasir:9", Some(&held));
+        let wanted = wanted.unwrap().deployment;
+        assert_eq!(wanted.spec, applied.spec, "{why}");
+        assert_eq!(
+            wanted.metadata.annotations, applied.metadata.annotations,
+            "{why}"
+        );
+    }
+    let mut changed = demo();
+    changed["drainSeconds"] = 9.into();
+    let held = edited(|t| server(t).image = Some("x:2".into()));
+    let wanted = children(&deployment(changed), 1, "kvasir:9", Some(&held)).unwrap();
+    let mut template = wanted.deployment.spec.unwrap().template;
+    assert_eq!(
+        server(&mut template).image.as_deref(),
+        Some("kvasir:9"),
+        "a change renders anew"
+    );
+}
+
+#[test]
+fn a_template_too_large_to_be_recorded_is_refused() {
+    let mut spec = demo();
+    spec["podTemplate"] = json!({ "metadata": { "annotations": { "a": "x".repeat(200_000) } } });
+    let refusal = children(&deployment(spec), 1, "i", None).unwrap_err();
+    assert!(refusal.contains("bytes, of at most 200000"), "{refusal}");
 }
 
 #[test]
