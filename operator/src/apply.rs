@@ -17,7 +17,7 @@ use crate::plan::children::FIELD_MANAGER;
 use crate::plan::{Plan, Severity};
 use crate::stored::Stored;
 
-/// Carries out `plan`.
+/// Carries out `plan`; the child Deployment as the API server answered, where it was written.
 ///
 /// # Errors
 /// What the API server says; what was written before stays, and the next reconcile goes on from there.
@@ -26,17 +26,18 @@ pub async fn apply(
     deployment: &Stored,
     observed: &Observed,
     plan: &Plan,
-) -> kube::Result<()> {
+) -> kube::Result<Option<Deployment>> {
+    let mut written = None;
     if let Some(children) = &plan.children {
-        child(client, &children.account, observed.account.as_ref()).await?;
-        child(client, &children.service, observed.service.as_ref()).await?;
-        child(client, &children.budget, observed.budget.as_ref()).await?;
-        let mut existing = observed.deployment.as_ref();
+        child(client, &children.account, observed.account.as_deref()).await?;
+        child(client, &children.service, observed.service.as_deref()).await?;
+        child(client, &children.budget, observed.budget.as_deref()).await?;
+        let mut existing = observed.deployment.as_deref();
         if let (Some(running), Some(fields)) = (existing, &plan.reclaimed) {
             reclaim(client, running, fields).await?;
             existing = None;
         }
-        child(client, &children.deployment, existing).await?;
+        written = child(client, &children.deployment, existing).await?;
     }
     for note in &plan.events {
         // A recorder of its own for each: a shared one would merge two scalings into one event with the first's words.
@@ -74,7 +75,7 @@ pub async fn apply(
             other => drop(other?),
         }
     }
-    Ok(())
+    Ok(written)
 }
 
 /// Makes fields of the Deployment ours that somebody else set, so that the apply that follows takes them out. An error
@@ -101,7 +102,7 @@ async fn reclaim(
 }
 
 /// Applies one child, unless what exists already holds every field of it.
-async fn child<K>(client: &Client, wanted: &K, existing: Option<&K>) -> kube::Result<()>
+async fn child<K>(client: &Client, wanted: &K, existing: Option<&K>) -> kube::Result<Option<K>>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
         + Clone
@@ -110,14 +111,15 @@ where
         + DeserializeOwned,
 {
     if existing.is_some_and(|existing| holds(existing, wanted)) {
-        return Ok(());
+        return Ok(None);
     }
     let api: Api<K> = Api::namespaced(client.clone(), &wanted.namespace().unwrap_or_default());
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    api.patch(&wanted.name_any(), &params, &Patch::Apply(wanted))
+    let written = api
+        .patch(&wanted.name_any(), &params, &Patch::Apply(wanted))
         .await?;
     tracing::info!(kind = %K::kind(&()), name = %wanted.name_any(), "applied");
-    Ok(())
+    Ok(Some(written))
 }
 
 /// `existing` has every field that `wanted` has. A field that the user took out of the spec changes the annotation

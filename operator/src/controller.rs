@@ -4,17 +4,17 @@
 //! A change of the status alone triggers nothing. It holds no state that a restart would lose.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
+use futures::{Stream, StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
-use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::controller::{self, Action, Config, Controller};
+use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{self, ObjectRef};
 use kube::runtime::{WatchStreamExt, predicates, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -22,8 +22,9 @@ use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 use serde::de::DeserializeOwned;
 
 use crate::apply::apply;
+use crate::cache::{Cache, Key, Pods, key_of};
 use crate::metrics::Metrics;
-use crate::observe::{LoadReader, observe, serves};
+use crate::observe::{LoadReader, Sources, observe, serves};
 use crate::plan::{History, Now, plan, plan_unreadable};
 use crate::stored::Stored;
 
@@ -43,25 +44,41 @@ pub struct Settings {
 }
 
 struct Context {
-    client: Client,
-    loads: LoadReader,
+    sources: Sources,
     settings: Settings,
     metrics: Arc<Metrics>,
     started: Instant,
-    memory: Mutex<HashMap<String, Memory>>,
+    memory: Mutex<HashMap<Key, Memory>>,
 }
 
-/// What is remembered of one deployment, by UID.
+/// What is remembered of one deployment.
 #[derive(Clone, Default)]
 struct Memory {
+    /// Another of the same name is another deployment.
+    uid: Option<String>,
     history: History,
     failures: u32,
 }
 
 impl Context {
-    fn memory<T>(&self, uid: &str, f: impl FnOnce(&mut Memory) -> T) -> T {
+    fn memory<T>(&self, stored: &Stored, f: impl FnOnce(&mut Memory) -> T) -> T {
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        f(memory.entry(uid.to_owned()).or_default())
+        let memory = memory.entry(key_of(stored)).or_default();
+        if memory.uid != stored.uid() {
+            *memory = Memory {
+                uid: stored.uid(),
+                ..Memory::default()
+            };
+        }
+        f(memory)
+    }
+
+    /// Forgets a deployment that is gone.
+    fn forget(&self, key: &Key) {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.remove(key);
+        self.sources.cache.forget(key);
+        self.metrics.forget(&key.0, &key.1);
     }
 }
 
@@ -81,39 +98,102 @@ pub async fn run(
     .reflect(writer)
     .applied_objects()
     .predicate_filter(predicates::generation, Default::default());
-    let owned = watcher::Config::default().labels(SELECTOR_LABEL);
-    let series = Arc::clone(&metrics);
+    let (cache, writers) = Cache::new();
+    let children = Watches {
+        client: &client,
+        settings: &settings,
+    };
+    let controller = Controller::for_stream(deployments, store)
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .owns_stream(children.reflect(writers.deployments, |_| {}))
+        .owns_stream(children.reflect(writers.services, drop_managed_fields))
+        .owns_stream(children.reflect(writers.budgets, drop_managed_fields))
+        .owns_stream(children.reflect(writers.accounts, drop_managed_fields))
+        .watches_stream(children.pods(writers.pods), |pod| {
+            let namespace = pod.namespace().unwrap_or_default();
+            serves(&pod).map(|name| ObjectRef::<Stored>::new(name).within(&namespace))
+        });
     let context = Arc::new(Context {
-        client: client.clone(),
-        loads: LoadReader::default(),
+        sources: Sources {
+            client: client.clone(),
+            cache,
+            loads: LoadReader::default(),
+        },
         settings: settings.clone(),
         metrics,
         started: Instant::now(),
         memory: Mutex::default(),
     });
-    Controller::for_stream(deployments, store)
-        .with_config(Config::default().concurrency(CONCURRENCY))
-        .owns(api::<Deployment>(&client, &settings), owned.clone())
-        .owns(api::<Service>(&client, &settings), owned.clone())
-        .owns(
-            api::<PodDisruptionBudget>(&client, &settings),
-            owned.clone(),
-        )
-        .owns(api::<ServiceAccount>(&client, &settings), owned.clone())
-        .watches(api::<Pod>(&client, &settings), owned, |pod| {
-            let namespace = pod.namespace().unwrap_or_default();
-            serves(&pod).map(|name| ObjectRef::<Stored>::new(name).within(&namespace))
-        })
+    controller
         .graceful_shutdown_on(stop)
-        .run(reconcile, on_error, context)
+        .run(reconcile, on_error, Arc::clone(&context))
         .for_each(|outcome| {
-            // The children of a deployment that is gone go after it, and trigger this for each.
-            if let Err(controller::Error::ObjectNotFound(gone)) = outcome {
-                series.forget(gone.namespace.as_deref().unwrap_or_default(), &gone.name);
+            match outcome {
+                // The children of a deployment that is gone go after it, and trigger this for each.
+                Err(controller::Error::ObjectNotFound(gone)) => {
+                    context.forget(&(gone.namespace.unwrap_or_default(), gone.name));
+                }
+                // Nothing is reconciled before each watch has begun: one that is refused must be heard of.
+                Err(controller::Error::QueueError(error)) => tracing::warn!(%error, "watch failed"),
+                Err(_) | Ok(_) => {}
             }
             std::future::ready(())
         })
         .await;
+}
+
+/// The watches of what carries our label.
+struct Watches<'a> {
+    client: &'a Client,
+    settings: &'a Settings,
+}
+
+impl Watches<'_> {
+    fn watch<K>(&self) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send + use<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Send
+            + 'static,
+    {
+        let labelled = watcher::Config::default().labels(SELECTOR_LABEL);
+        watcher(api::<K>(self.client, self.settings), labelled).default_backoff()
+    }
+
+    /// Children into the cache; `trim` takes out what nobody reads.
+    fn reflect<K>(
+        &self,
+        writer: Writer<K>,
+        trim: fn(&mut K),
+    ) -> impl Stream<Item = watcher::Result<K>> + Send + use<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Send
+            + Sync
+            + 'static,
+    {
+        let events = self.watch::<K>().modify(trim);
+        events.reflect(writer).touched_objects()
+    }
+
+    /// Pods into the cache, without what nobody reads.
+    fn pods(&self, pods: Arc<Pods>) -> impl Stream<Item = watcher::Result<Pod>> + Send + use<> {
+        let events = self.watch::<Pod>().modify(|pod| {
+            drop_managed_fields(pod);
+            pod.spec = None;
+        });
+        let seen = events.inspect_ok(move |event| pods.see(event));
+        seen.touched_objects()
+    }
+}
+
+fn drop_managed_fields<K: Resource>(object: &mut K) {
+    object.meta_mut().managed_fields = None;
 }
 
 fn api<K>(client: &Client, settings: &Settings) -> Api<K>
@@ -128,39 +208,34 @@ where
 
 #[tracing::instrument(skip_all, fields(namespace = stored.namespace(), name = stored.name_any()))]
 async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action, kube::Error> {
-    let uid = stored.uid().unwrap_or_default();
     if stored.meta().deletion_timestamp.is_some() {
         // The garbage collector takes the children; there is no finalizer to hold it up.
-        context
-            .memory
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&uid);
-        context
-            .metrics
-            .forget(&stored.namespace().unwrap_or_default(), &stored.name_any());
+        context.forget(&key_of(stored.as_ref()));
         return Ok(Action::await_change());
     }
-    let observed = observe(&context.client, &context.loads, stored.meta()).await?;
+    let observed = observe(&context.sources, stored.meta()).await?;
     let now = Now {
         monotonic: context.started.elapsed(),
         wall: Timestamp::now(),
     };
-    let plan = context.memory(&uid, |memory| {
+    let plan = context.memory(&stored, |memory| {
         let (history, image) = (&mut memory.history, &context.settings.default_image);
         match &stored.0 {
             Ok(deployment) => plan(deployment, &observed, history, now, image),
             Err(unreadable) => plan_unreadable(unreadable, &observed, history, now),
         }
     });
-    apply(&context.client, &stored, &observed, &plan).await?;
-    context.memory(&uid, |memory| memory.failures = 0);
+    let Sources { client, cache, .. } = &context.sources;
+    if let Some(written) = apply(client, &stored, &observed, &plan).await? {
+        cache.wrote(written);
+    }
+    context.memory(&stored, |memory| memory.failures = 0);
     context.metrics.reconciled(&stored, &plan, &observed);
     Ok(Action::requeue(plan.recheck_after))
 }
 
 fn on_error(stored: Arc<Stored>, error: &kube::Error, context: Arc<Context>) -> Action {
-    let failures = context.memory(&stored.uid().unwrap_or_default(), |memory| {
+    let failures = context.memory(&stored, |memory| {
         memory.failures = memory.failures.saturating_add(1);
         memory.history.forget_status();
         memory.failures

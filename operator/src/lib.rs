@@ -1,6 +1,7 @@
 //! The operator: observe, plan, apply. Only the first and the last touch the API server.
 
 pub mod apply;
+pub mod cache;
 pub mod controller;
 pub mod metrics;
 pub mod observe;

@@ -101,7 +101,7 @@ impl Metrics {
             .as_ref()
             .map(|c| &c.deployment)
             // Where nothing may be touched, what was asked for before goes on.
-            .or(observed.deployment.as_ref())
+            .or(observed.deployment.as_deref())
             .and_then(|child| child.spec.as_ref()?.replicas)
             .unwrap_or(0);
         let current = i64::try_from(observed.pods.len()).unwrap_or(i64::MAX);

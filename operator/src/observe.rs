@@ -1,7 +1,9 @@
 //! Reads what exists for one `LLMDeployment`: its children, its pods, their warnings, and what its replicas report.
+//! Children and pods come from the cache, and from the API server only where the cache lacks them.
 //!
 //! Reads only; what any of it means is `plan`'s to decide.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,15 +12,18 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Event, Pod, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ListParams, LogParams};
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client, Resource, ResourceExt};
 use kvasir_crds::LoadReport;
 use kvasir_crds::llmdeployment::SELECTOR_LABEL;
+use serde::de::DeserializeOwned;
 
+use crate::cache::{Cache, Key};
 use crate::plan::autoscale::ReplicaLoad;
 use crate::plan::children::PORT;
 use crate::plan::pod_template::SERVER;
@@ -38,15 +43,15 @@ pub const LINE_LIMIT_CHARS: usize = 1000;
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
     /// The child Deployment.
-    pub deployment: Option<Deployment>,
+    pub deployment: Option<Arc<Deployment>>,
     /// The Service.
-    pub service: Option<Service>,
+    pub service: Option<Arc<Service>>,
     /// The PodDisruptionBudget.
-    pub budget: Option<PodDisruptionBudget>,
+    pub budget: Option<Arc<PodDisruptionBudget>>,
     /// The ServiceAccount of the pods.
-    pub account: Option<ServiceAccount>,
+    pub account: Option<Arc<ServiceAccount>>,
     /// Pods with the deployment's selector, by name.
-    pub pods: Vec<Pod>,
+    pub pods: Vec<Arc<Pod>>,
     /// Warnings about those pods; empty where every one is ready.
     pub warnings: Vec<Event>,
     /// The last lines of containers that ended and left no message.
@@ -115,39 +120,41 @@ impl LoadReader {
     }
 }
 
+/// Where everything is read from.
+pub struct Sources {
+    /// The API server.
+    pub client: Client,
+    /// What the watches have brought.
+    pub cache: Cache,
+    /// The replicas.
+    pub loads: LoadReader,
+}
+
 /// Reads everything that `plan` needs for the deployment of this metadata.
 ///
 /// # Errors
 /// What the API server says. A replica that doesn't answer is no error.
-pub async fn observe(
-    client: &Client,
-    reader: &LoadReader,
-    metadata: &ObjectMeta,
-) -> kube::Result<Observed> {
+pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> kube::Result<Observed> {
+    let Sources {
+        client,
+        cache,
+        loads: reader,
+    } = sources;
     let [name, namespace] =
         [&metadata.name, &metadata.namespace].map(|part| part.clone().unwrap_or_default());
-    let (deployments, services) = (
-        Api::namespaced(client.clone(), &namespace),
-        Api::namespaced(client.clone(), &namespace),
-    );
-    let (budgets, accounts) = (
-        Api::namespaced(client.clone(), &namespace),
-        Api::namespaced(client.clone(), &namespace),
-    );
-    let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-    let selector = ListParams::default().labels(&format!("{SELECTOR_LABEL}={name}"));
-    let (child, service, budget, account, pods) = tokio::try_join!(
-        deployments.get_opt(&name),
-        services.get_opt(&name),
-        budgets.get_opt(&name),
-        accounts.get_opt(&name),
-        pods.list(&selector),
+    let key = (namespace.clone(), name);
+    cache.ready().await;
+    let (deployment, service, budget, account) = tokio::try_join!(
+        child(client, &key, cache.deployment(&key)),
+        child(client, &key, cache.service(&key)),
+        child(client, &key, cache.budget(&key)),
+        child(client, &key, cache.account(&key)),
     )?;
-    let mut pods = pods.items;
-    pods.sort_by_key(ResourceExt::name_any);
+    let pods = cache.pods(&key);
 
     let failing: Vec<&Pod> = pods
         .iter()
+        .map(Arc::as_ref)
         .filter(|pod| pod.metadata.deletion_timestamp.is_none() && !is_ready(pod))
         .collect();
     let (warnings, last_lines) = if failing.is_empty() {
@@ -162,7 +169,7 @@ pub async fn observe(
     let addresses = serving.filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref());
     let loads = join_all(addresses.map(|ip| reader.read(ip))).await;
     Ok(Observed {
-        deployment: child,
+        deployment,
         service,
         budget,
         account,
@@ -171,6 +178,26 @@ pub async fn observe(
         last_lines,
         loads,
     })
+}
+
+/// A child from the cache. What the cache lacks may exist all the same, without our label or not brought yet: an apply
+/// would then take over what isn't ours, so the API server is asked.
+async fn child<K>(
+    client: &Client,
+    (namespace, name): &Key,
+    cached: Option<Arc<K>>,
+) -> kube::Result<Option<Arc<K>>>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned,
+{
+    if cached.is_some() {
+        return Ok(cached);
+    }
+    let api: Api<K> = Api::namespaced(client.clone(), namespace);
+    Ok(api.get_opt(name).await?.map(Arc::new))
 }
 
 /// Warnings about these pods.

@@ -105,7 +105,10 @@ pub fn plan(
     default_image: &str,
 ) -> Plan {
     let conflict = name_conflict(&deployment.metadata, observed);
-    let running = observed.deployment.as_ref().filter(|_| conflict.is_none());
+    let running = observed
+        .deployment
+        .as_deref()
+        .filter(|_| conflict.is_none());
     let current = running.and_then(|child| child.spec.as_ref()?.replicas);
 
     if deployment.spec.autoscaling.is_none() {
@@ -214,7 +217,10 @@ pub fn plan_unreadable(
         spec: None,
         before: before.as_ref(),
         refused: Some(&refusal),
-        child: observed.deployment.as_ref().filter(|_| conflict.is_none()),
+        child: observed
+            .deployment
+            .as_deref()
+            .filter(|_| conflict.is_none()),
         pods: &observed.pods,
         warnings: &observed.warnings,
         last_lines: &observed.last_lines,
@@ -299,10 +305,10 @@ fn name_conflict(metadata: &ObjectMeta, observed: &Observed) -> Option<Refusal> 
             ),
         })
     }
-    foreign(metadata, observed.deployment.as_ref())
-        .or_else(|| foreign(metadata, observed.service.as_ref()))
-        .or_else(|| foreign(metadata, observed.budget.as_ref()))
-        .or_else(|| foreign(metadata, observed.account.as_ref()))
+    foreign(metadata, observed.deployment.as_deref())
+        .or_else(|| foreign(metadata, observed.service.as_deref()))
+        .or_else(|| foreign(metadata, observed.budget.as_deref()))
+        .or_else(|| foreign(metadata, observed.account.as_deref()))
 }
 
 #[cfg(test)]

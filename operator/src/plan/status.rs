@@ -2,6 +2,8 @@
 //!
 //! Pure. A condition keeps its transition time while its status stays the same.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Event, Pod};
@@ -43,7 +45,7 @@ pub struct StatusInput<'a> {
     /// The child Deployment as observed.
     pub child: Option<&'a Deployment>,
     /// Its pods.
-    pub pods: &'a [Pod],
+    pub pods: &'a [Arc<Pod>],
     /// Warnings about them.
     pub warnings: &'a [Event],
     /// The last lines of containers that ended without a message.
@@ -66,6 +68,7 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
     let living: Vec<&Pod> = input
         .pods
         .iter()
+        .map(Arc::as_ref)
         .filter(|pod| pod.metadata.deletion_timestamp.is_none())
         .collect();
     let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
@@ -250,7 +253,7 @@ fn conditions(
 /// Replicas that don't serve, and why; the most telling first. `refusal` says why a pod could not be made.
 fn not_ready(
     refusal: Option<String>,
-    pods: &[Pod],
+    pods: &[Arc<Pod>],
     warnings: &[Event],
     last_lines: &[LastLine],
 ) -> Vec<NotReadyReplica> {

@@ -1,5 +1,7 @@
 //! Whole plans: what is told, what is carried out, and what the history changes about it.
 
+use std::sync::Arc;
+
 use kvasir_crds::LoadReport;
 use kvasir_crds::load_report::{BlockCounts, QueueCounts};
 use serde_json::{Value, json};
@@ -42,7 +44,7 @@ fn load(active: u64, waiting: u64) -> ReplicaLoad {
 fn observed(spec: &Value, replicas: i32, loads: Vec<ReplicaLoad>) -> Observed {
     let made = children::children(&deployment(spec.clone()), replicas, IMAGE, None).unwrap();
     Observed {
-        deployment: Some(made.deployment),
+        deployment: Some(Arc::new(made.deployment)),
         loads,
         ..Observed::default()
     }
@@ -174,7 +176,7 @@ fn looks_again_as_soon_as_something_may_have_changed() {
         ("nothing runs", fixed(0), 0, vec![], 300),
     ] {
         let mut seen = observed(&spec, n, vec![]);
-        seen.pods = pods;
+        seen.pods = pods.into_iter().map(Arc::new).collect();
         let plan = plan(
             &deployment(spec),
             &seen,
@@ -265,7 +267,7 @@ fn a_hand_edit_is_taken_back_and_nothing_else_rolls_pods() {
         "Apply",
         json!({ "f:spec": { "f:template": {} } }),
     );
-    let held = seen.deployment.as_mut().unwrap();
+    let held = Arc::make_mut(seen.deployment.as_mut().unwrap());
     held.metadata.managed_fields = Some(vec![ours.clone()]);
     let untouched = plan(&d, &seen, &mut History::default(), at(0), "kvasir:2");
     assert_eq!(untouched.reclaimed, None);
@@ -275,7 +277,7 @@ fn a_hand_edit_is_taken_back_and_nothing_else_rolls_pods() {
         "a new default image"
     );
 
-    let held = seen.deployment.as_mut().unwrap();
+    let held = Arc::make_mut(seen.deployment.as_mut().unwrap());
     let template = &mut held.spec.as_mut().unwrap().template;
     template.spec.as_mut().unwrap().host_pid = Some(true);
     let edit = json!({ "f:spec": { "f:template": { "f:spec": { "f:hostPID": {} } } } });

@@ -5,9 +5,9 @@ use serde_json::{Value, json};
 
 use super::*;
 
-fn pod(status: Value) -> Pod {
-    serde_json::from_value(json!({ "metadata": { "name": "p", "uid": "u" }, "status": status }))
-        .unwrap()
+fn pod(status: Value) -> Arc<Pod> {
+    let pod = json!({ "metadata": { "name": "p", "uid": "u" }, "status": status });
+    Arc::new(serde_json::from_value(pod).unwrap())
 }
 
 fn container(state: Value) -> Value {
@@ -197,7 +197,7 @@ fn says_why_in_words() {
 fn says_nothing_of_pods_that_serve_or_end() {
     let ready = pod(json!({ "conditions": [{ "type": "Ready", "status": "True" }] }));
     let mut ending = pod(json!({ "phase": "Running" }));
-    ending.metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
+    Arc::make_mut(&mut ending).metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
     assert_eq!(not_ready(None, &[ready, ending], &[], &[]), []);
 }
 
