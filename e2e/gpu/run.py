@@ -7,9 +7,10 @@ Stages, each under 9 minutes, each leaving RESULTS/<stage>.json behind, in any o
   kernels    attention and products alone, beside the copy's bandwidth and PyTorch's attention
   serving    the whole server over HTTP on random weights of Llama-3.1-8B's shape
   workloads  the longer fixed-length workloads
-  peers      Transformers' generate on the mix's first 200 requests, static batches and continuous
+  peers      Transformers' generate() on the mix's first 200 requests, in static batches
+  continuous the same requests in Transformers' continuous batching, whose interface changes from version to version
 
-table.py makes one table of what there is. Needs python3 with torch (and transformers for `peers`); no Rust, no network.
+table.py makes one table of what there is. Needs python3 with torch (and transformers for the last two); no Rust, no network.
 """
 
 import json
@@ -178,11 +179,20 @@ def kernels():
     return {"machine": machine(), "exit": done.returncode, "ours": ours, "peer": attention_peer.measure()}
 
 
-def peers():
+def peer(way):
     import transformers_peer
 
     model()
-    return {"machine": machine(), **transformers_peer.measure(MODEL, mix(1000)[:200])}
+    found = transformers_peer.measure(MODEL, mix(1000)[:200], getattr(transformers_peer, way))
+    return {"machine": machine(), **found}
+
+
+def peers():
+    return peer("static_batches")
+
+
+def continuous():
+    return peer("continuous")
 
 
 def main():
@@ -192,7 +202,7 @@ def main():
         print(f"=== {stage}", flush=True)
         begun = time.monotonic()
         found = {"tests": tests, "sanitizer": sanitizer, "kernels": kernels, "serving": serving, "workloads": workloads,
-                 "peers": peers}[stage]()  # fmt: skip
+                 "peers": peers, "continuous": continuous}[stage]()  # fmt: skip
         found["stage_s"] = round(time.monotonic() - begun)
         (results / f"{stage}.json").write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found), flush=True)

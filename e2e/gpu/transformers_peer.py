@@ -1,7 +1,6 @@
 """Transformers on the same requests: generate() on static batches of 32, each waiting for its longest member, and
 generate_batch(), its continuous batching. Useful output tokens a second: what was asked for, not what was padded."""
 
-import sys
 import time
 
 import torch
@@ -23,6 +22,7 @@ def static_batches(model, requests, batch=32):
         most = max(m for _, m in part)
         model.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=most, min_new_tokens=most, do_sample=False,
                        pad_token_id=0, eos_token_id=None)  # fmt: skip
+        print(f"{first + len(part)} requests after {time.perf_counter() - begun:.1f} s", flush=True)
     torch.cuda.synchronize()
     return sum(m for _, m in requests) / (time.perf_counter() - begun)
 
@@ -39,18 +39,15 @@ def continuous(model, requests):
     return made / (time.perf_counter() - begun)
 
 
-def measure(directory, requests):
+def load(directory):
     transformers.logging.set_verbosity_error()
-    model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cuda").eval()
-    results = {"transformers": transformers.__version__, "torch": torch.__version__}
+    return transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cuda").eval()
+
+
+def measure(directory, requests, way):
+    """`way` is one of the two functions above, warmed up on a few short requests."""
+    model = load(directory)
     with torch.no_grad():
-        static_batches(model, [(32, 8)] * 32)
-        results["static_tokens_s"] = round(static_batches(model, requests))
-        print(results, flush=True)
-        if "continuous" not in sys.argv:  # It needs a version of Transformers whose interface is the one below.
-            return results
-        try:
-            results["continuous_tokens_s"] = round(continuous(model, requests))
-        except Exception as error:  # Its interface changes from version to version; the figure is a bonus.
-            results["continuous_error"] = repr(error)[:300]
-    return results
+        way(model, [(32, 8)] * 32)
+        rate = round(way(model, requests))
+    return {"transformers": transformers.__version__, "torch": torch.__version__, "tokens_s": rate}

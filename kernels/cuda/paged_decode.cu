@@ -53,12 +53,13 @@ template <int D>
 constexpr int decode_tile_elements = DECODE_TILE * row_stride<D>;
 
 /// Shared memory: the 16 query rows, then each warp's ring of (keys, values), reused for the warps' results
-/// ([16][D] floats each, which a stage always holds), then [warps][16] maxima and sums.
+/// ([16][row_stride] floats each, just one stage), then [warps][16] maxima and sums.
 template <int D, bool alone>
 static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     constexpr int stages = decode_stages<D, alone>;
     constexpr int stage_elements = 2 * decode_tile_elements<D>;
-    static_assert(stage_elements * sizeof(bf16) >= 16 * D * sizeof(float), "a warp's result fits into one stage");
+    constexpr int result_stride = row_stride<D>;  // Rows of the accumulator lie in different banks here too.
+    static_assert(stage_elements * sizeof(bf16) == 16 * result_stride * sizeof(float), "a warp's result is one stage");
     const KvCache& cache = args.cache;
     const DecodeItem item = args.items[blockIdx.x];
     const uint32_t length = item.length, start = item.start;
@@ -124,14 +125,17 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
 
     float* result = reinterpret_cast<float*>(ring);
 #pragma unroll
-    for (int d = 0; d < D / 8; ++d)
+    for (uint32_t r = 0; r < 2; ++r) {
+        const uint32_t row = lane / 4 + r * 8;
+        if (row >= n_rows) break;  // of no head
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            result[(lane / 4 + i / 2 * 8) * D + d * 8 + lane % 4 * 2 + i % 2] = accumulator.o[0][d][i];
-    if (lane % 4 == 0) {
-        for (int r = 0; r < 2; ++r) {
-            maxima[warp * 16 + lane / 4 + r * 8] = accumulator.top[0][r] * args.scale_log2;
-            sums[warp * 16 + lane / 4 + r * 8] = accumulator.l[0][r];
+        for (int d = 0; d < D / 8; ++d)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                result[row * result_stride + d * 8 + lane % 4 * 2 + i] = accumulator.o[0][d][2 * r + i];
+        if (lane % 4 == 0) {
+            maxima[warp * 16 + row] = accumulator.top[0][r] * args.scale_log2;
+            sums[warp * 16 + row] = accumulator.l[0][r];
         }
     }
     __syncthreads();
@@ -143,7 +147,7 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
         float o = 0.0f, l = 0.0f;
         for (int w = 0; w < DECODE_WARPS; ++w) {
             const float share = power_of_two(maxima[w * 16 + r] - top);
-            o += share * reinterpret_cast<const float*>(rings + w * stages * stage_elements)[r * D + d];
+            o += share * reinterpret_cast<const float*>(rings + w * stages * stage_elements)[r * result_stride + d];
             l += share * sums[w * 16 + r];
         }
         const uint32_t head = first_head + r;
@@ -193,13 +197,22 @@ KERNEL(merge_partitions, PagedDecodeArgs, 1024, 1) {
 
     if (n <= MERGE_TOGETHER) {
         if (group != 0) return;
-#pragma unroll 8
-        for (uint32_t p = 0; p < n; ++p) top = fmaxf(top, softmax[p * step]);
-#pragma unroll 8
-        for (uint32_t p = 0; p < n; ++p) {
-            const float share = power_of_two(softmax[p * step] - top);
-            o += share * partial[uint64_t(p) * args.n_heads * head_dim + d];
-            l += share * softmax[p * step + 1];
+        // All is asked for before any of it is used: the time is one trip to the cache.
+        float maxima[MERGE_TOGETHER], sums[MERGE_TOGETHER], parts[MERGE_TOGETHER];
+#pragma unroll
+        for (uint32_t p = 0; p < MERGE_TOGETHER; ++p) {
+            const bool there = p < n;
+            maxima[p] = there ? softmax[p * step] : MINUS_INFINITY;
+            sums[p] = there ? softmax[p * step + 1] : 0.0f;
+            parts[p] = there ? partial[uint64_t(p) * args.n_heads * head_dim + d] : 0.0f;
+        }
+#pragma unroll
+        for (uint32_t p = 0; p < MERGE_TOGETHER; ++p) top = fmaxf(top, maxima[p]);
+#pragma unroll
+        for (uint32_t p = 0; p < MERGE_TOGETHER; ++p) {
+            const float share = power_of_two(maxima[p] - top);
+            o += share * parts[p];
+            l += share * sums[p];
         }
         out[d] = to_bf16(o / l);
         return;
@@ -211,7 +224,7 @@ KERNEL(merge_partitions, PagedDecodeArgs, 1024, 1) {
     for (uint32_t p = threadIdx.x % 32; p < n; p += 32) top = fmaxf(top, maxima[p]);
     for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, lanes));
     if (group >= MERGE_GROUPS) return;
-#pragma unroll 8
+#pragma unroll 16
     for (uint32_t p = group; p < n; p += MERGE_GROUPS) {
         const float share = power_of_two(maxima[p] - top);
         o += share * partial[uint64_t(p) * args.n_heads * head_dim + d];
