@@ -3,8 +3,6 @@
 //! It decides nothing. An object that already is as planned is not written again.
 
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ManagedFieldsEntry;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -12,32 +10,33 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::observe::Observed;
+use crate::observe::{Observed, Sources};
 use crate::plan::children::FIELD_MANAGER;
 use crate::plan::{Plan, Severity};
 use crate::stored::Stored;
 
-/// Carries out `plan`; the child Deployment as the API server answered, where it was written.
+/// Carries out `plan`, and lets the cache know how the API server answered.
 ///
 /// # Errors
 /// What the API server says; what was written before stays, and the next reconcile goes on from there.
 pub async fn apply(
-    client: &Client,
+    Sources { client, cache, .. }: &Sources,
     deployment: &Stored,
     observed: &Observed,
     plan: &Plan,
-) -> kube::Result<Option<Deployment>> {
-    let mut written = None;
+) -> kube::Result<()> {
     if let Some(children) = &plan.children {
         child(client, &children.account, observed.account.as_deref()).await?;
         child(client, &children.service, observed.service.as_deref()).await?;
         child(client, &children.budget, observed.budget.as_deref()).await?;
-        let mut existing = observed.deployment.as_deref();
-        if let (Some(running), Some(fields)) = (existing, &plan.reclaimed) {
-            reclaim(client, running, fields).await?;
-            existing = None;
+        let wanted = &children.deployment;
+        let existing = observed.deployment.as_deref();
+        let stands = existing.is_some_and(|existing| {
+            holds(&existing.metadata, &wanted.metadata) && cache.answers(existing, wanted)
+        });
+        if !stands && let Some(answer) = child(client, wanted, existing).await? {
+            cache.wrote(wanted, answer);
         }
-        written = child(client, &children.deployment, existing).await?;
     }
     for note in &plan.events {
         // A recorder of its own for each: a shared one would merge two scalings into one event with the first's words.
@@ -75,29 +74,6 @@ pub async fn apply(
             other => drop(other?),
         }
     }
-    Ok(written)
-}
-
-/// Makes fields of the Deployment ours that somebody else set, so that the apply that follows takes them out. An error
-/// 409 says that it was changed since it was observed: the change leads to the next reconcile.
-async fn reclaim(
-    client: &Client,
-    running: &Deployment,
-    fields: &[ManagedFieldsEntry],
-) -> kube::Result<()> {
-    let name = running.name_any();
-    let api: Api<Deployment> =
-        Api::namespaced(client.clone(), &running.namespace().unwrap_or_default());
-    let patch = json!({ "metadata": {
-        "resourceVersion": running.metadata.resource_version, "managedFields": fields,
-    } });
-    let params = PatchParams {
-        field_manager: Some(FIELD_MANAGER.into()),
-        ..PatchParams::default()
-    };
-    api.patch_metadata(&name, &params, &Patch::Merge(&patch))
-        .await?;
-    tracing::info!(name, "restoring a pod template that was edited by hand");
     Ok(())
 }
 
@@ -122,8 +98,8 @@ where
     Ok(Some(written))
 }
 
-/// `existing` has every field that `wanted` has. A field that the user took out of the spec changes the annotation
-/// `kvasir.dev/revision`, and so is a difference too.
+/// `existing` has every field that `wanted` has: what others added to it is theirs. A field that the user took out of the
+/// spec changes the label `kvasir.dev/revision` of the template, and so is a difference too.
 fn holds<K: Serialize>(existing: &K, wanted: &K) -> bool {
     match (serde_json::to_value(existing), serde_json::to_value(wanted)) {
         (Ok(existing), Ok(wanted)) => includes(&existing, &wanted),
@@ -136,9 +112,10 @@ fn includes(existing: &Value, wanted: &Value) -> bool {
         (Value::Object(existing), Value::Object(wanted)) => wanted
             .iter()
             .all(|(key, value)| existing.get(key).is_some_and(|e| includes(e, value))),
-        (Value::Array(existing), Value::Array(wanted)) => {
-            existing.len() == wanted.len()
-                && existing.iter().zip(wanted).all(|(e, w)| includes(e, w))
+        // Lists of objects are merged by the objects' keys, and others may have added some; other lists are values.
+        (Value::Array(existing), Value::Array(wanted)) if wanted.iter().all(Value::is_object) => {
+            let held = |wanted: &Value| existing.iter().any(|existing| includes(existing, wanted));
+            wanted.iter().all(held)
         }
         _ => existing == wanted,
     }
@@ -159,8 +136,22 @@ mod tests {
             "another value"
         );
         assert!(
-            !includes(&existing, &json!({"spec": {"ports": []}})),
-            "an element too many"
+            !includes(
+                &existing,
+                &json!({"spec": {"ports": [{"port": 80}, {"port": 81}]}})
+            ),
+            "an element that is missing"
         );
+    }
+
+    #[test]
+    fn what_others_added_is_no_difference_and_another_list_of_words_is() {
+        let existing =
+            json!({"containers": [{"name": "proxy"}, {"name": "server", "args": ["--a", "--b"]}]});
+        let with_args = |args: &[&str]| json!({"containers": [{"name": "server", "args": args}]});
+        assert!(includes(&existing, &with_args(&["--a", "--b"])));
+        for args in [&["--a"][..], &["--b", "--a"], &["--a", "--b", "--c"]] {
+            assert!(!includes(&existing, &with_args(args)), "{args:?}");
+        }
     }
 }

@@ -27,12 +27,19 @@ pub type Key = (String, String);
 #[derive(Debug)]
 pub struct Cache {
     deployments: Store<Deployment>,
-    /// Deployments as the API server answered our writes, until the watch has caught up.
-    written: Mutex<HashMap<Key, Arc<Deployment>>>,
+    /// Our last write of each child Deployment.
+    written: Mutex<HashMap<Key, Written>>,
     services: Store<Service>,
     budgets: Store<PodDisruptionBudget>,
     accounts: Store<ServiceAccount>,
     pods: Arc<Pods>,
+}
+
+/// A write of a child Deployment.
+#[derive(Debug)]
+struct Written {
+    wanted: Deployment,
+    answer: Arc<Deployment>,
 }
 
 /// The writing side, to be fed by the watches.
@@ -91,20 +98,30 @@ impl Cache {
 
     /// The child Deployment, no older than our last write of it.
     pub fn deployment(&self, key: &Key) -> Option<Arc<Deployment>> {
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = get(&self.deployments, key);
-        match (&seen, written.get(key)) {
-            (Some(seen), Some(ours)) if is_newer(ours, seen) => return Some(Arc::clone(ours)),
-            (_, Some(_)) => drop(written.remove(key)),
-            (_, None) => {}
-        }
-        seen
+        let seen = get(&self.deployments, key)?;
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = written.get(key).map(|written| &written.answer);
+        Some(match ours {
+            Some(ours) if is_newer(ours, &seen) => Arc::clone(ours),
+            _ => seen,
+        })
     }
 
-    /// Takes note of the API server's answer to our write.
-    pub fn wrote(&self, deployment: Deployment) {
+    /// Takes note of the API server's answer to our write of `wanted`.
+    pub fn wrote(&self, wanted: &Deployment, answer: Deployment) {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        written.insert(key_of(&deployment), Arc::new(deployment));
+        let (wanted, answer) = (wanted.clone(), Arc::new(answer));
+        written.insert(key_of(&wanted), Written { wanted, answer });
+    }
+
+    /// The spec of `existing` is the API server's answer to a write of `wanted`, which is not always equal to it: a
+    /// quantity of 1000m comes back as 1, an empty variable without a value.
+    pub fn answers(&self, existing: &Deployment, wanted: &Deployment) -> bool {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = |d: &Deployment| (d.metadata.uid.clone(), d.metadata.generation);
+        written.get(&key_of(wanted)).is_some_and(|written| {
+            written.wanted == *wanted && state(&written.answer) == state(existing)
+        })
     }
 
     /// Forgets what was written for a deployment that is gone.
@@ -331,13 +348,48 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_stands_for_what_was_wanted_until_either_changes() {
+        let (cache, _writers) = Cache::new();
+        let wanted = |cpu: &str| -> Deployment {
+            serde_json::from_value(json!({ "metadata": { "name": "d", "namespace": "n" },
+                "spec": { "selector": {}, "template": { "spec": { "containers": [
+                    { "name": "server", "resources": { "requests": { "cpu": cpu } } }] } } } }))
+            .unwrap()
+        };
+        let held = |uid: &str, generation: i64| {
+            let mut held = wanted("1");
+            held.metadata.uid = Some(uid.into());
+            held.metadata.generation = Some(generation);
+            held
+        };
+        assert!(
+            !cache.answers(&held("u", 4), &wanted("1000m")),
+            "never written"
+        );
+        cache.wrote(&wanted("1000m"), held("u", 4));
+        for (why, existing, wanted, stands) in [
+            ("in its own words", held("u", 4), wanted("1000m"), true),
+            ("edited since", held("u", 5), wanted("1000m"), false),
+            ("something else is wanted", held("u", 4), wanted("2"), false),
+            (
+                "another of the same name",
+                held("v", 4),
+                wanted("1000m"),
+                false,
+            ),
+        ] {
+            assert_eq!(cache.answers(&existing, &wanted), stands, "{why}");
+        }
+    }
+
+    #[test]
     fn our_write_counts_until_the_watch_has_caught_up() {
         let (cache, mut writers) = Cache::new();
         let version = || {
             let found = cache.deployment(&key("d"))?;
             found.metadata.resource_version.clone()
         };
-        cache.wrote(deployment("u", "9"));
+        cache.wrote(&deployment("", ""), deployment("u", "9"));
         assert_eq!(
             version(),
             None,
@@ -348,7 +400,7 @@ mod tests {
             writers.deployments.apply_watcher_event(&event);
         };
         see("u", "9");
-        cache.wrote(deployment("u", "10"));
+        cache.wrote(&deployment("", ""), deployment("u", "10"));
         assert_eq!(
             version().as_deref(),
             Some("10"),
@@ -358,14 +410,14 @@ mod tests {
         assert_eq!(version().as_deref(), Some("10"));
         see("u", "12");
         assert_eq!(version().as_deref(), Some("12"), "the watch is ahead");
-        cache.wrote(deployment("u", "13"));
+        cache.wrote(&deployment("", ""), deployment("u", "13"));
         see("v", "7");
         assert_eq!(
             version().as_deref(),
             Some("7"),
             "another object of the same name"
         );
-        cache.wrote(deployment("v", "opaque"));
+        cache.wrote(&deployment("", ""), deployment("v", "opaque"));
         assert_eq!(
             version().as_deref(),
             Some("7"),

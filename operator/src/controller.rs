@@ -105,10 +105,10 @@ pub async fn run(
     };
     let controller = Controller::for_stream(deployments, store)
         .with_config(Config::default().concurrency(CONCURRENCY))
-        .owns_stream(children.reflect(writers.deployments, |_| {}))
-        .owns_stream(children.reflect(writers.services, drop_managed_fields))
-        .owns_stream(children.reflect(writers.budgets, drop_managed_fields))
-        .owns_stream(children.reflect(writers.accounts, drop_managed_fields))
+        .owns_stream(children.reflect(writers.deployments))
+        .owns_stream(children.reflect(writers.services))
+        .owns_stream(children.reflect(writers.budgets))
+        .owns_stream(children.reflect(writers.accounts))
         .watches_stream(children.pods(writers.pods), |pod| {
             let namespace = pod.namespace().unwrap_or_default();
             serves(&pod).map(|name| ObjectRef::<Stored>::new(name).within(&namespace))
@@ -162,11 +162,10 @@ impl Watches<'_> {
         watcher(api::<K>(self.client, self.settings), labelled).default_backoff()
     }
 
-    /// Children into the cache; `trim` takes out what nobody reads.
+    /// Children into the cache, without what nobody reads.
     fn reflect<K>(
         &self,
         writer: Writer<K>,
-        trim: fn(&mut K),
     ) -> impl Stream<Item = watcher::Result<K>> + Send + use<K>
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
@@ -177,7 +176,7 @@ impl Watches<'_> {
             + Sync
             + 'static,
     {
-        let events = self.watch::<K>().modify(trim);
+        let events = self.watch::<K>().modify(drop_managed_fields);
         events.reflect(writer).touched_objects()
     }
 
@@ -225,10 +224,7 @@ async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action,
             Err(unreadable) => plan_unreadable(unreadable, &observed, history, now),
         }
     });
-    let Sources { client, cache, .. } = &context.sources;
-    if let Some(written) = apply(client, &stored, &observed, &plan).await? {
-        cache.wrote(written);
-    }
+    apply(&context.sources, &stored, &observed, &plan).await?;
     context.memory(&stored, |memory| memory.failures = 0);
     context.metrics.reconciled(&stored, &plan, &observed);
     Ok(Action::requeue(plan.recheck_after))

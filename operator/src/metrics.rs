@@ -185,7 +185,6 @@ mod tests {
         .unwrap();
         let plan = |load| Plan {
             children: None,
-            reclaimed: None,
             events: vec![],
             status: None,
             load,

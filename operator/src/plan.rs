@@ -4,14 +4,13 @@
 
 pub mod autoscale;
 pub mod children;
-pub mod drift;
 pub mod pod_template;
 pub mod status;
 
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ManagedFieldsEntry, ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{
     ConditionType, LLMDeployment, LLMDeploymentStatus, LastScaling, Reason,
@@ -61,9 +60,6 @@ impl History {
 pub struct Plan {
     /// The children as they should be; `None` where nothing may be touched.
     pub children: Option<Children>,
-    /// Where somebody edited the child Deployment's pod template: its managed fields with the edit in our hands, to be
-    /// written before the children.
-    pub reclaimed: Option<Vec<ManagedFieldsEntry>>,
     /// What to tell the user, in order.
     pub events: Vec<Note>,
     /// The status, where it changes.
@@ -183,13 +179,9 @@ pub fn plan(
         action: "Scale",
         message: s.reason,
     });
-    let reclaimed = running
-        .filter(|_| refused.is_none())
-        .and_then(drift::reclaimed);
     let told = refused.and_then(|refusal| refusal_note(before.as_ref(), refusal));
     Plan {
         events: scaled.into_iter().chain(told).collect(),
-        reclaimed,
         children: children.ok(),
         status: changed(before.as_ref(), status, history, now),
         load,
@@ -231,7 +223,6 @@ pub fn plan_unreadable(
     });
     Plan {
         children: None,
-        reclaimed: None,
         events: refusal_note(before.as_ref(), &refusal)
             .into_iter()
             .collect(),
