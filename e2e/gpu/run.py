@@ -6,7 +6,7 @@ Stages, each under 9 minutes, each leaving RESULTS/<stage>.json behind, in any o
   sanitizer  compute-sanitizer memcheck and racecheck on the small tests, where the machine has it
   kernels    attention and products alone, beside the copy's bandwidth and PyTorch's attention
   serving    the whole server over HTTP on random weights of Llama-3.1-8B's shape
-  workloads  the longer fixed-length workloads
+  2048_128, 128_2048, 2048_2048  the longer workloads: tokens in and out of each request
   peers      Transformers' generate() on the mix's first 200 requests, in static batches
   continuous the same requests in Transformers' continuous batching, whose interface changes from version to version
 
@@ -158,16 +158,14 @@ def serving():
     return results
 
 
-def workloads():
+def workload(n, m, count):
     import client
 
     model()
-    results = {"machine": machine()}
-    server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, "workloads.log", environment())
-    for n, m, count in [(2048, 128, 1000), (2048, 2048, 256), (128, 2048, 512)]:
-        results[f"{n}_{m}"] = throughput(client, [(n, m)] * count, 1)
+    server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, f"{n}_{m}.log", environment())
+    rates = throughput(client, [(n, m)] * count, 1)
     server.stop()
-    return results
+    return {"machine": machine(), "requests": count, **rates}
 
 
 def kernels():
@@ -195,14 +193,20 @@ def continuous():
     return peer("continuous")
 
 
+STAGES = {
+    "tests": tests, "sanitizer": sanitizer, "kernels": kernels, "serving": serving, "peers": peers, "continuous": continuous,
+    "2048_128": lambda: workload(2048, 128, 1000), "128_2048": lambda: workload(128, 2048, 640),
+    "2048_2048": lambda: workload(2048, 2048, 384),
+}  # fmt: skip
+
+
 def main():
     results = pathlib.Path(sys.argv[1])
     results.mkdir(parents=True, exist_ok=True)
     for stage in sys.argv[2:]:
         print(f"=== {stage}", flush=True)
         begun = time.monotonic()
-        found = {"tests": tests, "sanitizer": sanitizer, "kernels": kernels, "serving": serving, "workloads": workloads,
-                 "peers": peers, "continuous": continuous}[stage]()  # fmt: skip
+        found = STAGES[stage]()
         found["stage_s"] = round(time.monotonic() - begun)
         (results / f"{stage}.json").write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found), flush=True)

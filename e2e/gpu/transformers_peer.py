@@ -20,8 +20,8 @@ def static_batches(model, requests, batch=32):
             ids[i, longest - n :] = torch.tensor(prompt(first + i, n))
             mask[i, longest - n :] = 1
         most = max(m for _, m in part)
-        model.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=most, min_new_tokens=most, do_sample=False,
-                       pad_token_id=0, eos_token_id=None)  # fmt: skip
+        made = model.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=most, do_sample=False, pad_token_id=0)
+        assert made.shape[1] == longest + most, "no batch may end early"
         print(f"{first + len(part)} requests after {time.perf_counter() - begun:.1f} s", flush=True)
     torch.cuda.synchronize()
     return sum(m for _, m in requests) / (time.perf_counter() - begun)
@@ -41,7 +41,9 @@ def continuous(model, requests):
 
 def load(directory):
     transformers.logging.set_verbosity_error()
-    return transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cuda").eval()
+    model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cuda").eval()
+    model.generation_config.eos_token_id = None  # Every answer has the length that was asked for.
+    return model
 
 
 def measure(directory, requests, way):
