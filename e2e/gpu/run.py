@@ -79,9 +79,9 @@ def sanitizer():
 
 def model():
     if not (MODEL / "model.safetensors").exists():
-        import random_llama
+        import random_weights
 
-        random_llama.write(MODEL)
+        random_weights.write(MODEL)
     os.environ["KVASIR_MODEL_NAME"] = MODEL.name
 
 

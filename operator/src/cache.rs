@@ -18,7 +18,7 @@ use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use tokio::sync::watch;
 
-use crate::observe::serves;
+use crate::pod::serves;
 
 /// Namespace and name.
 pub type Key = (String, String);

@@ -24,8 +24,9 @@ use serde::de::DeserializeOwned;
 use crate::apply::apply;
 use crate::cache::{Cache, Key, Pods, key_of};
 use crate::metrics::Metrics;
-use crate::observe::{LoadReader, Sources, observe, serves};
+use crate::observe::{LoadReader, Sources, observe};
 use crate::plan::{History, Now, plan, plan_unreadable};
+use crate::pod::serves;
 use crate::stored::Stored;
 
 /// Reconciles at once, at most: each waits for the API server most of its time.

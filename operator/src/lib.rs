@@ -6,4 +6,5 @@ pub mod controller;
 pub mod metrics;
 pub mod observe;
 pub mod plan;
+pub mod pod;
 pub mod stored;

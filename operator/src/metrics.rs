@@ -108,7 +108,7 @@ impl Metrics {
         let ready = observed
             .pods
             .iter()
-            .filter(|pod| crate::observe::is_ready(pod))
+            .filter(|pod| crate::pod::is_ready(pod))
             .count();
         let ready = i64::try_from(ready).unwrap_or(i64::MAX);
         for (state, value) in STATES.iter().zip([i64::from(desired), current, ready]) {

@@ -20,14 +20,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ListParams, LogParams};
 use kube::{Api, Client, Resource, ResourceExt};
 use kvasir_crds::LoadReport;
-use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 use serde::de::DeserializeOwned;
 
 use crate::cache::{Cache, Key};
 use crate::plan::autoscale::ReplicaLoad;
 use crate::plan::children::PORT;
-use crate::plan::pod_template::SERVER;
-use crate::plan::status::{MAX_NOT_READY, ended, last_line};
+use crate::plan::status::MAX_NOT_READY;
+use crate::pod::{LINE_LIMIT_CHARS, LastLine, ended, has_started, is_ready, last_line};
 
 /// How long a replica may take to answer `/load`; a later answer is silence.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(1);
@@ -36,8 +35,6 @@ const LOAD_LIMIT_BYTES: usize = 64 * 1024;
 /// Lines of a log that are read for the last that isn't empty.
 const LOG_TAIL_LINES: i64 = 5;
 const LOG_LIMIT_BYTES: i64 = 16 * 1024;
-/// A longer line is cut: a status is no place for a whole log.
-pub const LINE_LIMIT_CHARS: usize = 1000;
 
 /// What exists. An object of a child's name that isn't controlled by the deployment is here too: `plan` tells them apart.
 #[derive(Clone, Debug, Default)]
@@ -59,17 +56,6 @@ pub struct Observed {
     /// One entry for each pod whose server has started and that is not being deleted. A server that hangs is no longer
     /// ready, yet must count as silent rather than as gone.
     pub loads: Vec<ReplicaLoad>,
-}
-
-/// What a container said last in its log.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LastLine {
-    /// The pod's name.
-    pub pod: String,
-    /// The container's.
-    pub container: String,
-    /// The line, of at most [`LINE_LIMIT_CHARS`].
-    pub line: String,
 }
 
 /// Asks replicas for their load.
@@ -253,39 +239,4 @@ async fn last_lines(client: &Client, namespace: &str, pods: &[&Pod]) -> Vec<Last
         }
     });
     join_all(reads).await.into_iter().flatten().collect()
-}
-
-/// The pod's condition Ready.
-#[must_use]
-pub fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.conditions.as_deref())
-        .unwrap_or_default();
-    conditions
-        .iter()
-        .any(|c| c.type_ == "Ready" && c.status == "True")
-}
-
-/// The server's startup probe has passed: it has served since its container started.
-fn has_started(pod: &Pod) -> bool {
-    let containers = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.container_statuses.as_deref())
-        .unwrap_or_default();
-    containers
-        .iter()
-        .any(|c| c.name == SERVER && c.started == Some(true))
-}
-
-/// The name of the `LLMDeployment` that a pod serves.
-#[must_use]
-pub fn serves(pod: &Pod) -> Option<&str> {
-    pod.metadata
-        .labels
-        .as_ref()?
-        .get(SELECTOR_LABEL)
-        .map(String::as_str)
 }

@@ -179,7 +179,7 @@ def main():
     parser.add_argument("--server", required=True, type=pathlib.Path, help="the kvasir-server binary")
     parser.add_argument("--bandwidth", required=True, type=pathlib.Path, help="prints `read bandwidth ... GB/s`")
     parser.add_argument("--llama", required=True, type=pathlib.Path, help="llama.cpp's llama-batched-bench")
-    parser.add_argument("--model", required=True, type=pathlib.Path, help="what random_llama.py wrote")
+    parser.add_argument("--model", required=True, type=pathlib.Path, help="what random_weights.py wrote")
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--revision", default="unknown")
     parser.add_argument("--threads", type=int, default=2)

@@ -18,7 +18,7 @@ trap 'echo "failed; the ends of the logs in $out:" >&2; tail -n 15 "$out"/*.log 
 
 if [ ! -f "$model/complete" ]; then
     echo "writing a random Llama of $layers layers, in the background"
-    (python3 "$pack/random_llama.py" "$model" --layers "$layers" && touch "$model/complete") >"$out/model.log" 2>&1 &
+    (python3 "$pack/random_weights.py" "$model" --layers "$layers" && touch "$model/complete") >"$out/model.log" 2>&1 &
 fi
 if [ ! -x "$bench" ]; then
     echo "building llama.cpp for this CPU on $(nproc) cores"

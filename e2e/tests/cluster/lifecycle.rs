@@ -111,3 +111,52 @@ fn an_upgrade_of_the_operator_rolls_no_pod() {
         "the pod from before the upgrade still runs"
     );
 }
+
+#[test]
+fn an_edit_of_what_is_ours_is_taken_back_and_a_restart_by_hand_stays() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "edited");
+    scene.apply(&demo("demo", ONE)).expect("accepted");
+    scene.await_ready("demo");
+    let uid = || scene.pods("demo").expect("pods")[0]["metadata"]["uid"].clone();
+    let before = uid();
+    let edit = r#"{"spec": {"template": {"spec": {"containers": [{"name": "server", "readinessProbe": {"periodSeconds": 7}}]}}}}"#;
+    scene
+        .kubectl(&["patch", "deployment", "demo", "-p", edit])
+        .expect("edited");
+    let template = || {
+        scene
+            .get(&["deployment", "demo"])
+            .map(|d| d["spec"]["template"].clone())
+    };
+    scene.until("the probe is as it was", 30, || {
+        let period =
+            template()?["spec"]["containers"][0]["readinessProbe"]["periodSeconds"].clone();
+        Ok(if period == 2 {
+            Seen::Yes(())
+        } else {
+            Seen::NotYet(period.to_string())
+        })
+    });
+    scene.await_ready("demo");
+    assert_eq!(uid(), before, "the pod from before the edit serves on");
+
+    scene
+        .kubectl(&["rollout", "restart", "deployment", "demo"])
+        .expect("restarted");
+    scene.until("another pod serves", 90, || {
+        let pods = scene.pods("demo")?;
+        let others = pods.iter().all(|pod| pod["metadata"]["uid"] != before);
+        Ok(if others {
+            Seen::Yes(())
+        } else {
+            Seen::NotYet("the old one".into())
+        })
+    });
+    scene.await_ready("demo");
+    let annotations = template().expect("the template")["metadata"]["annotations"].clone();
+    assert!(
+        !annotations["kubectl.kubernetes.io/restartedAt"].is_null(),
+        "what kubectl added stays: {annotations}"
+    );
+}

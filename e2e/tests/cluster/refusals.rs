@@ -1,7 +1,13 @@
-//! What the API server refuses of an LLMDeployment, in our words, by the rules of the CRD alone.
+//! What is refused of an LLMDeployment, in our words: by the rules of the CRD alone, and by an operator that can't read
+//! what was stored under other rules.
 
-use crate::kvasir;
-use crate::scene::{Scene, demo};
+use crate::scene::{Scene, condition, demo};
+use crate::{kvasir, release};
+use kvasir_e2e::command::run;
+use kvasir_e2e::wait::Seen;
+
+const SMALL: &str =
+    "drainSeconds: 5\n  resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}";
 
 #[test]
 fn contradictions_and_a_second_owner_of_the_replicas_are_refused() {
@@ -30,4 +36,54 @@ fn contradictions_and_a_second_owner_of_the_replicas_are_refused() {
             .contains("the operator owns the number of replicas"),
         "{error}"
     );
+}
+
+#[test]
+fn an_object_that_the_operator_cannot_read_says_why_and_stops_no_other() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "unreadable");
+    let scaled = |low: u32| {
+        let spec = format!("  autoscaling: {{minReplicas: {low}, maxReplicas: 2}}\n  {SMALL}");
+        demo("newer", &spec)
+    };
+    // The rules of a version that scales to zero, until the object is stored.
+    let minimum = |n: u32| {
+        let path = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/autoscaling/properties/minReplicas/minimum";
+        let patch = format!(r#"[{{"op": "replace", "path": "{path}", "value": {n}}}]"#);
+        let crd = [
+            "patch",
+            "crd",
+            "llmdeployments.kvasir.dev",
+            "--type=json",
+            "-p",
+            &patch,
+        ];
+        run(cluster.kubectl().args(crd)).expect("the rules are changed");
+    };
+    {
+        let _alone = release();
+        minimum(0);
+        scene.until("the API server stores it", 30, || {
+            Ok(match scene.apply(&scaled(0)) {
+                Ok(_) => Seen::Yes(()),
+                Err(refused) => Seen::NotYet(refused.to_string()),
+            })
+        });
+        minimum(1);
+    }
+    let object = scene.await_deployment(
+        "the status says what can't be read",
+        "newer",
+        30,
+        |object| condition(object, "Accepted")["reason"] == "InvalidSpec",
+    );
+    let told = condition(&object, "Accepted")["message"].to_string();
+    assert!(told.contains("spec.autoscaling.minReplicas"), "{told}");
+
+    scene
+        .apply(&demo("other", &format!("  replicas: 1\n  {SMALL}")))
+        .expect("accepted");
+    scene.await_ready("other");
+    scene.apply(&scaled(1)).expect("mended");
+    scene.await_ready("newer");
 }

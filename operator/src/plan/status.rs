@@ -17,7 +17,7 @@ use kvasir_crds::llmdeployment::{
 use super::autoscale::{Decision, Load};
 use super::children::{endpoint, revision, revision_of};
 use super::pod_template::SERVER;
-use crate::observe::{LastLine, is_ready};
+use crate::pod::{LastLine, ended, is_ready, last_line};
 
 /// Replicas that don't serve are listed up to here.
 pub const MAX_NOT_READY: usize = 10;
@@ -347,23 +347,6 @@ fn why(pod: &Pod, warnings: &[Event], last_lines: &[LastLine]) -> (Reason, Strin
         }
         _ => (Reason::Starting, "the server loads its model".into()),
     }
-}
-
-/// How a container's last run ended, unless it serves again since.
-pub fn ended(container: &ContainerStatus) -> Option<&ContainerStateTerminated> {
-    let state = container.state.as_ref();
-    if let Some(now) = state.and_then(|state| state.terminated.as_ref()) {
-        return Some(now);
-    }
-    // A run that ended long ago says nothing about a server that started well after it.
-    let serves = container.started == Some(true) && state.is_some_and(|s| s.running.is_some());
-    let before = container.last_state.as_ref()?.terminated.as_ref();
-    before.filter(|_| !serves)
-}
-
-/// The last line that isn't empty.
-pub fn last_line(text: &str) -> Option<&str> {
-    text.lines().map(str::trim).rfind(|line| !line.is_empty())
 }
 
 /// Why a container doesn't run: its image, its configuration, or the end of its last run with its last words.
