@@ -115,11 +115,13 @@ pub fn cache() -> PathBuf {
     std::env::var_os("KVASIR_CACHE").map_or_else(|| home().join(".cache/kvasir"), PathBuf::from)
 }
 
-/// The root of the checkout that this program was built from.
+/// The root of the checkout that cargo runs this program in, or else that it was built from: with one target folder for two
+/// checkouts cargo may run what the other has built.
 #[must_use]
 pub fn workspace() -> PathBuf {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    manifest.parent().unwrap_or(manifest).to_owned()
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    manifest.parent().unwrap_or(&manifest).to_owned()
 }
 
 /// A Python environment with the packages of e2e/python/requirements.txt; its folder.
