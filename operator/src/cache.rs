@@ -16,7 +16,7 @@ use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
 
 use crate::pod::serves;
 
@@ -33,6 +33,7 @@ pub struct Cache {
     budgets: Store<PodDisruptionBudget>,
     accounts: Store<ServiceAccount>,
     pods: Arc<Pods>,
+    ready: OnceCell<()>,
 }
 
 /// A write of a child Deployment.
@@ -80,20 +81,25 @@ impl Cache {
             budgets,
             accounts,
             pods,
+            ready: OnceCell::new(),
         };
         (cache, writers)
     }
 
     /// Waits until each watch has brought everything that there was at its start.
     pub async fn ready(&self) {
-        // An error says that the watches have ended, and with them the controller that waits here.
-        let _ = tokio::join!(
-            self.deployments.wait_until_ready(),
-            self.services.wait_until_ready(),
-            self.budgets.wait_until_ready(),
-            self.accounts.wait_until_ready(),
-            self.pods.ready(),
-        );
+        let all = || async {
+            // An error says that the watches have ended, and with them the controller that waits here.
+            let _ = tokio::join!(
+                self.deployments.wait_until_ready(),
+                self.services.wait_until_ready(),
+                self.budgets.wait_until_ready(),
+                self.accounts.wait_until_ready(),
+                self.pods.ready(),
+            );
+        };
+        // A store wakes but one of those who wait for it, and reconciles are tasks of their own.
+        self.ready.get_or_init(all).await;
     }
 
     /// The child Deployment, no older than our last write of it.
@@ -259,7 +265,10 @@ fn is_newer(ours: &Deployment, seen: &Deployment) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use serde_json::json;
+    use tokio::task::JoinHandle;
 
     use super::*;
 
@@ -336,6 +345,33 @@ mod tests {
                 ),
                 "{why}"
             );
+        }
+    }
+
+    #[tokio::test]
+    async fn all_who_wait_for_the_watches_go_on() {
+        let (cache, mut writers) = Cache::new();
+        let cache = Arc::new(cache);
+        let waiting: Vec<_> = (0..4)
+            .map(|_| {
+                let cache = Arc::clone(&cache);
+                tokio::spawn(async move { cache.ready().await })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        writers.pods.see(&Event::InitDone);
+        writers.deployments.apply_watcher_event(&Event::InitDone);
+        writers.services.apply_watcher_event(&Event::InitDone);
+        writers.budgets.apply_watcher_event(&Event::InitDone);
+        tokio::task::yield_now().await;
+        assert!(
+            !waiting.iter().any(JoinHandle::is_finished),
+            "accounts lack"
+        );
+        writers.accounts.apply_watcher_event(&Event::InitDone);
+        for task in waiting {
+            let gone_on = tokio::time::timeout(Duration::from_secs(5), task).await;
+            gone_on.expect("nobody is forgotten").unwrap();
         }
     }
 
