@@ -12,10 +12,11 @@ use serde_json::{Value, json};
 
 use crate::observe::{Observed, Sources};
 use crate::plan::children::FIELD_MANAGER;
-use crate::plan::{Plan, Severity};
+use crate::plan::{Plan, Severity, version};
 use crate::stored::Stored;
 
-/// Carries out `plan`, and lets the cache know how the API server answered.
+/// Carries out `plan`, and lets the cache know how the API server answered. The version of the `LLMDeployment` with the new
+/// status, where that was written.
 ///
 /// # Errors
 /// What the API server says; what was written before stays, and the next reconcile goes on from there.
@@ -24,7 +25,7 @@ pub async fn apply(
     deployment: &Stored,
     observed: &Observed,
     plan: &Plan,
-) -> kube::Result<()> {
+) -> kube::Result<Option<u64>> {
     if let Some(children) = &plan.children {
         child(client, &children.account, observed.account.as_deref()).await?;
         child(client, &children.service, observed.service.as_deref()).await?;
@@ -58,23 +59,23 @@ pub async fn apply(
             .publish(&event, &deployment.object_ref(&()))
             .await?;
     }
-    if let Some(status) = &plan.status {
-        let api: Api<Stored> =
-            Api::namespaced(client.clone(), &deployment.namespace().unwrap_or_default());
-        let patch = json!({
-            "apiVersion": Stored::api_version(&()), "kind": Stored::kind(&()), "status": status,
-        });
-        let params = PatchParams::apply(FIELD_MANAGER).force();
-        match api
-            .patch_status(&deployment.name_any(), &params, &Patch::Apply(&patch))
-            .await
-        {
-            // Deleted in between: nothing to report on.
-            Err(kube::Error::Api(status)) if status.is_not_found() => {}
-            other => drop(other?),
-        }
+    let Some(status) = &plan.status else {
+        return Ok(None);
+    };
+    let api: Api<Stored> =
+        Api::namespaced(client.clone(), &deployment.namespace().unwrap_or_default());
+    let patch = json!({
+        "apiVersion": Stored::api_version(&()), "kind": Stored::kind(&()), "status": status,
+    });
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    match api
+        .patch_status(&deployment.name_any(), &params, &Patch::Apply(&patch))
+        .await
+    {
+        // Deleted in between: nothing to report on.
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(None),
+        written => Ok(version(written?.meta())),
     }
-    Ok(())
 }
 
 /// Applies one child, unless what exists already holds every field of it.

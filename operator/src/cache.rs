@@ -18,6 +18,7 @@ use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
+use crate::plan::version;
 use crate::pod::serves;
 
 /// Namespace and name.
@@ -255,11 +256,9 @@ where
     store.get(&ObjectRef::new(name).within(namespace))
 }
 
-/// Both are states of one object, and `ours` the later one. Versions are decimal numbers that grow (Kubernetes API
-/// Concepts, "Resource versions"); where one isn't, the watch is right.
+/// Both are states of one object, and `ours` the later one; where a version is no number, the watch is right.
 fn is_newer(ours: &Deployment, seen: &Deployment) -> bool {
-    let version = |d: &Deployment| d.metadata.resource_version.as_ref()?.parse::<u64>().ok();
-    let versions = version(ours).zip(version(seen));
+    let versions = version(&ours.metadata).zip(version(&seen.metadata));
     ours.metadata.uid == seen.metadata.uid && versions.is_some_and(|(ours, seen)| ours > seen)
 }
 

@@ -225,8 +225,13 @@ async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action,
             Err(unreadable) => plan_unreadable(unreadable, &observed, history, now),
         }
     });
-    apply(&context.sources, &stored, &observed, &plan).await?;
-    context.memory(&stored, |memory| memory.failures = 0);
+    let version = apply(&context.sources, &stored, &observed, &plan).await?;
+    context.memory(&stored, |memory| {
+        memory.failures = 0;
+        if let Some((status, version)) = plan.status.clone().zip(version) {
+            memory.history.wrote(status, version);
+        }
+    });
     context.metrics.reconciled(&stored, &plan, &observed);
     Ok(Action::requeue(plan.recheck_after))
 }
@@ -234,7 +239,6 @@ async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action,
 fn on_error(stored: Arc<Stored>, error: &kube::Error, context: Arc<Context>) -> Action {
     let failures = context.memory(&stored, |memory| {
         memory.failures = memory.failures.saturating_add(1);
-        memory.history.forget_status();
         memory.failures
     });
     let delay = FIRST_RETRY

@@ -45,14 +45,36 @@ pub struct Now {
 pub struct History {
     autoscale: autoscale::History,
     load_status_at: Option<Duration>,
-    status: Option<LLMDeploymentStatus>,
+    /// The status written last, and the version that the object had then.
+    written: Option<(LLMDeploymentStatus, u64)>,
 }
 
 impl History {
-    /// To be called where a plan could not be carried out: what the status holds is then no longer known.
-    pub fn forget_status(&mut self) {
-        self.status = None;
+    /// Takes note of a status that was written, and of the version that the object has with it.
+    pub fn wrote(&mut self, status: LLMDeploymentStatus, version: u64) {
+        self.written = Some((status, version));
     }
+
+    /// The status that the API server holds: as the watch brought it, or as it was written last where the watch is behind.
+    /// Planning from an older one would take the last scaling out of it.
+    fn before(
+        &self,
+        metadata: &ObjectMeta,
+        status: Option<&LLMDeploymentStatus>,
+    ) -> Option<LLMDeploymentStatus> {
+        match &self.written {
+            Some((written, then)) if version(metadata).is_none_or(|now| now < *then) => {
+                Some(written.clone())
+            }
+            _ => status.cloned(),
+        }
+    }
+}
+
+/// An object's version: a decimal number that grows (Kubernetes API Concepts, "Resource versions").
+#[must_use]
+pub fn version(metadata: &ObjectMeta) -> Option<u64> {
+    metadata.resource_version.as_ref()?.parse().ok()
 }
 
 /// What is to be done.
@@ -145,9 +167,7 @@ pub fn plan(
         }),
         _ => None,
     };
-    // The status written last, which the watch may not have brought back yet: planning from an older one would take
-    // the last scaling out of it.
-    let before = history.status.clone().or(deployment.status.clone());
+    let before = history.before(&deployment.metadata, deployment.status.as_ref());
     let refused = children.as_ref().err();
     let load = autoscale::load(&observed.loads);
     let status = status::status(&StatusInput {
@@ -201,7 +221,7 @@ pub fn plan_unreadable(
         sentence: unreadable.sentence.clone(),
     };
     history.autoscale = autoscale::History::default();
-    let before = history.status.clone().or(unreadable.status.clone());
+    let before = history.before(&unreadable.metadata, unreadable.status.as_ref());
     let load = autoscale::load(&observed.loads);
     let conflict = name_conflict(&unreadable.metadata, observed);
     let status = status::status(&StatusInput {
@@ -273,7 +293,6 @@ fn changed(
         return None;
     }
     history.load_status_at = Some(now.monotonic);
-    history.status = Some(status.clone());
     Some(status)
 }
 

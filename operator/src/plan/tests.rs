@@ -137,6 +137,7 @@ fn load_is_written_where_replicas_are_fixed_and_seldom() {
         let seen = observed(&spec, 1, vec![load(active, waiting)]);
         let plan = plan(&d, &seen, &mut history, at(second), IMAGE);
         let status = plan.status?;
+        history.wrote(status.clone(), 1);
         Some((status.utilization_percent?, status.queue_depth?))
     };
     for (why, second, active, waiting, want) in [
@@ -220,6 +221,7 @@ fn a_spec_that_cannot_be_read_is_told_once_and_nothing_is_touched() {
         "what runs is still looked at"
     );
 
+    history.wrote(status.clone(), 1);
     let again = plan_unreadable(&unreadable, &seen, &mut history, at(15));
     assert_eq!((again.events, again.status), (vec![], None));
     // The operator starts anew: the status that the API server holds tells it already.
@@ -247,5 +249,34 @@ fn a_refusal_is_told_once_and_again_when_it_changes() {
     ] {
         let plan = plan(&spec(field), &seen, &mut history, at(0), IMAGE);
         assert_eq!(plan.events.len(), want, "{why}");
+        if let Some(status) = plan.status {
+            history.wrote(status, 1);
+        }
+    }
+}
+
+#[test]
+fn a_status_is_written_again_where_another_wrote_over_it() {
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
+    let seen = observed(&spec, 1, vec![]);
+    let mut history = History::default();
+    let d = deployment(spec);
+    let ours = plan(&d, &seen, &mut history, at(0), IMAGE).status.unwrap();
+    history.wrote(ours.clone(), 9);
+    let other = LLMDeploymentStatus {
+        replicas: 7,
+        ..ours.clone()
+    };
+    for (why, version, held, again) in [
+        ("the watch is behind", "8", None, None),
+        ("it has brought ours", "9", Some(&ours), None),
+        ("another's", "10", Some(&other), Some(&ours)),
+        ("taken away", "10", None, Some(&ours)),
+    ] {
+        let mut d = d.clone();
+        d.metadata.resource_version = Some(version.into());
+        d.status = held.cloned();
+        let plan = plan(&d, &seen, &mut history.clone(), at(30), IMAGE);
+        assert_eq!(plan.status.as_ref(), again, "{why}");
     }
 }
