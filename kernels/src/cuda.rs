@@ -45,6 +45,7 @@ const RESERVE_BYTES: u64 = 512 << 20;
 const PARTIAL_ITEMS: usize = 8192;
 /// Copies, and changes of the block tables, that go up along with a step; more take a trip of their own.
 const EDITS: usize = 8192;
+
 /// The device.
 pub struct CudaDevice<D: Driver> {
     driver: D,

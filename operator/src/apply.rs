@@ -33,7 +33,7 @@ pub async fn apply(
         let wanted = &children.deployment;
         let existing = observed.deployment.as_deref();
         let stands = existing.is_some_and(|existing| {
-            holds(&existing.metadata, &wanted.metadata) && cache.answers(existing, wanted)
+            cache.answers(existing, wanted) && holds(&existing.metadata, &wanted.metadata)
         });
         if !stands && let Some(answer) = child(client, wanted, existing).await? {
             cache.wrote(wanted, answer);

@@ -11,7 +11,8 @@ use super::*;
 
 const IMAGE: &str = "kvasir:1";
 
-fn deployment(spec: Value) -> LLMDeployment {
+/// A deployment of this spec, as the API server holds it.
+pub(super) fn deployment(spec: Value) -> LLMDeployment {
     serde_json::from_value(json!({
         "apiVersion": "kvasir.dev/v1alpha1", "kind": "LLMDeployment",
         "metadata": { "name": "llama", "namespace": "models", "uid": "0c3e", "generation": 1 },

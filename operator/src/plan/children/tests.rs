@@ -1,15 +1,7 @@
 //! Golden files of the children, and the promises about when pods roll.
 
 use super::*;
-
-fn deployment(spec: Value) -> LLMDeployment {
-    serde_json::from_value(json!({
-        "apiVersion": "kvasir.dev/v1alpha1", "kind": "LLMDeployment",
-        "metadata": { "name": "llama", "namespace": "models", "uid": "0c3e", "generation": 1 },
-        "spec": spec
-    }))
-    .unwrap()
-}
+use crate::plan::tests::deployment;
 
 fn demo() -> Value {
     json!({ "model": { "source": { "demo": {} } }, "replicas": 1 })
