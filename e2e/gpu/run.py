@@ -163,7 +163,7 @@ def workload(n, m, count):
 
     model()
     server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, f"{n}_{m}.log", environment())
-    rates = throughput(client, [(n, m)] * count, 1)
+    rates = throughput(client, [(n, m)] * count, 3)
     server.stop()
     return {"machine": machine(), "requests": count, **rates}
 

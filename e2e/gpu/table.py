@@ -7,7 +7,7 @@ import sys
 # What was expected of an H200 before the run, and where the figure came from.
 PREDICTED = {
     "decode 64 x 4k": "88", "decode 1 x 4k": "37", "prefill 8k": "300", "itl": "4.7", "mix": "14,000", "mix 200": "8,300",
-    "static": "20", "ttft": "48", "ready": "3",
+    "static": "20", "ttft": "48", "ready": "3", "2048_128": "1,950", "128_2048": "13,000", "2048_2048": "5,700",
 }  # fmt: skip
 PREDICTION_NOTE = ("Predictions were written before each run, from runs on an H100 and an H200 before (decode by bandwidth, "
                    "products and prefill by equal tensor cores).")  # fmt: skip
@@ -67,12 +67,14 @@ def main():
         print("\n| sequences, 128 tokens of prompt | decode, tokens/s |\n|---|---|")
         for batch, rate in serving["decode_tokens_s"].items():
             print(f"| {batch} | {rate:,} |")
-        print("\n| workload (input, output) | output tokens/s | runs |\n|---|---|---|")
-        for name, title in [("mix", "ShareGPT-like mix, 1,000"), ("mix_200", "its first 200"), ("128_128", "(128, 128), 1,000")]:
-            print(f"| {title} | {serving[name]['median']:,} | {serving[name]['all']} |")
+        print("\n| workload (input, output) | predicted | output tokens/s | runs |\n|---|---|---|---|")
+        workloads = [("ShareGPT-like mix, 1,000", "mix", serving["mix"]), ("its first 200", "mix 200", serving["mix_200"]),
+                     ("(128, 128), 1,000", "", serving["128_128"])]  # fmt: skip
         for name in ("2048_128", "128_2048", "2048_2048"):
             if found := read(folder, name):
-                print(f"| ({name.replace('_', ', ')}), {found['requests']:,} | {found['median']:,} | {found['all']} |")
+                workloads.append((f"({name.replace('_', ', ')}), {found['requests']:,}", name, found))
+        for title, key, found in workloads:
+            print(f"| {title} | {PREDICTED.get(key, '')} | {found['median']:,} | {found['all']} |")
     for found, way in [(peers, "in static batches of 32"), (continuous, "in its continuous batching")]:
         if found:
             print(f"\nTransformers {found['transformers']} {way}, torch {found['torch']}, the mix's first 200: "
