@@ -2,16 +2,14 @@
 //!
 //! It decides nothing. An object that already is as planned is not written again.
 
-use k8s_openapi::NamespaceResourceScope;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::observe::{Observed, Sources};
-use crate::plan::children::FIELD_MANAGER;
+use crate::plan::children::{Child, FIELD_MANAGER};
 use crate::plan::{Plan, Severity, version};
 use crate::stored::Stored;
 
@@ -79,14 +77,11 @@ pub async fn apply(
 }
 
 /// Applies one child, unless what exists already holds every field of it.
-async fn child<K>(client: &Client, wanted: &K, existing: Option<&K>) -> kube::Result<Option<K>>
-where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-        + Clone
-        + std::fmt::Debug
-        + Serialize
-        + DeserializeOwned,
-{
+async fn child<K: Child>(
+    client: &Client,
+    wanted: &K,
+    existing: Option<&K>,
+) -> kube::Result<Option<K>> {
     if existing.is_some_and(|existing| holds(existing, wanted)) {
         return Ok(None);
     }

@@ -4,7 +4,6 @@
 //! A change of the status alone triggers nothing. It holds no state that a restart would lose.
 
 use std::collections::HashMap;
-use std::fmt::Debug;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,6 +24,7 @@ use crate::apply::apply;
 use crate::cache::{Cache, Key, Pods, key_of};
 use crate::metrics::Metrics;
 use crate::observe::{LoadReader, Sources, observe};
+use crate::plan::children::Child;
 use crate::plan::{History, Now, plan, plan_unreadable};
 use crate::pod::serves;
 use crate::stored::Stored;
@@ -150,33 +150,18 @@ struct Watches<'a> {
 }
 
 impl Watches<'_> {
-    fn watch<K>(&self) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send + use<K>
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-            + Clone
-            + Debug
-            + DeserializeOwned
-            + Send
-            + 'static,
-    {
+    fn watch<K: Child>(
+        &self,
+    ) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send + use<K> {
         let labelled = watcher::Config::default().labels(SELECTOR_LABEL);
         watcher(api::<K>(self.client, self.settings), labelled).default_backoff()
     }
 
     /// Children into the cache, without what nobody reads.
-    fn reflect<K>(
+    fn reflect<K: Child>(
         &self,
         writer: Writer<K>,
-    ) -> impl Stream<Item = watcher::Result<K>> + Send + use<K>
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-            + Clone
-            + Debug
-            + DeserializeOwned
-            + Send
-            + Sync
-            + 'static,
-    {
+    ) -> impl Stream<Item = watcher::Result<K>> + Send + use<K> {
         let events = self.watch::<K>().modify(drop_managed_fields);
         events.reflect(writer).touched_objects()
     }
@@ -225,7 +210,11 @@ async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action,
             Err(unreadable) => plan_unreadable(unreadable, &observed, history, now),
         }
     });
-    let version = apply(&context.sources, &stored, &observed, &plan).await?;
+    let version = match apply(&context.sources, &stored, &observed, &plan).await {
+        // The deployment goes with it.
+        Err(error) if namespace_is_going(&error) => return Ok(Action::await_change()),
+        applied => applied?,
+    };
     context.memory(&stored, |memory| {
         memory.failures = 0;
         if let Some((status, version)) = plan.status.clone().zip(version) {
@@ -236,6 +225,15 @@ async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action,
     Ok(Action::requeue(plan.recheck_after))
 }
 
+/// The API server makes nothing new in a namespace that is being deleted.
+fn namespace_is_going(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else {
+        return false;
+    };
+    let mut causes = status.details.iter().flat_map(|details| &details.causes);
+    causes.any(|cause| cause.reason == "NamespaceTerminating")
+}
+
 fn on_error(stored: Arc<Stored>, error: &kube::Error, context: Arc<Context>) -> Action {
     let failures = context.memory(&stored, |memory| {
         memory.failures = memory.failures.saturating_add(1);
@@ -244,7 +242,7 @@ fn on_error(stored: Arc<Stored>, error: &kube::Error, context: Arc<Context>) -> 
     let delay = FIRST_RETRY
         .saturating_mul(1 << failures.saturating_sub(1).min(6))
         .min(LONGEST_RETRY);
-    tracing::warn!(name = %stored.name_any(), %error, failures, retry_s = delay.as_secs(), "reconcile failed");
+    tracing::warn!(namespace = stored.namespace(), name = %stored.name_any(), %error, failures, retry_s = delay.as_secs(), "reconcile failed");
     context.metrics.failed();
     Action::requeue(delay)
 }

@@ -5,6 +5,7 @@ use prometheus::{GaugeVec, IntCounter, IntGaugeVec, Opts, Registry, TextEncoder}
 
 use crate::observe::Observed;
 use crate::plan::Plan;
+use crate::pod::{is_ready, living};
 use crate::stored::Stored;
 
 /// States of `kvasir_operator_replicas`.
@@ -104,13 +105,9 @@ impl Metrics {
             .or(observed.deployment.as_deref())
             .and_then(|child| child.spec.as_ref()?.replicas)
             .unwrap_or(0);
-        let current = i64::try_from(observed.pods.len()).unwrap_or(i64::MAX);
-        let ready = observed
-            .pods
-            .iter()
-            .filter(|pod| crate::pod::is_ready(pod))
-            .count();
-        let ready = i64::try_from(ready).unwrap_or(i64::MAX);
+        let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let current = count(living(&observed.pods).count());
+        let ready = count(living(&observed.pods).filter(|pod| is_ready(pod)).count());
         for (state, value) in STATES.iter().zip([i64::from(desired), current, ready]) {
             self.replicas
                 .with_label_values(&[&namespace, &name, *state])

@@ -12,21 +12,19 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Event, Pod, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ListParams, LogParams};
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Api, Client, ResourceExt};
 use kvasir_crds::LoadReport;
-use serde::de::DeserializeOwned;
 
 use crate::cache::{Cache, Key};
 use crate::plan::autoscale::ReplicaLoad;
-use crate::plan::children::PORT;
+use crate::plan::children::{Child, PORT};
 use crate::plan::status::MAX_NOT_READY;
-use crate::pod::{LINE_LIMIT_CHARS, LastLine, ended, has_started, is_ready, last_line};
+use crate::pod::{LINE_LIMIT_CHARS, LastLine, ended, has_started, is_ready, last_line, living};
 
 /// How long a replica may take to answer `/load`; a later answer is silence.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(1);
@@ -138,20 +136,14 @@ pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> kube::Result<O
     )?;
     let pods = cache.pods(&key);
 
-    let failing: Vec<&Pod> = pods
-        .iter()
-        .map(Arc::as_ref)
-        .filter(|pod| pod.metadata.deletion_timestamp.is_none() && !is_ready(pod))
-        .collect();
+    let failing: Vec<&Pod> = living(&pods).filter(|pod| !is_ready(pod)).collect();
     let (warnings, last_lines) = if failing.is_empty() {
         (Vec::new(), Vec::new())
     } else {
         let warnings = warnings(client, &namespace, &failing).await?;
         (warnings, last_lines(client, &namespace, &failing).await)
     };
-    let serving = pods
-        .iter()
-        .filter(|pod| has_started(pod) && pod.metadata.deletion_timestamp.is_none());
+    let serving = living(&pods).filter(|pod| has_started(pod));
     let addresses = serving.filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref());
     let loads = join_all(addresses.map(|ip| reader.read(ip))).await;
     Ok(Observed {
@@ -168,17 +160,11 @@ pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> kube::Result<O
 
 /// A child from the cache. What the cache lacks may exist all the same, without our label or not brought yet: an apply
 /// would then take over what isn't ours, so the API server is asked.
-async fn child<K>(
+async fn child<K: Child>(
     client: &Client,
     (namespace, name): &Key,
     cached: Option<Arc<K>>,
-) -> kube::Result<Option<Arc<K>>>
-where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-        + Clone
-        + std::fmt::Debug
-        + DeserializeOwned,
-{
+) -> kube::Result<Option<Arc<K>>> {
     if cached.is_some() {
         return Ok(cached);
     }

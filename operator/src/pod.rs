@@ -1,5 +1,7 @@
 //! What a pod says of itself: whose it is, whether it serves, how its containers ended. Pure.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 
@@ -17,6 +19,12 @@ pub struct LastLine {
     pub container: String,
     /// The line, of at most [`LINE_LIMIT_CHARS`].
     pub line: String,
+}
+
+/// The pods that are not being deleted.
+pub fn living(pods: &[Arc<Pod>]) -> impl Iterator<Item = &Pod> {
+    let pods = pods.iter().map(Arc::as_ref);
+    pods.filter(|pod| pod.metadata.deletion_timestamp.is_none())
 }
 
 /// The pod's condition Ready.

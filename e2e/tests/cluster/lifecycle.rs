@@ -2,7 +2,8 @@
 
 use crate::scene::{Scene, demo};
 use crate::{kvasir, next_reference, release};
-use kvasir_e2e::quickstart;
+use kvasir_e2e::command::run;
+use kvasir_e2e::quickstart::{self, SYSTEM};
 use kvasir_e2e::wait::Seen;
 use std::collections::BTreeSet;
 
@@ -40,6 +41,26 @@ fn a_deployment_answers_and_its_deletion_leaves_nothing() {
             .collect();
         Ok(if names.is_empty() { Seen::Yes(()) } else { Seen::NotYet(names.join(", ")) })
     });
+}
+
+#[test]
+fn a_namespace_goes_with_all_that_is_in_it_and_no_error_is_told() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "going");
+    scene.apply(&demo("demo", ONE)).expect("accepted");
+    scene.await_ready("demo");
+    // An upgrade would replace the operator, and its log.
+    let _alone = release();
+    scene
+        .kubectl(&["delete", "namespace", "going", "--timeout=90s"])
+        .expect("deleted");
+    let operator = ["logs", "deployment/kvasir-operator", "--namespace", SYSTEM];
+    let log = run(cluster.kubectl().args(operator)).expect("its log");
+    let told: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("WARN") && line.contains("going"))
+        .collect();
+    assert!(told.is_empty(), "{told:?}");
 }
 
 #[test]

@@ -2,6 +2,9 @@
 //! Pure. It owns their content and the revision that decides whether pods roll; the number of replicas is handed in,
 //! and it doesn't know what the API server holds beyond the running Deployment.
 
+use std::fmt::Debug;
+
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{PodTemplateSpec, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -9,6 +12,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Resource, ResourceExt};
 use kvasir_crds::LLMDeployment;
 use kvasir_crds::llmdeployment::{LLMDeploymentSpec, ModelSource, SELECTOR_LABEL};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::pod_template::{MODELS, SERVER, lay_over};
@@ -37,6 +42,31 @@ const STARTUP_SECONDS: u32 = 3600;
 
 /// Set beyond [`STARTUP_SECONDS`], so that a model that loads is not called stuck.
 const PROGRESS_DEADLINE_SECONDS: u32 = 3900;
+
+/// A kind of object that belongs to an `LLMDeployment`.
+pub trait Child:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope>
+    + Clone
+    + Debug
+    + Serialize
+    + DeserializeOwned
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<K> Child for K where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + Debug
+        + Serialize
+        + DeserializeOwned
+        + Send
+        + Sync
+        + 'static
+{
+}
 
 /// All of them carry the deployment's name, and its owner reference.
 #[derive(Clone, Debug, PartialEq)]

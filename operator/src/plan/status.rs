@@ -17,7 +17,7 @@ use kvasir_crds::llmdeployment::{
 use super::autoscale::{Decision, Load};
 use super::children::{endpoint, revision, revision_of};
 use super::pod_template::SERVER;
-use crate::pod::{LastLine, ended, is_ready, last_line};
+use crate::pod::{LastLine, ended, is_ready, last_line, living};
 
 /// Replicas that don't serve are listed up to here.
 pub const MAX_NOT_READY: usize = 10;
@@ -65,14 +65,8 @@ pub struct StatusInput<'a> {
 pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
     let before = input.before.cloned().unwrap_or_default();
     let name = input.metadata.name.clone().unwrap_or_default();
-    let living: Vec<&Pod> = input
-        .pods
-        .iter()
-        .map(Arc::as_ref)
-        .filter(|pod| pod.metadata.deletion_timestamp.is_none())
-        .collect();
     let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
-    let ready = count(living.iter().filter(|pod| is_ready(pod)).count());
+    let ready = count(living(input.pods).filter(|pod| is_ready(pod)).count());
     let child = input
         .child
         .and_then(|child| child.status.clone())
@@ -86,7 +80,7 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
     LLMDeploymentStatus {
         observed_generation: input.metadata.generation,
         conditions: conditions(input, &before.conditions, ready, not_ready.first()),
-        replicas: count(living.len()),
+        replicas: count(living(input.pods).count()),
         ready_replicas: ready,
         updated_replicas: child.updated_replicas.unwrap_or(0),
         selector: Some(format!("{SELECTOR_LABEL}={name}")),
@@ -258,13 +252,10 @@ fn not_ready(
     last_lines: &[LastLine],
 ) -> Vec<NotReadyReplica> {
     let refused = refusal.map(|message| (None, Reason::PodRefused, message));
-    let failing = pods
-        .iter()
-        .filter(|pod| pod.metadata.deletion_timestamp.is_none() && !is_ready(pod))
-        .map(|pod| {
-            let (reason, message) = why(pod, warnings, last_lines);
-            (Some(pod.name_any()), reason, message)
-        });
+    let failing = living(pods).filter(|pod| !is_ready(pod)).map(|pod| {
+        let (reason, message) = why(pod, warnings, last_lines);
+        (Some(pod.name_any()), reason, message)
+    });
     let mut found: Vec<_> = refused.into_iter().chain(failing).collect();
     // Starting is the least telling; otherwise the order of the pods' names.
     found.sort_by_key(|(_, reason, _)| *reason == Reason::Starting);
