@@ -19,6 +19,8 @@ pub struct Image {
     pub reference: String,
     /// What runs when a pod names no command.
     pub entrypoint: Vec<String>,
+    /// Environment variables of whatever runs, as `NAME=value`.
+    pub env: Vec<String>,
     /// Numeric user and group of the process.
     pub user: u32,
     /// The content of the root file system.
@@ -45,7 +47,7 @@ impl Image {
         let config = json!({
             "architecture": architecture(),
             "os": "linux",
-            "config": { "Entrypoint": self.entrypoint, "User": format!("{0}:{0}", self.user), "WorkingDir": "/" },
+            "config": { "Entrypoint": self.entrypoint, "Env": self.env, "User": format!("{0}:{0}", self.user), "WorkingDir": "/" },
             "rootfs": { "type": "layers", "diff_ids": [digest(&layer)] },
         })
         .to_string();

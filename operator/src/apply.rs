@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 
 use crate::observe::{Observed, Sources};
 use crate::plan::children::{Child, FIELD_MANAGER};
-use crate::plan::{Plan, Severity, version};
-use crate::stored::Stored;
+use crate::plan::{Plan, Severity};
+use crate::stored::{Stored, version};
 
 /// Carries out `plan`, and lets the cache know how the API server answered. The version of the `LLMDeployment` with the new
 /// status, where that was written.

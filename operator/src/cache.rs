@@ -18,8 +18,8 @@ use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
-use crate::plan::version;
 use crate::pod::serves;
+use crate::stored::version;
 
 /// Namespace and name.
 pub type Key = (String, String);

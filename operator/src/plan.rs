@@ -17,7 +17,7 @@ use kvasir_crds::llmdeployment::{
 };
 
 use crate::observe::Observed;
-use crate::stored::Unreadable;
+use crate::stored::{Unreadable, version};
 use autoscale::Load;
 use children::Children;
 use status::{Refusal, StatusInput};
@@ -69,12 +69,6 @@ impl History {
             _ => status.cloned(),
         }
     }
-}
-
-/// An object's version: a decimal number that grows (Kubernetes API Concepts, "Resource versions").
-#[must_use]
-pub fn version(metadata: &ObjectMeta) -> Option<u64> {
-    metadata.resource_version.as_ref()?.parse().ok()
 }
 
 /// What is to be done.

@@ -29,6 +29,12 @@ pub struct Unreadable {
     pub sentence: String,
 }
 
+/// An object's version: a decimal number that grows (Kubernetes API Concepts, "Resource versions").
+#[must_use]
+pub fn version(metadata: &ObjectMeta) -> Option<u64> {
+    metadata.resource_version.as_ref()?.parse().ok()
+}
+
 impl<'de> Deserialize<'de> for Stored {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let object = Value::deserialize(deserializer)?;

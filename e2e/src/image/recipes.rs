@@ -46,24 +46,57 @@ pub fn kvasir(devices: Devices) -> Result<Image, Error> {
     );
     let folder = release_binaries(devices)?;
     let programs = ["kvasir-server", "kvasir-operator"].map(|name| folder.join(name));
-    let mut files = with_libraries(&programs)?;
+    let mut image = Image {
+        reference: kvasir_reference(),
+        entrypoint: vec!["/kvasir-server".into()],
+        env: Vec::new(),
+        user: NONROOT,
+        files: with_libraries(&programs)?,
+    };
     if devices == Devices::CpuAndCuda {
         let library = run(&mut Command::new(
             workspace().join("kernels/cuda/cublas.sh"),
         ))?;
-        files.push(ImageFile {
-            path: "/lib/x86_64-linux-gnu/libcublasLt.so.13".into(),
-            from: PathBuf::from(library.trim()),
-            mode: 0o755,
-        });
+        add_cuda(&mut image, Path::new(library.trim()))?;
     }
     step.done(format_args!("built in {}", folder.display()));
-    Ok(Image {
-        reference: kvasir_reference(),
-        entrypoint: vec!["/kvasir-server".into()],
-        user: NONROOT,
-        files,
-    })
+    Ok(image)
+}
+
+/// What a server needs on a GPU: cuBLASLt, the libraries that it and the driver name, and a place for the driver, which
+/// the NVIDIA container toolkit mounts from the node as the container starts.
+///
+/// The toolkit takes the folder of the driver's libraries from `debian_version`, and leaves an image without an
+/// `ld.so.cache` without one (NVIDIA Container Toolkit, `nvidia-cdi-hook update-ldcache`). Google's device plugin mounts
+/// the driver at /usr/local/nvidia instead, and expects the image to look there.
+fn add_cuda(image: &mut Image, cublas: &Path) -> Result<(), Error> {
+    let file = |path: String, from: &Path, mode| ImageFile {
+        path,
+        from: from.to_owned(),
+        mode,
+    };
+    let known: BTreeSet<String> = image.files.iter().map(|file| file.path.clone()).collect();
+    // The driver names no others than cuBLASLt does: those of the C library.
+    let libraries = shared_libraries(&run(Command::new("ldd").arg(cublas))?);
+    let new = libraries.into_iter().filter(|path| !known.contains(path));
+    image
+        .files
+        .extend(new.map(|path| file(path.clone(), Path::new(&path), 0o755)));
+    let folder = "/lib/x86_64-linux-gnu";
+    image.files.extend([
+        file(format!("{folder}/libcublasLt.so.13"), cublas, 0o755),
+        file(
+            "/etc/debian_version".into(),
+            Path::new("/etc/debian_version"),
+            0o644,
+        ),
+        file("/etc/ld.so.cache".into(), Path::new("/dev/null"), 0o644),
+    ]);
+    image.env = vec![
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility".into(),
+        "LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/nvidia/lib".into(),
+    ];
+    Ok(())
 }
 
 /// This crate's own program as a client to put beside a server: `program` is kvasir-e2e.
@@ -74,6 +107,7 @@ pub fn ask(program: &Path) -> Result<Image, Error> {
     Ok(Image {
         reference: ASK.into(),
         entrypoint: vec!["/kvasir-e2e".into(), "ask".into()],
+        env: Vec::new(),
         user: NONROOT,
         files: with_libraries(&[program.to_owned()])?,
     })
@@ -85,6 +119,7 @@ pub fn coredns(folder: &Path) -> Image {
     Image {
         reference: COREDNS.into(),
         entrypoint: vec!["/coredns".into()],
+        env: Vec::new(),
         user: 0,
         files: vec![ImageFile {
             path: "/coredns".into(),
@@ -110,6 +145,7 @@ pub fn pause(scratch: &Path) -> Result<Image, Error> {
     Ok(Image {
         reference: PAUSE.into(),
         entrypoint: vec!["/pause".into()],
+        env: Vec::new(),
         user: NONROOT,
         files: vec![ImageFile {
             path: "/pause".into(),
@@ -221,6 +257,39 @@ mod tests {
     }
 
     #[test]
+    fn an_image_for_gpus_has_each_library_that_cublas_names_once() {
+        // Any program that names the C library stands in for cuBLAS, which is 540 MB.
+        let stand_in = std::env::current_exe().expect("this program");
+        let mut image = Image {
+            reference: "kvasir.dev/test:1".into(),
+            entrypoint: Vec::new(),
+            env: Vec::new(),
+            user: NONROOT,
+            files: vec![ImageFile {
+                path: "/lib/x86_64-linux-gnu/libm.so.6".into(),
+                from: stand_in.clone(),
+                mode: 0o755,
+            }],
+        };
+        add_cuda(&mut image, &stand_in).expect("added");
+        let named = run(Command::new("ldd").arg(&stand_in)).expect("ldd");
+        let mut wanted: BTreeSet<_> = shared_libraries(&named).into_iter().collect();
+        assert!(wanted.iter().any(|path| path.ends_with("/libc.so.6")));
+        wanted.extend(
+            [
+                "/lib/x86_64-linux-gnu/libm.so.6",
+                "/lib/x86_64-linux-gnu/libcublasLt.so.13",
+                "/etc/debian_version",
+                "/etc/ld.so.cache",
+            ]
+            .map(str::to_owned),
+        );
+        let mut found: Vec<_> = image.files.into_iter().map(|file| file.path).collect();
+        found.sort();
+        assert_eq!(found, Vec::from_iter(wanted));
+    }
+
+    #[test]
     fn an_image_has_the_same_bytes_each_time() {
         let scratch = std::env::temp_dir().join(format!("kvasir-image-{}", std::process::id()));
         fs::create_dir_all(&scratch).expect("a scratch folder");
@@ -229,6 +298,7 @@ mod tests {
         let image = Image {
             reference: "kvasir.dev/test:1".into(),
             entrypoint: vec!["/a/b".into()],
+            env: Vec::new(),
             user: NONROOT,
             files: vec![ImageFile {
                 path: "/a/b".into(),

@@ -9,6 +9,21 @@ use kvasir_e2e::wait::Seen;
 const GPU: &str = "  replicas: 1\n  drainSeconds: 5\n  resources: {requests: {cpu: 50m}, limits: {nvidia.com/gpu: 1}}";
 
 #[test]
+fn the_example_is_accepted_and_the_claim_that_it_lacks_is_named() {
+    let Some(cluster) = kvasir() else { return };
+    let scene = Scene::new(cluster, "gpu-example");
+    scene
+        .apply(include_str!("../../examples/gpu.yaml"))
+        .expect("accepted");
+    let object = scene.await_deployment("the status names the claim", "llama", 60, |object| {
+        let message = &object["status"]["notReady"][0]["message"];
+        let named = "persistentvolumeclaim \"models\" not found";
+        message.as_str().is_some_and(|m| m.contains(named))
+    });
+    assert_eq!(condition(&object, "Accepted")["status"], "True");
+}
+
+#[test]
 fn the_scheduler_is_quoted_until_capacity_appears_and_then_the_server() {
     let Some(cluster) = kvasir() else { return };
     let scene = Scene::new(cluster, "gpu");
