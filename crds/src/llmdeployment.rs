@@ -77,8 +77,9 @@ pub struct LLMDeploymentSpec {
     /// When the kubelet pulls the image; Kubernetes' default where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_pull_policy: Option<ImagePullPolicy>,
-    /// CPU, memory and GPUs (`nvidia.com/gpu`) of each replica. With a GPU the server runs on it and never
-    /// falls back to the CPU; without one it runs on the CPU.
+    /// CPU, memory and the GPU of each replica: one `nvidia.com/gpu`, or a part of one (`nvidia.com/gpu.shared`,
+    /// `nvidia.com/mig-...`). With a GPU the server runs on it and never falls back to the CPU; without one it runs
+    /// on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::resources")]
     pub resources: Option<ResourceRequirements>,

@@ -29,7 +29,11 @@ pub(super) fn resources(_: &mut SchemaGenerator) -> Schema {
         "additionalProperties": {
             "pattern": r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$",
             "x-kubernetes-int-or-string": true
-        }
+        },
+        "x-kubernetes-validations": [{
+            "rule": "!('nvidia.com/gpu' in self) || string(self['nvidia.com/gpu']) in ['0', '1']",
+            "message": "nvidia.com/gpu must be 1: a replica serves on one GPU; for more of them raise spec.replicas or spec.autoscaling.maxReplicas"
+        }]
     });
     json_schema!({ "type": "object", "properties": { "limits": quantities, "requests": quantities } })
 }

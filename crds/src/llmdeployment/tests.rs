@@ -102,6 +102,24 @@ fn rules_refuse_contradictions_and_say_the_remedy() {
             "",
         ),
         (
+            "one GPU",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "limits": { "nvidia.com/gpu": 1 } } }),
+            "",
+        ),
+        (
+            "one GPU in words",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "requests": { "nvidia.com/gpu": "1" } } }),
+            "",
+        ),
+        (
+            "GPUs that nobody would use",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "limits": { "nvidia.com/gpu": 2 } } }),
+            "nvidia.com/gpu must be 1",
+        ),
+        (
             "a name too long for its children",
             &long,
             json!({ "model": demo, "replicas": 1 }),

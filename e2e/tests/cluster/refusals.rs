@@ -24,6 +24,12 @@ fn contradictions_and_a_second_owner_of_the_replicas_are_refused() {
             "{why}: {error}"
         );
     }
+    let gpus = "  replicas: 1\n  resources: {limits: {nvidia.com/gpu: 2}}";
+    let error = scene.apply(&demo("demo", gpus)).expect_err("two GPUs");
+    assert!(
+        error.to_string().contains("nvidia.com/gpu must be 1"),
+        "{error}"
+    );
     scene
         .apply(&demo("owned", "  autoscaling: {maxReplicas: 3}"))
         .expect("autoscaling is accepted");

@@ -356,14 +356,18 @@ fn args(d: &LLMDeployment) -> Vec<String> {
     .collect()
 }
 
-/// A GPU is asked for: a quantity of `nvidia.com/gpu` that isn't 0.
+/// A GPU or a part of one is asked for, under the names of NVIDIA's device plugin: a quantity that isn't 0.
 fn wants_gpu(d: &LLMDeployment) -> bool {
+    let is_gpu = |name: &str| {
+        matches!(name, "nvidia.com/gpu" | "nvidia.com/gpu.shared")
+            || name.starts_with("nvidia.com/mig-")
+    };
     let resources = d.spec.resources.iter();
     resources
         .flat_map(|r| [&r.limits, &r.requests])
         .flatten()
-        .filter_map(|quantities| quantities.get("nvidia.com/gpu"))
-        .any(|quantity| quantity.0.trim() != "0")
+        .flatten()
+        .any(|(name, quantity)| is_gpu(name) && quantity.0.trim() != "0")
 }
 
 /// `value` as a type of Kubernetes.

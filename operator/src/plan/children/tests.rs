@@ -177,14 +177,17 @@ fn a_revision_is_the_same_in_every_release() {
 
 #[test]
 fn a_gpu_is_asked_for_by_a_quantity_that_is_not_0() {
-    for (quantity, want) in [
-        (json!(1), true),
-        (json!("2"), true),
-        (json!(0), false),
-        (json!("0"), false),
+    for (name, quantity, want) in [
+        ("nvidia.com/gpu", json!(1), true),
+        ("nvidia.com/gpu", json!("1"), true),
+        ("nvidia.com/gpu", json!(0), false),
+        ("nvidia.com/gpu", json!("0"), false),
+        ("nvidia.com/gpu.shared", json!(1), true),
+        ("nvidia.com/mig-3g.71gb", json!(1), true),
+        ("nvidia.com/hostdev", json!(1), false),
     ] {
         let mut spec = demo();
-        spec["resources"] = json!({ "limits": { "nvidia.com/gpu": quantity } });
+        spec["resources"] = json!({ "limits": { name: quantity } });
         assert_eq!(args(&deployment(spec)).contains(&"cuda".to_owned()), want);
     }
 }
