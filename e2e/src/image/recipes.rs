@@ -46,57 +46,54 @@ pub fn kvasir(devices: Devices) -> Result<Image, Error> {
     );
     let folder = release_binaries(devices)?;
     let programs = ["kvasir-server", "kvasir-operator"].map(|name| folder.join(name));
+    let cublas = match devices {
+        Devices::Cpu => None,
+        Devices::CpuAndCuda => {
+            let script = workspace().join("kernels/cuda/cublas.sh");
+            Some(PathBuf::from(run(&mut Command::new(script))?.trim()))
+        }
+    };
+    let image = image_of(&programs, cublas.as_deref())?;
+    step.done(format_args!("built in {}", folder.display()));
+    Ok(image)
+}
+
+/// `programs` at the root; where cuBLASLt is there too, also a place for the driver, which the NVIDIA container toolkit
+/// mounts from the node as the container starts. The driver names no libraries but those that cuBLASLt does.
+///
+/// The toolkit takes the folder of the driver's libraries from `debian_version`, and leaves an image without an
+/// `ld.so.cache` without one (NVIDIA Container Toolkit, `nvidia-cdi-hook update-ldcache`). Google's device plugin mounts
+/// the driver at /usr/local/nvidia instead, and expects the image to look there.
+fn image_of(programs: &[PathBuf], cublas: Option<&Path>) -> Result<Image, Error> {
+    let mut linked: Vec<_> = programs.iter().map(|path| at_root(path)).collect();
+    linked.extend(cublas.map(|from| ImageFile {
+        path: "/lib/x86_64-linux-gnu/libcublasLt.so.13".into(),
+        from: from.to_owned(),
+        mode: 0o755,
+    }));
     let mut image = Image {
         reference: kvasir_reference(),
         entrypoint: vec!["/kvasir-server".into()],
         env: Vec::new(),
         user: NONROOT,
-        files: with_libraries(&programs)?,
+        files: with_libraries(linked)?,
     };
-    if devices == Devices::CpuAndCuda {
-        let library = run(&mut Command::new(
-            workspace().join("kernels/cuda/cublas.sh"),
-        ))?;
-        add_cuda(&mut image, Path::new(library.trim()))?;
+    if cublas.is_some() {
+        let marks = [
+            ("/etc/debian_version", "/etc/debian_version"),
+            ("/etc/ld.so.cache", "/dev/null"),
+        ];
+        image.files.extend(marks.map(|(path, from)| ImageFile {
+            path: path.into(),
+            from: from.into(),
+            mode: 0o644,
+        }));
+        image.env = vec![
+            "NVIDIA_DRIVER_CAPABILITIES=compute,utility".into(),
+            "LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/nvidia/lib".into(),
+        ];
     }
-    step.done(format_args!("built in {}", folder.display()));
     Ok(image)
-}
-
-/// What a server needs on a GPU: cuBLASLt, the libraries that it and the driver name, and a place for the driver, which
-/// the NVIDIA container toolkit mounts from the node as the container starts.
-///
-/// The toolkit takes the folder of the driver's libraries from `debian_version`, and leaves an image without an
-/// `ld.so.cache` without one (NVIDIA Container Toolkit, `nvidia-cdi-hook update-ldcache`). Google's device plugin mounts
-/// the driver at /usr/local/nvidia instead, and expects the image to look there.
-fn add_cuda(image: &mut Image, cublas: &Path) -> Result<(), Error> {
-    let file = |path: String, from: &Path, mode| ImageFile {
-        path,
-        from: from.to_owned(),
-        mode,
-    };
-    let known: BTreeSet<String> = image.files.iter().map(|file| file.path.clone()).collect();
-    // The driver names no others than cuBLASLt does: those of the C library.
-    let libraries = shared_libraries(&run(Command::new("ldd").arg(cublas))?);
-    let new = libraries.into_iter().filter(|path| !known.contains(path));
-    image
-        .files
-        .extend(new.map(|path| file(path.clone(), Path::new(&path), 0o755)));
-    let folder = "/lib/x86_64-linux-gnu";
-    image.files.extend([
-        file(format!("{folder}/libcublasLt.so.13"), cublas, 0o755),
-        file(
-            "/etc/debian_version".into(),
-            Path::new("/etc/debian_version"),
-            0o644,
-        ),
-        file("/etc/ld.so.cache".into(), Path::new("/dev/null"), 0o644),
-    ]);
-    image.env = vec![
-        "NVIDIA_DRIVER_CAPABILITIES=compute,utility".into(),
-        "LD_LIBRARY_PATH=/usr/local/nvidia/lib64:/usr/local/nvidia/lib".into(),
-    ];
-    Ok(())
 }
 
 /// This crate's own program as a client to put beside a server: `program` is kvasir-e2e.
@@ -109,7 +106,7 @@ pub fn ask(program: &Path) -> Result<Image, Error> {
         entrypoint: vec!["/kvasir-e2e".into(), "ask".into()],
         env: Vec::new(),
         user: NONROOT,
-        files: with_libraries(&[program.to_owned()])?,
+        files: with_libraries(vec![at_root(program)])?,
     })
 }
 
@@ -190,18 +187,21 @@ fn is_of_this_program(variable: &str) -> bool {
     names.contains(&variable) || prefixes.iter().any(|p| variable.starts_with(p))
 }
 
-/// The programs at the root of the image, and the shared libraries that they name where they name them.
-fn with_libraries(programs: &[PathBuf]) -> Result<Vec<ImageFile>, Error> {
-    let mut files = Vec::new();
+/// A program at the root of the image.
+fn at_root(program: &Path) -> ImageFile {
+    let name = program.file_name().unwrap_or_default().to_string_lossy();
+    ImageFile {
+        path: format!("/{name}"),
+        from: program.to_owned(),
+        mode: 0o755,
+    }
+}
+
+/// `files`, and the shared libraries that they name where they name them.
+fn with_libraries(mut files: Vec<ImageFile>) -> Result<Vec<ImageFile>, Error> {
     let mut libraries = BTreeSet::new();
-    for from in programs {
-        libraries.extend(shared_libraries(&run(Command::new("ldd").arg(from))?));
-        let name = from.file_name().unwrap_or_default().to_string_lossy();
-        files.push(ImageFile {
-            path: format!("/{name}"),
-            from: from.clone(),
-            mode: 0o755,
-        });
+    for file in &files {
+        libraries.extend(shared_libraries(&run(Command::new("ldd").arg(&file.from))?));
     }
     files.extend(libraries.into_iter().map(|path| {
         let from = PathBuf::from(&path);
@@ -260,24 +260,14 @@ mod tests {
     fn an_image_for_gpus_has_each_library_that_cublas_names_once() {
         // Any program that names the C library stands in for cuBLAS, which is 540 MB.
         let stand_in = std::env::current_exe().expect("this program");
-        let mut image = Image {
-            reference: "kvasir.dev/test:1".into(),
-            entrypoint: Vec::new(),
-            env: Vec::new(),
-            user: NONROOT,
-            files: vec![ImageFile {
-                path: "/lib/x86_64-linux-gnu/libm.so.6".into(),
-                from: stand_in.clone(),
-                mode: 0o755,
-            }],
-        };
-        add_cuda(&mut image, &stand_in).expect("added");
+        let program = at_root(&stand_in).path;
+        let image = image_of(std::slice::from_ref(&stand_in), Some(&stand_in)).expect("made");
         let named = run(Command::new("ldd").arg(&stand_in)).expect("ldd");
         let mut wanted: BTreeSet<_> = shared_libraries(&named).into_iter().collect();
         assert!(wanted.iter().any(|path| path.ends_with("/libc.so.6")));
         wanted.extend(
             [
-                "/lib/x86_64-linux-gnu/libm.so.6",
+                program.as_str(),
                 "/lib/x86_64-linux-gnu/libcublasLt.so.13",
                 "/etc/debian_version",
                 "/etc/ld.so.cache",
