@@ -5,7 +5,8 @@
 use std::num::NonZeroUsize;
 
 use crate::cpu::CpuDevice;
-use crate::device::{Device, DeviceConfig, DeviceError, Precision};
+use crate::device::{Device, DeviceError, DeviceOptions};
+use crate::shape::Precision;
 
 /// What was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +19,7 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// A device that is there, before it knows a model.
+/// A device that is there, before it holds a model.
 pub struct ChosenDevice {
     found: Found,
     why_not_cuda: Option<String>,
@@ -83,16 +84,16 @@ impl ChosenDevice {
         }
     }
 
-    /// Makes it for a model; `n_threads` compute where it is the CPU.
+    /// Makes it; `n_threads` compute where it is the CPU.
     pub fn make(
         self,
-        config: DeviceConfig,
+        options: DeviceOptions,
         n_threads: NonZeroUsize,
     ) -> Result<Box<dyn Device>, DeviceError> {
         match self.found {
-            Found::Cpu => Ok(Box::new(CpuDevice::new(config, n_threads)?)),
+            Found::Cpu => Ok(Box::new(CpuDevice::new(options, n_threads)?)),
             #[cfg(feature = "cuda")]
-            Found::Cuda(gpu) => Ok(Box::new(crate::cuda::CudaDevice::new(*gpu, config)?)),
+            Found::Cuda(gpu) => Ok(Box::new(crate::cuda::CudaDevice::new(*gpu, options)?)),
         }
     }
 }

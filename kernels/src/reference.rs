@@ -4,37 +4,25 @@
 //! the other devices are tested against it. It knows no SIMD, no threads, no packing, and it is slow.
 
 use crate::device::{
-    AttentionShape, BlockId, Buffer, Device, DeviceConfig, DeviceError, Memory, Ops, Rows,
-    StepInput, StepOutput, TensorView, Ticket, Vector, Weight,
+    Activation, Buffer, Device, DeviceError, Experts, ExpertsShape, Finished, Forward, HeadNorms,
+    Logits, Memory, Model, Ops, Rows, Ticket, Vector, Weight,
 };
 use crate::sampling::{self, Scratch};
-use crate::step::{Finished, Step};
+use crate::shape::{CacheId, Capabilities, LayerId, ModelShape, Rope};
+use crate::step::{BlockId, DeviceOutput, LogitsRow, Step, StepInput};
+use crate::stored::{StoredMatrix, TensorView};
+
+const CAPABILITIES: Capabilities = Capabilities {
+    device: "reference",
+    head_dims: None,
+    block_sizes: (1, usize::MAX),
+};
 
 /// The device of the oracle.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ReferenceDevice {
     pass: Pass,
     finished: Finished,
-}
-
-impl ReferenceDevice {
-    /// A device without weights or cache.
-    pub fn new(config: DeviceConfig) -> Self {
-        Self {
-            pass: Pass {
-                step: Step::new(&config),
-                config,
-                weights: Vec::new(),
-                vectors: Vec::new(),
-                buffers: Vec::new(),
-                keys: Vec::new(),
-                values: Vec::new(),
-                scratch: Scratch::default(),
-                output: StepOutput::default(),
-            },
-            finished: Finished::default(),
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -58,41 +46,65 @@ impl Matrix {
 }
 
 #[derive(Debug)]
-struct Activation {
+struct Activations {
+    model: Model,
     rows: Rows,
     matrix: Matrix,
 }
 
-/// What the operations work on.
 #[derive(Debug)]
-struct Pass {
-    config: DeviceConfig,
+struct ModelState {
+    shape: ModelShape,
     step: Step,
+}
+
+/// What the operations work on.
+#[derive(Debug, Default)]
+struct Pass {
+    models: Vec<ModelState>,
+    /// Whose step it is.
+    current: usize,
     weights: Vec<Matrix>,
     vectors: Vec<Vec<f64>>,
-    buffers: Vec<Activation>,
-    /// `[layer][block][slot][kv head][dim]`, and values likewise.
-    keys: Vec<f64>,
-    values: Vec<f64>,
+    buffers: Vec<Activations>,
+    logits: Vec<Activations>,
+    experts: Vec<ExpertsShape>,
+    /// `[block][page_elements]`: in a page, cache after cache of its group, `[key or value][slot][kv head][dim]`.
+    pages: Vec<f64>,
+    page_elements: usize,
     scratch: Scratch,
-    output: StepOutput,
 }
 
 impl Pass {
-    fn n_rows(&self, rows: Rows) -> usize {
+    fn model(&self) -> &ModelState {
+        &self.models[self.current]
+    }
+
+    fn step(&self) -> &Step {
+        &self.model().step
+    }
+
+    fn n_rows(&self, model: Model, rows: Rows) -> usize {
+        let step = &self.models[model.0 as usize].step;
         match rows {
-            Rows::Tokens => self.step.tokens.len(),
-            Rows::Logits => self.step.logits.len(),
+            Rows::Tokens => step.tokens.len(),
+            Rows::Logits => step.logits.len(),
         }
     }
 
     fn matrix(&self, buffer: Buffer) -> &Matrix {
-        &self.buffers[buffer.0 as usize].matrix
+        let activations = &self.buffers[buffer.0 as usize];
+        assert_eq!(
+            activations.model.0 as usize, self.current,
+            "a buffer of another model"
+        );
+        &activations.matrix
     }
 
     /// Replaces the first rows of `out`, computed one by one from everything else.
     fn fill(&mut self, out: Buffer, row: impl Fn(&Self, usize) -> Vec<f64>) {
-        for r in 0..self.n_rows(self.buffers[out.0 as usize].rows) {
+        let Activations { model, rows, .. } = self.buffers[out.0 as usize];
+        for r in 0..self.n_rows(model, rows) {
             let values = row(self, r);
             let matrix = &mut self.buffers[out.0 as usize].matrix;
             assert_eq!(
@@ -105,64 +117,67 @@ impl Pass {
         }
     }
 
-    /// Index of the first element of a position's key (or value) of one head.
-    fn cache_index(&self, layer: usize, token: usize, position: u32, head: usize) -> usize {
-        let AttentionShape {
-            n_layers,
-            n_kv_heads,
-            head_dim,
-            block_size,
-            ..
-        } = self.config.attention;
-        let (block, slot) = self.step.slot(self.step.rows[token], position);
-        let n_blocks = self.keys.len() / (n_layers * block_size * n_kv_heads * head_dim);
-        (((layer * n_blocks + block) * block_size + slot) * n_kv_heads + head) * head_dim
+    /// Index of the first elements of a position's key and value of one head.
+    fn cache_index(&self, cache: CacheId, token: usize, position: u32, head: usize) -> [usize; 2] {
+        let ModelState { shape, step } = self.model();
+        let (group, place) = shape.place_of(cache);
+        let cache = shape.caches[cache.0 as usize];
+        let (block, slot) = step.slot(group, step.rows[token], position);
+        let n = cache.elements_per_token() / 2;
+        let of_cache = 2 * n * shape.block_size;
+        let key = block * self.page_elements + place * of_cache + slot * n + head * cache.head_dim;
+        [key, key + of_cache / 2]
     }
 
     fn copy_block(&mut self, (from, to): (BlockId, BlockId)) {
-        self.step.check_copy((from, to));
-        let AttentionShape {
-            n_layers,
-            n_kv_heads,
-            head_dim,
-            block_size,
-            ..
-        } = self.config.attention;
-        let block = block_size * n_kv_heads * head_dim;
-        for cache in [&mut self.keys, &mut self.values] {
-            let layer = cache.len() / n_layers;
-            for start in (0..n_layers).map(|l| l * layer) {
-                let source = start + from.0 as usize * block;
-                cache.copy_within(source..source + block, start + to.0 as usize * block);
-            }
-        }
+        let start = from.0 as usize * self.page_elements;
+        self.pages.copy_within(
+            start..start + self.page_elements,
+            to.0 as usize * self.page_elements,
+        );
     }
 
-    /// One head's attention for one token: softmax over the keys at or before its position, then a mean of values.
-    fn attend(
-        &self,
-        query: &[f64],
-        layer: usize,
-        token: usize,
-        kv_head: usize,
-        scale: f64,
-    ) -> Vec<f64> {
-        let positions = 0..=self.step.positions[token];
-        let at = |position| self.cache_index(layer, token, position, kv_head);
+    /// One head's attention for one token: softmax over the keys that it sees, then a mean of values.
+    fn attend(&self, query: &[f64], layer: LayerId, token: usize, kv_head: usize) -> Vec<f64> {
+        let shape = &self.model().shape;
+        let attention = shape.layers[layer.0 as usize];
+        let cache = shape.cache_of(layer);
+        let positions = self.step().visible(&cache, token);
+        let at = |position| self.cache_index(attention.cache, token, position, kv_head);
         let scores: Vec<f64> = positions
             .clone()
-            .map(|p| dot(query, &self.keys[at(p)..][..query.len()]) * scale)
+            .map(|p| {
+                let score =
+                    dot(query, &self.pages[at(p)[0]..][..query.len()]) * f64::from(attention.scale);
+                attention.soft_cap.map_or(score, |cap| {
+                    f64::from(cap) * (score / f64::from(cap)).tanh()
+                })
+            })
             .collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
         let mut mean = vec![0.0; query.len()];
         for (p, score) in positions.zip(&scores) {
             let share = (score - max).exp() / sum;
-            for (m, v) in mean.iter_mut().zip(&self.values[at(p)..]) {
+            for (m, v) in mean.iter_mut().zip(&self.pages[at(p)[1]..]) {
                 *m += share * v;
             }
         }
         mean
+    }
+
+    /// One expert's gated MLP for one row.
+    fn expert(&self, x: &[f64], shape: &ExpertsShape, expert: usize) -> Vec<f64> {
+        let gate_up = &self.weights[shape.gate_up.0 as usize];
+        let down = &self.weights[shape.down.0 as usize];
+        let inner = down.cols;
+        let product = |row: usize| dot(x, gate_up.row(expert * 2 * inner + row));
+        let gated: Vec<f64> = (0..inner)
+            .map(|i| activated(product(i), shape.activation) * product(inner + i))
+            .collect();
+        (0..x.len())
+            .map(|row| dot(&gated, down.row(expert * x.len() + row)))
+            .collect()
     }
 }
 
@@ -176,26 +191,51 @@ fn normed(x: &[f64], weight: &[f64], epsilon: f32) -> Vec<f64> {
     x.iter().zip(weight).map(|(x, w)| x * inverse * w).collect()
 }
 
-fn rotate(head: &mut [f64], position: u32, inverse_frequencies: &[f32], scale: f32) {
-    let half = head.len() / 2;
-    for i in 0..half {
-        let angle = f64::from(position as f32 * inverse_frequencies[i]);
-        let (sin, cos) = (
-            angle.sin() * f64::from(scale),
-            angle.cos() * f64::from(scale),
-        );
+fn activated(x: f64, activation: Activation) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            x / 2.0 * (1.0 + inner.tanh())
+        }
+    }
+}
+
+fn rotate(head: &mut [f64], position: u32, rope: &Rope) {
+    let half = rope.inverse_frequencies.len();
+    let scale = f64::from(rope.scale);
+    for (i, frequency) in rope.inverse_frequencies.iter().enumerate() {
+        let angle = f64::from(position as f32 * frequency);
+        let (sin, cos) = (angle.sin() * scale, angle.cos() * scale);
         let (a, b) = (head[i], head[i + half]);
         head[i] = a * cos - b * sin;
         head[i + half] = b * cos + a * sin;
     }
 }
 
+/// The experts that a token takes, with their shares, most likely first; ties go to the lowest index.
+fn chosen_experts(router: &[f64], shape: &ExpertsShape) -> Vec<(usize, f64)> {
+    let max = router.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = router.iter().map(|x| (x - max).exp()).sum();
+    let mut experts: Vec<(usize, f64)> = router
+        .iter()
+        .map(|x| (x - max).exp() / sum)
+        .enumerate()
+        .collect();
+    experts.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    experts.truncate(shape.top_k);
+    if shape.renormalize {
+        let sum: f64 = experts.iter().map(|(_, share)| share).sum();
+        experts.iter_mut().for_each(|(_, share)| *share /= sum);
+    }
+    experts
+}
+
 impl Ops for Pass {
-    fn embed(&mut self, out: Buffer, table: Weight) {
+    fn embed(&mut self, out: Buffer, table: Weight, scale: f32) {
         self.fill(out, |pass, t| {
-            pass.weights[table.0 as usize]
-                .row(pass.step.tokens[t] as usize)
-                .to_vec()
+            let row = pass.weights[table.0 as usize].row(pass.step().tokens[t] as usize);
+            row.iter().map(|x| x * f64::from(scale)).collect()
         });
     }
 
@@ -230,94 +270,151 @@ impl Ops for Pass {
 
     fn matmul(&mut self, out: Buffer, x: Buffer, weight: Weight, bias: Option<Vector>) {
         self.fill(out, |pass, r| {
-            let matrix = &pass.weights[weight.0 as usize];
-            let x = pass.matrix(x).row(r);
-            assert_eq!(x.len(), matrix.cols, "matmul of another width");
-            let bias = |n| bias.map_or(0.0, |bias| pass.vectors[bias.0 as usize][n]);
-            (0..matrix.n_rows())
-                .map(|n| dot(x, matrix.row(n)) + bias(n))
-                .collect()
+            let mut row = pass.product(pass.matrix(x).row(r), weight);
+            if let Some(bias) = bias {
+                for (sum, bias) in row.iter_mut().zip(&pass.vectors[bias.0 as usize]) {
+                    *sum += bias;
+                }
+            }
+            row
         });
     }
 
-    fn rope_append(&mut self, qkv: Buffer, layer: usize) {
-        let AttentionShape {
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            ..
-        } = self.config.attention;
-        for t in 0..self.step.tokens.len() {
-            let position = self.step.positions[t];
-            let (rope, buffer) = (&self.config.rope, &mut self.buffers[qkv.0 as usize]);
-            for head in buffer
+    fn rope_append(&mut self, qkv: Buffer, layer: LayerId, norms: Option<HeadNorms>) {
+        let shape = &self.model().shape;
+        let attention = shape.layers[layer.0 as usize];
+        let cache = shape.cache_of(layer);
+        let (n_heads, head_dim) = (attention.n_heads, cache.head_dim);
+        let rope = attention
+            .rope
+            .map(|rope| shape.ropes[rope.0 as usize].clone());
+        for t in 0..self.step().tokens.len() {
+            let position = self.step().positions[t];
+            let mut row = self.matrix(qkv).row(t).to_vec();
+            let rotated = row.chunks_mut(head_dim).take(n_heads + cache.n_kv_heads);
+            for (h, head) in rotated.enumerate() {
+                if let Some(norms) = norms {
+                    let weight = if h < n_heads { norms.query } else { norms.key };
+                    let normed = normed(head, &self.vectors[weight.0 as usize], norms.epsilon);
+                    head.copy_from_slice(&normed);
+                }
+                if let Some(rope) = &rope {
+                    rotate(head, position, rope);
+                }
+            }
+            let (keys, values) = row[n_heads * head_dim..].split_at(cache.n_kv_heads * head_dim);
+            for head in 0..cache.n_kv_heads {
+                let [key, value] = self.cache_index(attention.cache, t, position, head);
+                let of_head = head * head_dim..(head + 1) * head_dim;
+                self.pages[key..][..head_dim].copy_from_slice(&keys[of_head.clone()]);
+                self.pages[value..][..head_dim].copy_from_slice(&values[of_head]);
+            }
+            self.buffers[qkv.0 as usize]
                 .matrix
                 .row_mut(t)
-                .chunks_mut(head_dim)
-                .take(n_heads + n_kv_heads)
-            {
-                rotate(head, position, &rope.inverse_frequencies, rope.scale);
-            }
-            let row = self.matrix(qkv).row(t).to_vec();
-            let (keys, values) = row[n_heads * head_dim..].split_at(n_kv_heads * head_dim);
-            for head in 0..n_kv_heads {
-                let at = self.cache_index(layer, t, position, head);
-                self.keys[at..][..head_dim].copy_from_slice(&keys[head * head_dim..][..head_dim]);
-                self.values[at..][..head_dim]
-                    .copy_from_slice(&values[head * head_dim..][..head_dim]);
-            }
+                .copy_from_slice(&row);
         }
     }
 
-    fn attention(&mut self, out: Buffer, qkv: Buffer, layer: usize, scale: f32) {
-        let AttentionShape {
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            ..
-        } = self.config.attention;
+    fn attention(&mut self, out: Buffer, qkv: Buffer, layer: LayerId) {
+        let shape = &self.model().shape;
+        let n_heads = shape.layers[layer.0 as usize].n_heads;
+        let cache = shape.cache_of(layer);
         self.fill(out, |pass, t| {
-            let queries = pass.matrix(qkv).row(t)[..n_heads * head_dim].chunks(head_dim);
-            let kv_head = |head| head / (n_heads / n_kv_heads);
+            let queries =
+                pass.matrix(qkv).row(t)[..n_heads * cache.head_dim].chunks(cache.head_dim);
+            let kv_head = |head| head / (n_heads / cache.n_kv_heads);
             let heads = queries
                 .enumerate()
-                .map(|(h, q)| pass.attend(q, layer, t, kv_head(h), f64::from(scale)));
+                .map(|(h, q)| pass.attend(q, layer, t, kv_head(h)));
             heads.flatten().collect()
         });
     }
 
-    fn swiglu(&mut self, out: Buffer, gate_up: Buffer) {
+    fn gated_activation(&mut self, out: Buffer, gate_up: Buffer, activation: Activation) {
         self.fill(out, |pass, r| {
             let row = pass.matrix(gate_up).row(r);
             let (gate, up) = row.split_at(row.len() / 2);
             gate.iter()
                 .zip(up)
-                .map(|(g, u)| g / (1.0 + (-g).exp()) * u)
+                .map(|(g, u)| activated(*g, activation) * u)
                 .collect()
+        });
+    }
+
+    fn experts(&mut self, out: Buffer, x: Buffer, router: Buffer, experts: Experts) {
+        let shape = self.experts[experts.0 as usize];
+        self.fill(out, |pass, t| {
+            let (x, router) = (pass.matrix(x).row(t), pass.matrix(router).row(t));
+            assert_eq!(router.len(), shape.n_experts, "a router of another width");
+            let mut sum = vec![0.0; x.len()];
+            for (expert, share) in chosen_experts(router, &shape) {
+                for (sum, y) in sum.iter_mut().zip(pass.expert(x, &shape, expert)) {
+                    *sum += share * y;
+                }
+            }
+            sum
         });
     }
 
     fn gather_logits_rows(&mut self, out: Buffer, x: Buffer) {
         self.fill(out, |pass, l| {
-            pass.matrix(x)
-                .row(pass.step.logits[l].token as usize)
-                .to_vec()
+            pass.matrix(x).row(pass.step().logits[l] as usize).to_vec()
         });
     }
 
-    fn all_reduce(&mut self, _x: Buffer) {}
-
-    fn sample(&mut self, logits: Buffer) {
-        for l in 0..self.step.logits.len() {
-            let row: Vec<f32> = self
-                .matrix(logits)
-                .row(l)
-                .iter()
-                .map(|&x| x as f32)
-                .collect();
-            let sampled = sampling::sample_row(&row, &self.step.logits[l], &mut self.scratch);
-            self.output.sampled.push(sampled);
+    fn logits(&mut self, out: Logits, x: Buffer, weight: Weight) {
+        for l in 0..self.step().logits.len() {
+            let row = self.product(self.matrix(x).row(l), weight);
+            let logits = &mut self.logits[out.0 as usize];
+            assert_eq!(
+                logits.model.0 as usize, self.current,
+                "logits of another model"
+            );
+            logits.matrix.row_mut(l).copy_from_slice(&row);
         }
+    }
+
+    fn all_reduce(&mut self, _x: Buffer) {}
+}
+
+impl Pass {
+    fn product(&self, x: &[f64], weight: Weight) -> Vec<f64> {
+        let matrix = &self.weights[weight.0 as usize];
+        assert_eq!(x.len(), matrix.cols, "matmul of another width");
+        (0..matrix.n_rows())
+            .map(|n| dot(x, matrix.row(n)))
+            .collect()
+    }
+
+    fn last_model(&self) -> Model {
+        Model(self.models.len().checked_sub(1).expect("a model was added") as u32)
+    }
+
+    fn activations(&self, rows: Rows, cols: usize) -> Activations {
+        let model = self.last_model();
+        let limits = &self.models[model.0 as usize].shape.limits;
+        let n_rows = match rows {
+            Rows::Tokens => limits.max_tokens,
+            Rows::Logits => limits.max_logits_rows,
+        };
+        Activations {
+            model,
+            rows,
+            matrix: Matrix {
+                cols,
+                data: vec![0.0; n_rows * cols],
+            },
+        }
+    }
+
+    fn read(&self, activations: &Activations) -> Vec<f32> {
+        let n_rows = self.n_rows(activations.model, activations.rows);
+        let matrix = &activations.matrix;
+        matrix.data[..n_rows * matrix.cols]
+            .iter()
+            .map(|&x| x as f32)
+            .collect()
     }
 }
 
@@ -330,124 +427,139 @@ impl Device for ReferenceDevice {
         1
     }
 
-    fn prepare_weight(&mut self, parts: &[TensorView<'_>]) -> Result<Weight, DeviceError> {
-        let cols = parts.first().map_or(0, |part| part.shape[1]);
-        assert!(
-            parts.iter().all(|part| part.shape[1] == cols),
-            "the parts of a weight differ in width"
-        );
-        self.pass.weights.push(Matrix {
-            cols,
-            data: widen(parts),
+    fn add_model(&mut self, shape: &ModelShape) -> Result<Model, DeviceError> {
+        shape.check(&CAPABILITIES)?;
+        let pass = &mut self.pass;
+        pass.models.push(ModelState {
+            shape: shape.clone(),
+            step: Step::new(shape),
         });
+        pass.page_elements = pass.page_elements.max(shape.page_elements());
+        Ok(pass.last_model())
+    }
+
+    fn prepare_weight(&mut self, parts: &[StoredMatrix<'_>]) -> Result<Weight, DeviceError> {
+        let cols = parts.first().map_or(0, |part| part.shape()[1]);
+        let mut data = Vec::new();
+        let mut row = vec![0.0; cols];
+        for part in parts {
+            part.assert_whole();
+            assert_eq!(
+                part.shape()[1],
+                cols,
+                "the parts of a weight differ in width"
+            );
+            for r in 0..part.shape()[0] {
+                part.read_row(r, &mut row);
+                data.extend(row.iter().map(|&x| f64::from(x)));
+            }
+        }
+        self.pass.weights.push(Matrix { cols, data });
         Ok(Weight(self.pass.weights.len() as u32 - 1))
     }
 
-    fn prepare_vector(&mut self, parts: &[TensorView<'_>]) -> Result<Vector, DeviceError> {
-        self.pass.vectors.push(widen(parts));
+    fn prepare_vector(
+        &mut self,
+        parts: &[TensorView<'_>],
+        offset: f32,
+    ) -> Result<Vector, DeviceError> {
+        let elements = parts
+            .iter()
+            .flat_map(|part| (0..part.shape[1]).map(|i| f64::from(part.at(0, i) + offset)));
+        self.pass.vectors.push(elements.collect());
         Ok(Vector(self.pass.vectors.len() as u32 - 1))
     }
 
     fn plan_buffer(&mut self, rows: Rows, cols: usize) -> Result<Buffer, DeviceError> {
-        let limits = &self.pass.config.limits;
-        let n_rows = match rows {
-            Rows::Tokens => limits.max_tokens,
-            Rows::Logits => limits.max_logits_rows,
-        };
-        let matrix = Matrix {
-            cols,
-            data: vec![0.0; n_rows * cols],
-        };
-        self.pass.buffers.push(Activation { rows, matrix });
+        let activations = self.pass.activations(rows, cols);
+        self.pass.buffers.push(activations);
         Ok(Buffer(self.pass.buffers.len() as u32 - 1))
+    }
+
+    fn plan_logits(&mut self) -> Result<Logits, DeviceError> {
+        let vocab_size = self.pass.models[self.pass.last_model().0 as usize]
+            .shape
+            .vocab_size;
+        let activations = self.pass.activations(Rows::Logits, vocab_size);
+        self.pass.logits.push(activations);
+        Ok(Logits(self.pass.logits.len() as u32 - 1))
+    }
+
+    fn plan_experts(&mut self, shape: &ExpertsShape) -> Result<Experts, DeviceError> {
+        self.pass.experts.push(*shape);
+        Ok(Experts(self.pass.experts.len() as u32 - 1))
     }
 
     fn memory(&self) -> Memory {
         let bytes = |n: usize| (n * size_of::<f64>()) as u64;
-        let weights = self
-            .pass
-            .weights
-            .iter()
-            .map(|w| w.data.len())
-            .sum::<usize>()
-            + self.pass.vectors.iter().map(Vec::len).sum::<usize>();
-        let workspace = self.pass.buffers.iter().map(|b| b.matrix.data.len()).sum();
+        let pass = &self.pass;
+        let weights = pass.weights.iter().map(|w| w.data.len()).sum::<usize>()
+            + pass.vectors.iter().map(Vec::len).sum::<usize>();
+        let activations = pass.buffers.iter().chain(&pass.logits);
         Memory {
-            limit: self.pass.config.memory_limit.unwrap_or(1 << 30),
+            limit: 1 << 30,
             weights: bytes(weights),
-            workspace: bytes(workspace),
+            workspace: bytes(activations.map(|b| b.matrix.data.len()).sum()),
             other: 0,
         }
     }
 
     fn block_bytes(&self) -> u64 {
-        let AttentionShape {
-            n_layers,
-            n_kv_heads,
-            head_dim,
-            block_size,
-            ..
-        } = self.pass.config.attention;
-        (2 * n_layers * n_kv_heads * head_dim * block_size * size_of::<f64>()) as u64
+        (self.pass.page_elements * size_of::<f64>()) as u64
     }
 
     fn allocate_kv(&mut self, n_blocks: u32) -> Result<(), DeviceError> {
-        let n = self.block_bytes() as usize / (2 * size_of::<f64>()) * n_blocks as usize;
         // What no step has written must never be read: NaN would show in every result.
-        self.pass.keys = vec![f64::NAN; n];
-        self.pass.values = vec![f64::NAN; n];
-        self.pass.step.set_n_blocks(n_blocks);
+        self.pass.pages = vec![f64::NAN; self.pass.page_elements * n_blocks as usize];
+        for model in &mut self.pass.models {
+            model.step.set_n_blocks(n_blocks);
+        }
         Ok(())
     }
 
-    fn submit(
-        &mut self,
-        input: &StepInput,
-        forward: &mut dyn FnMut(&mut dyn Ops),
-    ) -> Result<Ticket, DeviceError> {
-        self.finished.assert_collected();
+    fn submit(&mut self, input: &StepInput, forward: Forward<'_>) -> Result<Ticket, DeviceError> {
+        let ticket = self.finished.begin();
         let pass = &mut self.pass;
+        pass.current = input.model.0 as usize;
+        pass.models[pass.current].step.begin(input);
         for &copy in &input.copies {
             pass.copy_block(copy);
         }
-        pass.step.begin(input);
-        pass.output = StepOutput::default();
         forward(pass);
-        let output = std::mem::take(&mut pass.output);
-        pass.step.end(&output);
-        Ok(self.finished.put(output))
+        Ok(ticket)
     }
 
-    fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError> {
+    fn sample(
+        &mut self,
+        ticket: &Ticket,
+        logits: Logits,
+        requests: &[LogitsRow],
+    ) -> Result<(), DeviceError> {
+        let pass = &mut self.pass;
+        pass.models[pass.current].step.sample(requests);
+        let mut output = DeviceOutput::default();
+        for (l, request) in requests.iter().enumerate() {
+            let row = pass.logits[logits.0 as usize].matrix.row(l);
+            let row: Vec<f32> = row.iter().map(|&x| x as f32).collect();
+            let sampled = sampling::sample_row(&row, request, &mut pass.scratch);
+            output.sampled.push(sampled);
+        }
+        pass.models[pass.current].step.end(&output);
+        self.finished.put(ticket, output);
+        Ok(())
+    }
+
+    fn collect(&mut self, ticket: Ticket) -> Result<DeviceOutput, DeviceError> {
         Ok(self.finished.take(ticket))
     }
 
     fn read(&mut self, buffer: Buffer) -> Result<Vec<f32>, DeviceError> {
-        let Activation { rows, matrix } = &self.pass.buffers[buffer.0 as usize];
-        Ok(matrix.data[..self.pass.n_rows(*rows) * matrix.cols]
-            .iter()
-            .map(|&x| x as f32)
-            .collect())
+        Ok(self.pass.read(&self.pass.buffers[buffer.0 as usize]))
     }
-}
 
-/// The elements of all parts, one part after another.
-fn widen(parts: &[TensorView<'_>]) -> Vec<f64> {
-    let elements = parts.iter().map(|part| part.shape[0] * part.shape[1]).sum();
-    let mut out = Vec::with_capacity(elements);
-    for part in parts {
-        assert_eq!(
-            part.bytes.len(),
-            part.shape[0] * part.shape[1] * part.dtype.bytes(),
-            "a tensor of another size"
-        );
-        out.extend(
-            part.bytes
-                .chunks_exact(part.dtype.bytes())
-                .map(|bytes| f64::from(part.dtype.widen(bytes))),
-        );
+    fn read_logits(&mut self, logits: Logits) -> Result<Vec<f32>, DeviceError> {
+        Ok(self.pass.read(&self.pass.logits[logits.0 as usize]))
     }
-    out
 }
 
 #[cfg(test)]

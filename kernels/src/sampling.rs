@@ -4,18 +4,18 @@
 //! without fused multiply-add, so that another device (in CUDA C++: `__fmul_rn` and its kin) repeats it bit for bit.
 //!
 //! - Noise: Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = (token / 4, output index, 0, 0), word
-//!   `token % 4`. It depends on nothing else, so a draw is the same in every batch and on every device.
-//! - Draw: the largest of `(logit - max) / temperature + Gumbel noise` over the kept tokens, ties to the lowest id.
+//!   `token % 4`. It depends on nothing else, so a sample is the same in every batch and on every device.
+//! - Sample: the largest of `(logit - max) / temperature + Gumbel noise` over the kept tokens, ties to the lowest id.
 //! - Kept tokens: top-k first, then top-p of what is left, both in the order of falling logits, ties by lowest id.
 //!   The mass of top-p is summed in fixed point (2^-40): integers have one sum, whatever the order.
 //! - Log-probabilities: log-softmax of the raw logits, its sum in the same fixed point.
 //!
-//! It knows one row at a time; NaN logits are never drawn.
+//! It knows one row at a time; NaN logits are never sampled.
 
 mod math;
 mod philox;
 
-use crate::device::{LogitsRow, LogitsWant, Sampled, Sampling};
+use crate::step::{LogitsRequest, LogitsRow, Sampled, SamplingParams};
 
 pub use math::{exp, ln};
 pub use philox::philox4x32_10;
@@ -38,11 +38,14 @@ impl Scratch {
     }
 }
 
-/// Draws or scores one row of logits. The row is not empty.
+/// Samples from or scores one row of logits. The row is not empty.
 pub fn sample_row(logits: &[f32], row: &LogitsRow, scratch: &mut Scratch) -> Sampled {
-    let token = match row.want {
-        LogitsWant::Sample(sampling) => draw(logits, &sampling, scratch),
-        LogitsWant::Score { token } => token,
+    let token = match row.request {
+        LogitsRequest::Sample {
+            params,
+            output_index,
+        } => sample(logits, &params, output_index, scratch),
+        LogitsRequest::Score { token } => token,
     };
     let Some(n_top) = row.n_logprobs else {
         return Sampled {
@@ -62,24 +65,29 @@ pub fn sample_row(logits: &[f32], row: &LogitsRow, scratch: &mut Scratch) -> Sam
     }
 }
 
-/// Draws a token from a row of logits.
-pub fn draw(logits: &[f32], sampling: &Sampling, scratch: &mut Scratch) -> u32 {
+/// Samples a token from a row of logits; `output_index` is the generator's counter.
+pub fn sample(
+    logits: &[f32],
+    params: &SamplingParams,
+    output_index: u32,
+    scratch: &mut Scratch,
+) -> u32 {
     let best = argmax(logits);
     let max = logits[best as usize];
-    if sampling.temperature == 0.0 || !max.is_finite() {
+    if params.temperature == 0.0 || !max.is_finite() {
         return best;
     }
     let noise = Noise {
         max,
-        temperature: sampling.temperature,
-        seed: sampling.seed,
-        index: sampling.output_index,
+        temperature: params.temperature,
+        seed: params.seed,
+        index: output_index,
     };
-    let n_kept = sampling
+    let n_kept = params
         .top_k
         .map_or(logits.len(), |k| logits.len().min(k.get() as usize));
-    if n_kept == logits.len() && sampling.top_p == 1.0 {
-        return noise.draw_from_all(logits);
+    if n_kept == logits.len() && params.top_p == 1.0 {
+        return noise.sample_from_all(logits);
     }
     scratch.keys.clear();
     scratch.keys.extend(
@@ -93,10 +101,10 @@ pub fn draw(logits: &[f32], sampling: &Sampling, scratch: &mut Scratch) -> u32 {
         kept.select_nth_unstable_by(n_kept - 1, |a, b| b.cmp(a));
         kept = &mut kept[..n_kept];
     }
-    if sampling.top_p < 1.0 {
-        kept = keep_top_p(kept, sampling.top_p, |id| noise.mass(logits[id as usize]));
+    if params.top_p < 1.0 {
+        kept = keep_top_p(kept, params.top_p, |id| noise.mass(logits[id as usize]));
     }
-    noise.draw_from(logits, kept.iter().map(|key| key.id()))
+    noise.sample_from(logits, kept.iter().map(|key| key.id()))
 }
 
 /// The token of the largest logit, the lowest id among equals.
@@ -205,7 +213,7 @@ impl Noise {
         )
     }
 
-    fn draw_from_all(&self, logits: &[f32]) -> u32 {
+    fn sample_from_all(&self, logits: &[f32]) -> u32 {
         let mut best = (f32::NEG_INFINITY, 0);
         for (group, four) in (0u32..).zip(logits.chunks(4)) {
             let words = self.words(group);
@@ -219,7 +227,7 @@ impl Noise {
         best.1
     }
 
-    fn draw_from(&self, logits: &[f32], ids: impl Iterator<Item = u32>) -> u32 {
+    fn sample_from(&self, logits: &[f32], ids: impl Iterator<Item = u32>) -> u32 {
         let mut best = (f32::NEG_INFINITY, u32::MAX);
         for id in ids {
             let score =

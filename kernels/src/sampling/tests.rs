@@ -1,38 +1,30 @@
-//! The draw against exact probabilities, and its invariants over arbitrary logits.
+//! Sampling against exact probabilities, and its invariants over arbitrary logits.
 
 use super::*;
 use proptest::prelude::*;
 use std::num::NonZeroU32;
 
-fn sampling(temperature: f32, top_p: f32, top_k: Option<u32>) -> Sampling {
-    Sampling {
+fn sampling(temperature: f32, top_p: f32, top_k: Option<u32>) -> SamplingParams {
+    SamplingParams {
         temperature,
         top_p,
         top_k: top_k.and_then(NonZeroU32::new),
         seed: 7,
-        output_index: 0,
     }
 }
 
-/// Pearson's statistic of `n` draws against probabilities; draws of what has none fail at once.
-fn chi_square(logits: &[f32], sampling: &Sampling, probabilities: &[f64], n: u32) -> f64 {
+/// Pearson's statistic of `n` samples against probabilities; a sample of what has none fails at once.
+fn chi_square(logits: &[f32], params: &SamplingParams, probabilities: &[f64], n: u32) -> f64 {
     let mut counts = vec![0u32; logits.len()];
     let mut scratch = Scratch::new(logits.len());
     for output_index in 0..n {
-        counts[draw(
-            logits,
-            &Sampling {
-                output_index,
-                ..*sampling
-            },
-            &mut scratch,
-        ) as usize] += 1;
+        counts[sample(logits, params, output_index, &mut scratch) as usize] += 1;
     }
     let mut statistic = 0.0;
     for (count, p) in counts.iter().zip(probabilities) {
         assert!(
             *p > 0.0 || *count == 0,
-            "a token outside the kept set was drawn"
+            "a token outside the kept set was sampled"
         );
         if *p > 0.0 {
             let expected = p * f64::from(n);
@@ -43,7 +35,7 @@ fn chi_square(logits: &[f32], sampling: &Sampling, probabilities: &[f64], n: u32
 }
 
 #[test]
-fn draws_follow_the_exact_distribution() {
+fn samples_follow_the_exact_distribution() {
     let probabilities: [f64; 6] = [0.4, 0.25, 0.15, 0.1, 0.07, 0.03];
     let logits = probabilities.map(|p| p.ln() as f32);
     let renormalised = |kept: usize| {
@@ -56,7 +48,7 @@ fn draws_follow_the_exact_distribution() {
     // The bound is the 99.99 % quantile of chi-square with 5 degrees of freedom (25.7); the seed is fixed.
     for (why, sampling, want) in [
         (
-            "temperature 1 draws as the model says",
+            "temperature 1 samples as the model says",
             sampling(1.0, 1.0, None),
             probabilities,
         ),
@@ -120,7 +112,7 @@ fn ties_and_odd_rows() {
             1,
         ),
         (
-            "NaN is never drawn",
+            "NaN is never sampled",
             vec![f32::NAN, 0.0],
             sampling(1.0, 1.0, None),
             1,
@@ -138,13 +130,13 @@ fn ties_and_odd_rows() {
             1,
         ),
         (
-            "-infinity is never drawn",
+            "-infinity is never sampled",
             vec![f32::NEG_INFINITY, 0.0],
             sampling(100.0, 1.0, None),
             1,
         ),
     ] {
-        assert_eq!(draw(&logits, &sampling, &mut scratch), want, "{why}");
+        assert_eq!(sample(&logits, &sampling, 0, &mut scratch), want, "{why}");
     }
 }
 
@@ -153,10 +145,11 @@ fn logprobs_are_log_softmax_of_the_raw_logits() {
     let logits: Vec<f32> = (0..1000)
         .map(|i| ((i * 7919) % 1000) as f32 * 0.01)
         .collect();
-    let want = LogitsWant::Sample(sampling(0.3, 0.5, Some(5)));
     let row = LogitsRow {
-        token: 0,
-        want,
+        request: LogitsRequest::Sample {
+            params: sampling(0.3, 0.5, Some(5)),
+            output_index: 0,
+        },
         n_logprobs: Some(4),
     };
     let sampled = sample_row(&logits, &row, &mut Scratch::default());
@@ -173,13 +166,13 @@ fn logprobs_are_log_softmax_of_the_raw_logits() {
 }
 
 /// The kept set, done the slow way: sort everything, cut at k, then at the mass.
-fn kept_slowly(logits: &[f32], s: &Sampling) -> Vec<u32> {
+fn kept_slowly(logits: &[f32], s: &SamplingParams) -> Vec<u32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let noise = Noise {
         max,
         temperature: s.temperature,
         seed: s.seed,
-        index: s.output_index,
+        index: 0,
     };
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
     ids.sort_by(|&a, &b| {
@@ -204,12 +197,12 @@ fn kept_slowly(logits: &[f32], s: &Sampling) -> Vec<u32> {
 
 proptest! {
     #[test]
-    fn a_draw_is_the_best_score_of_the_kept(
+    fn a_sample_is_the_best_score_of_the_kept(
         logits in prop::collection::vec((-400i16..400).prop_map(|x| f32::from(x) / 32.0), 1..700),
         temperature in 0.05f32..4.0, top_p in 0.01f32..1.0, top_k in 1u32..900, seed: u64, output_index: u32,
     ) {
-        let s = Sampling { temperature, top_p, top_k: NonZeroU32::new(top_k), seed, output_index };
-        let drawn = draw(&logits, &s, &mut Scratch::default());
+        let s = SamplingParams { temperature, top_p, top_k: NonZeroU32::new(top_k), seed };
+        let sampled = sample(&logits, &s, output_index, &mut Scratch::default());
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let score = |id: u32| {
             let word = philox4x32_10([id / 4, output_index, 0, 0], [seed as u32, (seed >> 32) as u32])[(id % 4) as usize];
@@ -217,6 +210,6 @@ proptest! {
         };
         let mut kept = kept_slowly(&logits, &s);
         kept.sort_by(|&a, &b| score(b).total_cmp(&score(a)).then(a.cmp(&b)));
-        prop_assert_eq!(drawn, kept[0]);
+        prop_assert_eq!(sampled, kept[0]);
     }
 }

@@ -1,12 +1,30 @@
-//! A small transformer layer, run twice, with a head: what the tests of each device drive through the contract.
+//! Two small transformer layers and a head: what the tests of each device drive through the contract.
+//!
+//! The layers differ where a shape asks for it: the second may see a window only, so that the model has two cache groups.
 
 // Each test uses a part of it.
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::num::NonZeroU32;
+
 use kvasir_kernels::device::*;
+use kvasir_kernels::shape::*;
+use kvasir_kernels::step::*;
+use kvasir_kernels::stored::*;
 
 pub(crate) const VOCABULARY: usize = 37;
-pub(crate) const MAX_BLOCKS: usize = 48;
+/// Positions that a test may use.
+pub(crate) const MAX_POSITIONS: usize = 700;
+/// Sequences that a test may use.
+pub(crate) const MAX_SEQUENCES: usize = 8;
+
+/// Experts in place of a dense MLP.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Routing {
+    pub(crate) n_experts: usize,
+    pub(crate) top_k: usize,
+    pub(crate) renormalize: bool,
+}
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
@@ -16,38 +34,81 @@ pub(crate) struct Shape {
     pub(crate) hidden: usize,
     pub(crate) intermediate: usize,
     pub(crate) block_size: usize,
+    /// Of the second layer.
+    pub(crate) window: Option<u32>,
+    pub(crate) soft_cap: Option<f32>,
+    /// Norms of query and key heads.
+    pub(crate) head_norms: bool,
+    /// Rotary frequencies, at most half of `head_dim`.
+    pub(crate) n_frequencies: usize,
+    pub(crate) routing: Option<Routing>,
+    pub(crate) activation: Activation,
 }
 
-pub(crate) fn config(shape: Shape, precision: Precision) -> DeviceConfig {
-    let Shape {
-        n_heads,
-        n_kv_heads,
-        head_dim,
-        block_size,
-        ..
-    } = shape;
-    let max_blocks_per_sequence = 700usize.div_ceil(block_size);
-    DeviceConfig {
-        attention: AttentionShape {
-            n_layers: 2,
+impl Shape {
+    /// What a Llama needs and no more: heads, KV heads, elements of a head, hidden and intermediate size, block size.
+    pub(crate) const fn llama(sizes: [usize; 6]) -> Self {
+        let [
             n_heads,
             n_kv_heads,
             head_dim,
+            hidden,
+            intermediate,
             block_size,
-        },
-        limits: Limits {
-            max_tokens: 640,
-            max_sequences: 8,
-            max_logits_rows: 8,
-            max_blocks_per_sequence,
-        },
-        rope: Rope {
-            inverse_frequencies: (0..head_dim / 2).map(|i| 0.7f32.powi(i as i32)).collect(),
-            scale: 1.0,
-            max_positions: 700,
-        },
-        precision,
-        memory_limit: None,
+        ] = sizes;
+        Self {
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            hidden,
+            intermediate,
+            block_size,
+            window: None,
+            soft_cap: None,
+            head_norms: false,
+            n_frequencies: head_dim / 2,
+            routing: None,
+            activation: Activation::Silu,
+        }
+    }
+
+    pub(crate) fn model_shape(&self) -> ModelShape {
+        let full = CacheShape {
+            n_kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+            window: None,
+        };
+        let window = self.window.and_then(NonZeroU32::new);
+        let caches = vec![full, CacheShape { window, ..full }];
+        let layer = |cache| AttentionShape {
+            cache: CacheId(cache),
+            n_heads: self.n_heads,
+            // The second layer has its own base.
+            rope: Some(RopeId(cache)),
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            soft_cap: self.soft_cap,
+        };
+        let rope = |base: f32, scale| Rope {
+            inverse_frequencies: (0..self.n_frequencies)
+                .map(|i| base.powi(i as i32))
+                .collect(),
+            scale,
+        };
+        ModelShape {
+            vocab_size: VOCABULARY,
+            max_positions: MAX_POSITIONS,
+            block_size: self.block_size,
+            limits: Limits {
+                max_tokens: 640,
+                max_sequences: MAX_SEQUENCES,
+                max_logits_rows: 8,
+                max_blocks_per_sequence: MAX_POSITIONS.div_ceil(self.block_size),
+            },
+            ropes: vec![rope(0.7, 1.0), rope(0.6, 1.1)],
+            groups: cache_groups(&caches),
+            caches,
+            layers: vec![layer(0), layer(1)],
+        }
     }
 }
 
@@ -65,39 +126,67 @@ pub(crate) fn tensor(seed: u32, n: usize, fan_in: usize) -> Vec<u8> {
         .collect()
 }
 
-/// One transformer layer run twice (two layers of cache, the same weights), and a head.
-pub(crate) struct Model {
-    pub(crate) device: Box<dyn Device>,
-    table: Weight,
-    norm: Vector,
-    qkv: (Weight, Vector),
-    o: Weight,
-    gate_up: Weight,
-    down: Weight,
-    buffers: [Buffer; 9],
-    pub(crate) block_size: usize,
-    scale: f32,
+#[derive(Clone, Copy)]
+enum Mlp {
+    Dense { gate_up: Weight, down: Weight },
+    Experts { router: Weight, experts: Experts },
 }
 
-impl Model {
-    pub(crate) fn new(mut device: Box<dyn Device>, shape: Shape) -> Self {
+#[derive(Clone, Copy)]
+struct Buffers {
+    x: Buffer,
+    normed: Buffer,
+    qkv: Buffer,
+    mixed: Buffer,
+    delta: Buffer,
+    gate_up: Buffer,
+    activated: Buffer,
+    router: Buffer,
+    last: Buffer,
+}
+
+/// Two transformer layers of the same weights, and a head: handles only, so that several may live on one device.
+#[derive(Clone, Copy)]
+pub(crate) struct Layers {
+    pub(crate) model: Model,
+    table: Weight,
+    norm: Vector,
+    head_norms: Option<HeadNorms>,
+    qkv: (Weight, Vector),
+    o: Weight,
+    mlp: Mlp,
+    activation: Activation,
+    buffers: Buffers,
+    pub(crate) logits: Logits,
+    pub(crate) block_size: usize,
+    pub(crate) n_groups: usize,
+}
+
+impl Layers {
+    /// Adds them to a device; models of different `seed` have different weights.
+    pub(crate) fn add(device: &mut dyn Device, shape: &Shape, seed: u32) -> Self {
         let Shape {
             n_heads,
             n_kv_heads,
             head_dim,
             hidden,
             intermediate,
-            block_size,
-        } = shape;
+            ..
+        } = *shape;
+        let model_shape = shape.model_shape();
+        let n_groups = model_shape.groups.len();
+        let model = device.add_model(&model_shape).unwrap();
         let qkv_width = (n_heads + 2 * n_kv_heads) * head_dim;
-        let mut weight = |seed, rows: usize, cols: usize| {
+        let mut weight = |which: u32, rows: usize, cols: usize| {
             // Two parts, stacked, as a model's fused weights are.
-            let bytes = tensor(seed, rows * cols, cols);
+            let bytes = tensor(seed * 100 + which, rows * cols, cols);
             let (first, second) = bytes.split_at(rows / 2 * cols * 2);
-            let part = |bytes, rows| TensorView {
-                dtype: Dtype::BF16,
-                shape: [rows, cols],
-                bytes,
+            let part = |bytes, rows| {
+                StoredMatrix::from(TensorView {
+                    dtype: Dtype::BF16,
+                    shape: [rows, cols],
+                    bytes,
+                })
             };
             device
                 .prepare_weight(&[part(first, rows / 2), part(second, rows - rows / 2)])
@@ -106,137 +195,181 @@ impl Model {
         let table = weight(1, VOCABULARY, hidden);
         let qkv = weight(2, qkv_width, hidden);
         let o = weight(3, hidden, n_heads * head_dim);
-        let gate_up = weight(4, 2 * intermediate, hidden);
-        let down = weight(5, hidden, intermediate);
-        let mut vector = |seed, n| {
-            let bytes = tensor(seed, n, 1);
-            device
-                .prepare_vector(&[TensorView {
-                    dtype: Dtype::BF16,
-                    shape: [1, n],
-                    bytes: &bytes,
-                }])
-                .unwrap()
+        let n_mlps = shape.routing.map_or(1, |routing| routing.n_experts);
+        let gate_up = weight(4, n_mlps * 2 * intermediate, hidden);
+        let down = weight(5, n_mlps * hidden, intermediate);
+        let mlp = match shape.routing {
+            None => Mlp::Dense { gate_up, down },
+            Some(routing) => Mlp::Experts {
+                router: weight(10, routing.n_experts, hidden),
+                experts: device
+                    .plan_experts(&ExpertsShape {
+                        gate_up,
+                        down,
+                        n_experts: routing.n_experts,
+                        top_k: routing.top_k,
+                        renormalize: routing.renormalize,
+                        activation: shape.activation,
+                    })
+                    .unwrap(),
+            },
         };
-        let (norm, bias) = (vector(6, hidden), vector(7, qkv_width));
-        let tokens = [
-            hidden,
-            hidden,
-            qkv_width,
-            n_heads * head_dim,
-            hidden,
-            2 * intermediate,
-            intermediate,
-        ];
-        let mut buffers: Vec<Buffer> = tokens
-            .into_iter()
-            .map(|cols| device.plan_buffer(Rows::Tokens, cols).unwrap())
-            .collect();
-        buffers.push(device.plan_buffer(Rows::Logits, hidden).unwrap());
-        buffers.push(device.plan_logits(VOCABULARY).unwrap());
-        device
-            .allocate_kv((MAX_BLOCKS * 16usize.div_ceil(block_size).max(1) * 4) as u32)
-            .unwrap();
-        let buffers = buffers.try_into().unwrap();
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let mut vector = |which: u32, n, offset| {
+            let bytes = tensor(seed * 100 + which, n, 1);
+            let view = TensorView {
+                dtype: Dtype::BF16,
+                shape: [1, n],
+                bytes: &bytes,
+            };
+            device.prepare_vector(&[view], offset).unwrap()
+        };
+        let (norm, bias) = (vector(6, hidden, 0.0), vector(7, qkv_width, 0.0));
+        let head_norms = shape.head_norms.then(|| HeadNorms {
+            query: vector(8, head_dim, 1.0),
+            key: vector(9, head_dim, 1.0),
+            epsilon: 1e-6,
+        });
+        let mut tokens = |cols| device.plan_buffer(Rows::Tokens, cols).unwrap();
+        let buffers = Buffers {
+            x: tokens(hidden),
+            normed: tokens(hidden),
+            qkv: tokens(qkv_width),
+            mixed: tokens(n_heads * head_dim),
+            delta: tokens(hidden),
+            gate_up: tokens(2 * intermediate),
+            activated: tokens(intermediate),
+            router: tokens(n_mlps),
+            last: device.plan_buffer(Rows::Logits, hidden).unwrap(),
+        };
         Self {
-            device,
+            model,
             table,
             norm,
+            head_norms,
             qkv: (qkv, bias),
             o,
-            gate_up,
-            down,
+            mlp,
+            activation: shape.activation,
             buffers,
-            block_size,
-            scale,
+            logits: device.plan_logits().unwrap(),
+            block_size: shape.block_size,
+            n_groups,
         }
     }
 
-    /// Runs a step and gives the logits of its rows.
-    pub(crate) fn step(&mut self, input: &StepInput) -> Vec<Vec<f32>> {
-        let ticket = self.submit(input);
-        let output = self.device.collect(ticket).unwrap();
+    pub(crate) fn forward(&self, ops: &mut dyn Ops) {
+        let b = self.buffers;
+        ops.embed(b.x, self.table, 1.25);
+        ops.rms_norm(b.normed, b.x, self.norm, 1e-5);
+        for layer in [LayerId(0), LayerId(1)] {
+            ops.matmul(b.qkv, b.normed, self.qkv.0, Some(self.qkv.1));
+            ops.rope_append(b.qkv, layer, self.head_norms);
+            ops.attention(b.mixed, b.qkv, layer);
+            ops.matmul(b.delta, b.mixed, self.o, None);
+            ops.add_rms_norm(b.normed, b.x, b.delta, self.norm, 1e-5);
+            match self.mlp {
+                Mlp::Dense { gate_up, down } => {
+                    ops.matmul(b.gate_up, b.normed, gate_up, None);
+                    ops.gated_activation(b.activated, b.gate_up, self.activation);
+                    ops.matmul(b.delta, b.activated, down, None);
+                }
+                Mlp::Experts { router, experts } => {
+                    ops.matmul(b.router, b.normed, router, None);
+                    ops.experts(b.delta, b.normed, b.router, experts);
+                }
+            }
+            ops.add_rms_norm(b.normed, b.x, b.delta, self.norm, 1e-5);
+        }
+        ops.gather_logits_rows(b.last, b.normed);
+        ops.logits(self.logits, b.last, self.table);
+    }
+
+    /// Runs a step on its device and gives the logits of its rows.
+    pub(crate) fn step(&self, device: &mut dyn Device, input: &StepInput) -> Vec<Vec<f32>> {
+        let ticket = self.submit(device, input);
+        let output = device.collect(ticket).unwrap();
         assert_eq!(output.sampled.len(), input.logits.len());
-        let all = self.device.read(self.buffers[8]).unwrap();
+        let all = device.read_logits(self.logits).unwrap();
         all.chunks(VOCABULARY).map(<[f32]>::to_vec).collect()
     }
 
-    /// Starts a step.
-    pub(crate) fn submit(&mut self, input: &StepInput) -> Ticket {
-        let [
-            x,
-            normed,
-            qkv,
-            mixed,
-            delta,
-            gate_up,
-            activated,
-            last,
-            logits,
-        ] = self.buffers;
-        let (table, norm, o, gate_up_weight, down) =
-            (self.table, self.norm, self.o, self.gate_up, self.down);
-        let ((qkv_weight, bias), scale) = (self.qkv, self.scale);
-        self.device
-            .submit(input, &mut |ops| {
-                ops.embed(x, table);
-                ops.rms_norm(normed, x, norm, 1e-5);
-                for layer in 0..2 {
-                    ops.matmul(qkv, normed, qkv_weight, Some(bias));
-                    ops.rope_append(qkv, layer);
-                    ops.attention(mixed, qkv, layer, scale);
-                    ops.matmul(delta, mixed, o, None);
-                    ops.add_rms_norm(normed, x, delta, norm, 1e-5);
-                    ops.matmul(gate_up, normed, gate_up_weight, None);
-                    ops.swiglu(activated, gate_up);
-                    ops.matmul(delta, activated, down, None);
-                    ops.add_rms_norm(normed, x, delta, norm, 1e-5);
-                }
-                ops.gather_logits_rows(last, normed);
-                ops.matmul(logits, last, table, None);
-                ops.sample(logits);
-            })
-            .unwrap()
+    /// Starts a step and scores token 0 in each row of logits.
+    pub(crate) fn submit(&self, device: &mut dyn Device, input: &StepInput) -> Ticket {
+        let input = StepInput {
+            model: self.model,
+            ..input.clone()
+        };
+        let ticket = device.submit(&input, &|ops| self.forward(ops)).unwrap();
+        let score = LogitsRow {
+            request: LogitsRequest::Score { token: 0 },
+            n_logprobs: Some(2),
+        };
+        let requests = vec![score; input.logits.len()];
+        device.sample(&ticket, self.logits, &requests).unwrap();
+        ticket
+    }
+
+    /// Blocks of a cache that holds all sequences of this model.
+    pub(crate) fn n_blocks(&self) -> u32 {
+        let per_sequence = MAX_POSITIONS.div_ceil(self.block_size);
+        (per_sequence * MAX_SEQUENCES * self.n_groups) as u32
+    }
+}
+
+/// The layers alone on a device, with room for all sequences.
+pub(crate) struct TestModel {
+    pub(crate) device: Box<dyn Device>,
+    pub(crate) layers: Layers,
+}
+
+impl TestModel {
+    pub(crate) fn new(mut device: Box<dyn Device>, shape: &Shape) -> Self {
+        let layers = Layers::add(&mut *device, shape, 0);
+        device.allocate_kv(layers.n_blocks()).unwrap();
+        Self { device, layers }
+    }
+
+    /// Runs a step over parts of sequences and gives the logits of each part's last token.
+    pub(crate) fn step(&mut self, parts: &[Part]) -> Vec<Vec<f32>> {
+        let input = self.layers.input(parts);
+        self.layers.step(&mut *self.device, &input)
     }
 }
 
 /// A part of a sequence in a step: which sequence, which of its positions.
 pub(crate) type Part = (u32, std::ops::Range<u32>);
 
-/// A step over parts of sequences; the logits of each part's last token are wanted. Blocks interleave the sequences.
-pub(crate) fn step_of(parts: &[Part], block_size: usize, n_blocks: u32) -> StepInput {
-    let mut input = StepInput::default();
-    for (sequence, positions) in parts {
-        let n = (positions.end as usize).div_ceil(block_size) as u32;
-        let blocks = (0..n)
-            .map(|i| BlockId((i * 5 + sequence) % n_blocks))
-            .collect();
-        input.table_updates.push(TableUpdate {
-            row: TableRow(*sequence),
-            first: 0,
-            blocks,
-        });
-        input.spans.push(Span {
-            row: TableRow(*sequence),
-            first_token: input.tokens.len() as u32,
-            n_tokens: positions.len() as u32,
-            first_position: positions.start,
-        });
-        let token = |p: u32| TokenInput::Id((p * 31 + sequence * 17 + p * p) % VOCABULARY as u32);
-        input.tokens.extend(positions.clone().map(token));
-        if !positions.is_empty() {
-            let token = input.tokens.len() as u32 - 1;
-            input.logits.push(LogitsRow {
-                token,
-                want: LogitsWant::Score { token: 0 },
-                n_logprobs: Some(2),
+impl Layers {
+    /// A step over parts of sequences; the logits of each part's last token are wanted. Blocks interleave the sequences
+    /// and the groups; what is behind a window keeps its entry, which nothing may read.
+    pub(crate) fn input(&self, parts: &[Part]) -> StepInput {
+        let mut input = StepInput::default();
+        let n_groups = self.n_groups as u32;
+        for (sequence, positions) in parts {
+            let n = (positions.end as usize).div_ceil(self.block_size) as u32;
+            let block =
+                |i, group| BlockId((i * MAX_SEQUENCES as u32 + sequence) * n_groups + group);
+            for group in 0..n_groups {
+                input.table_updates.push(TableUpdate {
+                    group,
+                    row: TableRow(*sequence),
+                    first: 0,
+                    blocks: (0..n).map(|i| block(i, group)).collect(),
+                });
+            }
+            input.spans.push(Span {
+                row: TableRow(*sequence),
+                first_token: input.tokens.len() as u32,
+                n_tokens: positions.len() as u32,
+                first_position: positions.start,
             });
+            let token =
+                |p: u32| TokenInput::Id((p * 31 + sequence * 17 + p * p) % VOCABULARY as u32);
+            input.tokens.extend(positions.clone().map(token));
+            if !positions.is_empty() {
+                input.logits.push(input.tokens.len() as u32 - 1);
+            }
         }
+        input
     }
-    input
-}
-
-pub(crate) fn n_blocks(model: &Model) -> u32 {
-    (MAX_BLOCKS * 16usize.div_ceil(model.block_size).max(1) * 4) as u32
 }
