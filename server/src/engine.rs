@@ -14,21 +14,22 @@ mod request;
 pub mod scheduler;
 
 use std::collections::{HashMap, VecDeque};
-use std::num::NonZeroU32;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use kvasir_kernels::device::{DeviceError, Dtype, Limits, Ticket};
+use kvasir_kernels::device::{DeviceError, Ticket};
+use kvasir_kernels::shape::Limits;
+use kvasir_kernels::stored::Dtype;
 
-use blocks::BlockPool;
+use blocks::{BlockPool, CacheGroups};
 use executor::Executor;
 pub use handle::{Counters, EngineHandle};
 use handle::{Mail, Snapshot};
 pub use request::{
     Admission, FinishReason, Output, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
 };
-use scheduler::{Changes, Scheduler};
+use scheduler::{Schedule, Scheduler};
 
 /// Messages to the output thread that may lie unread. When it can't follow, the engine waits: outputs are never lost,
 /// and the output thread waits for no client.
@@ -49,8 +50,8 @@ pub struct ModelFacts {
     pub limits: Limits,
     /// KV blocks in the pool.
     pub n_blocks: u32,
-    /// Token slots in a block; at least 1.
-    pub block_size: u32,
+    /// How sequences take them.
+    pub groups: CacheGroups,
 }
 
 /// Why the engine ended before it was told to.
@@ -134,9 +135,8 @@ impl Steps {
         outputs: SyncSender<StepOutputs>,
     ) -> Self {
         let facts = handle.facts();
-        let block_size = NonZeroU32::new(facts.block_size).unwrap_or(NonZeroU32::MIN);
         Self {
-            blocks: BlockPool::new(facts.n_blocks, block_size),
+            blocks: BlockPool::new(facts.n_blocks, facts.groups.clone()),
             scheduler: Scheduler::new(facts.limits, facts.max_model_len),
             executor,
             outputs,
@@ -172,14 +172,16 @@ impl Steps {
     /// One step: schedules a batch, starts it, and takes the results of the oldest under way when the device has as
     /// many as it can run at once.
     fn step(&mut self) -> Result<(), EngineError> {
-        let batch = self.scheduler.schedule(&mut self.blocks);
-        self.note_changes();
-        if let Some(input) = &batch {
-            self.counters.computed_tokens += input.tokens.len() as u64;
+        let schedule = self.scheduler.schedule(&mut self.blocks);
+        self.note_changes(&schedule);
+        let runs = !schedule.input.tokens.is_empty();
+        if runs {
+            self.counters.computed_tokens += schedule.input.tokens.len() as u64;
+            let ticket = self.executor.submit(schedule.input, &schedule.requests);
             self.in_flight
-                .push_back(self.executor.submit(input).map_err(EngineError::Device)?);
+                .push_back(ticket.map_err(EngineError::Device)?);
         }
-        if batch.is_some() && self.in_flight.len() < self.executor.depth() {
+        if runs && self.in_flight.len() < self.executor.depth() {
             return Ok(());
         }
         let Some(ticket) = self.in_flight.pop_front() else {
@@ -199,22 +201,23 @@ impl Steps {
     }
 
     /// Keeps since when each waiting request waits, from its arrival or its last preemption, and who waits no more.
-    fn note_changes(&mut self) {
-        let Changes {
+    fn note_changes(&mut self, schedule: &Schedule) {
+        let Schedule {
             admitted,
             preempted,
-        } = self.scheduler.take_changes();
+            ..
+        } = schedule;
         if admitted.is_empty() && preempted.is_empty() {
             return;
         }
         let at = Instant::now();
         self.counters.preemptions += preempted.len() as u64;
-        for id in admitted {
+        for &id in admitted {
             self.waiting_since.remove(&id);
             self.admitted.push(Admission { id, at });
         }
         self.waiting_since
-            .extend(preempted.into_iter().map(|id| (id, at)));
+            .extend(preempted.iter().map(|&id| (id, at)));
     }
 
     fn accept(&mut self, mail: Mail) {
@@ -248,6 +251,7 @@ impl Steps {
             left.into_iter()
                 .map(|id| Output {
                     id,
+                    sequence: 0,
                     prompt_logprobs: Vec::new(),
                     tokens: Vec::new(),
                     finished: finished.clone(),

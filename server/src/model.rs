@@ -2,29 +2,37 @@
 //!
 //! It knows no requests and no text, and not which device it runs on: the caller makes one from a `DeviceConfig`.
 //!
-//! - [`config`]: config.json, parsed once.
+//! - [`config`]: config.json, parsed once; `fields`, `rope` and `quantization` read parts of it.
+//! - [`families`]: the registry: one file an architecture family, its layer in data ([`spec`]).
 //! - [`files`]: where the bytes come from.
 //! - [`weights`]: the tensors of safetensors files.
-//! - [`llama`]: the forward pass.
+//! - [`decoder`]: parameters declared once, and the forward pass.
 
 pub mod config;
+pub mod decoder;
+pub mod families;
+pub mod fields;
 pub mod files;
-pub mod llama;
+pub mod quantization;
+pub mod rope;
+pub mod spec;
 pub mod weights;
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
-use kvasir_kernels::device::{
-    AttentionShape, Device, DeviceConfig, DeviceError, Dtype, Limits, Memory, Precision, StepInput,
-    StepOutput, Ticket,
-};
+use kvasir_kernels::device::{Device, DeviceError, DeviceOptions, Memory, Model, Ticket};
+use kvasir_kernels::null::NullDevice;
+use kvasir_kernels::shape::{Limits, ModelShape, Numerics, Precision};
+use kvasir_kernels::step::{DeviceOutput, LogitsRow, StepInput};
+use kvasir_kernels::stored::Dtype;
 
 use crate::engine::ModelFacts;
+use crate::engine::blocks::{CacheGroups, GroupKind};
 use crate::engine::executor::Executor;
-use config::LlamaConfig;
+use config::ModelConfig;
+use decoder::Decoder;
 pub use files::{FileBytes, ModelFiles};
-use llama::{Llama, LlamaWeights};
 use weights::WeightFiles;
 
 /// How a model is to be served; the flags of the same names say more.
@@ -42,7 +50,7 @@ pub struct LoadOptions {
     pub n_blocks: Option<NonZeroU32>,
     /// The share of the memory limit that may be used in all. In (0, 1].
     pub memory_utilization: f64,
-    /// `None`: binary32 for a model stored so, bfloat16 otherwise.
+    /// `None`: float32 for a model stored so, bfloat16 otherwise.
     pub precision: Option<Precision>,
     /// Memory in bytes, where it is less than what the device finds.
     pub memory_limit: Option<u64>,
@@ -138,34 +146,59 @@ pub enum LoadError {
     },
 }
 
-/// Loads the model in `files` onto the device that `make_device` makes for it. Everything that can be checked from
-/// the files' headers is checked before the device is made.
+/// Loads the model in `files` onto the device that `make_device` makes. Everything that can be checked from the files'
+/// headers is checked before the device is made, by the same walk on a device without memory.
 pub fn load(
     files: &ModelFiles,
     options: &LoadOptions,
-    make_device: impl FnOnce(DeviceConfig) -> Result<Box<dyn Device>, DeviceError>,
+    make_device: impl FnOnce(DeviceOptions) -> Result<Box<dyn Device>, DeviceError>,
     mut progress: impl FnMut(Progress),
 ) -> Result<LoadedModel, LoadError> {
     let generation_config = files.open("generation_config.json")?;
-    let config = LlamaConfig::parse(&files.require("config.json")?, generation_config.as_deref())?;
+    let config = ModelConfig::parse(&files.require("config.json")?, generation_config.as_deref())?;
+    let numerics = Numerics::uniform(options.precision.unwrap_or(match config.dtype {
+        Some(Dtype::F32) => Precision::F32,
+        Some(Dtype::F16 | Dtype::BF16) | None => Precision::BF16,
+    }));
     let max_model_len = max_model_len(&config, options)?;
+    let limits = limits(options, max_model_len)?;
+    let block_size = options.block_size.get();
+    let shape = config
+        .decoder
+        .model_shape(max_model_len, block_size, limits);
     let weight_files = WeightFiles::open(files)?;
-    let weights = LlamaWeights::take(&config, weight_files.tensors()?)?;
-
-    let device_config = device_config(&config, options, max_model_len)?;
-    let (limits, precision) = (device_config.limits, device_config.precision);
-    let mut device = make_device(device_config).map_err(LoadError::Device)?;
+    let tensors = weight_files.tensors()?;
+    let prepare = |device: &mut dyn Device, progress: &mut dyn FnMut(u64)| {
+        let model = device.add_model(&shape).map_err(LoadError::Device)?;
+        let (decoder, tensors) = (&config.decoder, tensors.clone());
+        let decoder = Decoder::prepare(
+            decoder,
+            config.quantization,
+            numerics.weights,
+            tensors,
+            device,
+            progress,
+        )?;
+        Ok::<_, LoadError>((model, decoder))
+    };
+    prepare(&mut NullDevice::default(), &mut |_| {})?;
+    let mut device = make_device(DeviceOptions {
+        numerics,
+        memory_limit: options.memory_limit,
+    })
+    .map_err(LoadError::Device)?;
     let total_bytes = weight_files.n_bytes();
-    let model = Llama::prepare(&config, &weights, &mut *device, &mut |done_bytes| {
+    let (model, decoder) = prepare(&mut *device, &mut |done_bytes| {
         progress(Progress {
             done_bytes,
             total_bytes,
         });
     })?;
 
+    let groups = cache_groups(&shape);
     let (n_blocks, max_model_len) = plan_blocks(
         options,
-        &limits,
+        &groups,
         max_model_len,
         device.memory(),
         device.block_bytes(),
@@ -173,26 +206,30 @@ pub fn load(
     device.allocate_kv(n_blocks).map_err(LoadError::Device)?;
     Ok(LoadedModel {
         facts: ModelFacts {
-            vocab_size: config.vocab_size as u32,
+            vocab_size: config.decoder.vocab_size as u32,
             max_model_len,
             eos_token_ids: config.eos_token_ids,
-            dtype: match precision {
+            dtype: match numerics.weights {
                 Precision::BF16 => Dtype::BF16,
                 Precision::F32 => Dtype::F32,
             },
             limits,
             n_blocks,
-            block_size: options.block_size.get(),
+            groups,
         },
         memory: device.memory(),
         kv_cache_bytes: u64::from(n_blocks) * device.block_bytes(),
         device: device.describe(),
-        executor: ModelExecutor { device, model },
+        executor: ModelExecutor {
+            device,
+            model,
+            decoder,
+        },
     })
 }
 
-fn max_model_len(config: &LlamaConfig, options: &LoadOptions) -> Result<u32, LoadError> {
-    let longest = config.max_position_embeddings;
+fn max_model_len(config: &ModelConfig, options: &LoadOptions) -> Result<u32, LoadError> {
+    let longest = config.decoder.max_position_embeddings;
     match options.max_model_len {
         None => Ok(longest),
         Some(wanted) if wanted.get() <= longest => Ok(wanted.get()),
@@ -202,54 +239,45 @@ fn max_model_len(config: &LlamaConfig, options: &LoadOptions) -> Result<u32, Loa
     }
 }
 
-fn device_config(
-    config: &LlamaConfig,
-    options: &LoadOptions,
-    max_model_len: u32,
-) -> Result<DeviceConfig, LoadError> {
+fn limits(options: &LoadOptions, max_model_len: u32) -> Result<Limits, LoadError> {
     let (n_tokens, n_sequences) = (options.max_num_batched_tokens, options.max_num_seqs);
     if n_tokens < n_sequences {
         return Err(LoadError::Options(format!(
             "--max-num-batched-tokens is {n_tokens}, expected at least --max-num-seqs, {n_sequences}"
         )));
     }
-    let block_size = options.block_size.get() as usize;
-    Ok(DeviceConfig {
-        attention: AttentionShape {
-            n_layers: config.n_layers,
-            n_heads: config.n_heads,
-            n_kv_heads: config.n_kv_heads,
-            head_dim: config.head_dim,
-            block_size,
-        },
-        limits: Limits {
-            max_tokens: n_tokens.get() as usize,
-            max_sequences: n_sequences.get() as usize,
-            // Each sequence may draw in each step; a few more rows, so that a prompt's scores don't take long.
-            max_logits_rows: (n_sequences.get() as usize)
-                .max(64)
-                .min(n_tokens.get() as usize),
-            max_blocks_per_sequence: (max_model_len as usize).div_ceil(block_size),
-        },
-        rope: config.rope(max_model_len),
-        precision: options.precision.unwrap_or(match config.dtype {
-            Some(Dtype::F32) => Precision::F32,
-            Some(Dtype::F16 | Dtype::BF16) | None => Precision::BF16,
-        }),
-        memory_limit: options.memory_limit,
+    Ok(Limits {
+        max_tokens: n_tokens.get() as usize,
+        max_sequences: n_sequences.get() as usize,
+        // Each sequence may sample in each step; a few more rows, so that a prompt's scores don't take long.
+        max_logits_rows: (n_sequences.get() as usize)
+            .max(64)
+            .min(n_tokens.get() as usize),
+        max_blocks_per_sequence: max_model_len.div_ceil(options.block_size.get()) as usize,
     })
 }
 
+/// How the model's cache groups use blocks.
+fn cache_groups(shape: &ModelShape) -> CacheGroups {
+    let kinds = shape.groups.iter().map(|group| match group.window {
+        None => GroupKind::Full,
+        Some(window) => GroupKind::Window(window),
+    });
+    let block_size = NonZeroU32::new(shape.block_size as u32).unwrap_or(NonZeroU32::MIN);
+    CacheGroups::new(block_size, shape.limits.max_tokens as u32, kinds.collect())
+}
+
 /// Blocks of the pool, and the longest context that one sequence alone has room for: what the memory leaves, but no
-/// more than all rows of the block-table matrix can hold.
+/// more than all rows of the block tables can hold.
 fn plan_blocks(
     options: &LoadOptions,
-    limits: &Limits,
+    groups: &CacheGroups,
     max_model_len: u32,
     memory: Memory,
     block_bytes: u64,
 ) -> Result<(u32, u32), LoadError> {
-    let most = (limits.max_sequences as u64).saturating_mul(limits.max_blocks_per_sequence as u64);
+    let max_sequences = u64::from(options.max_num_seqs.get());
+    let most = max_sequences.saturating_mul(groups.blocks_for(max_model_len).into());
     let allowed = (memory.limit as f64 * options.memory_utilization) as u64;
     let taken = memory
         .weights
@@ -266,12 +294,9 @@ fn plan_blocks(
     let needed_tokens = options
         .max_model_len
         .map_or(max_model_len.min(options.block_size.get()), NonZeroU32::get);
-    let needed_blocks = needed_tokens.div_ceil(options.block_size.get());
+    let needed_blocks = groups.blocks_for(needed_tokens);
     if n_blocks >= needed_blocks {
-        return Ok((
-            n_blocks,
-            max_model_len.min(n_blocks.saturating_mul(options.block_size.get())),
-        ));
+        return Ok((n_blocks, max_model_len.min(groups.tokens_in(n_blocks))));
     }
     Err(match options.n_blocks {
         Some(wanted) => LoadError::Options(format!(
@@ -291,7 +316,8 @@ fn plan_blocks(
 /// A model on a device, as the engine sees it.
 pub struct ModelExecutor {
     device: Box<dyn Device>,
-    model: Llama,
+    model: Model,
+    decoder: Decoder,
 }
 
 impl Executor for ModelExecutor {
@@ -299,12 +325,19 @@ impl Executor for ModelExecutor {
         self.device.depth()
     }
 
-    fn submit(&mut self, input: &StepInput) -> Result<Ticket, DeviceError> {
-        let model = &self.model;
-        self.device.submit(input, &mut |ops| model.forward(ops))
+    fn submit(
+        &mut self,
+        mut input: StepInput,
+        requests: &[LogitsRow],
+    ) -> Result<Ticket, DeviceError> {
+        input.model = self.model;
+        let decoder = &self.decoder;
+        let ticket = self.device.submit(&input, &|ops| decoder.forward(ops))?;
+        self.device.sample(&ticket, decoder.logits(), requests)?;
+        Ok(ticket)
     }
 
-    fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError> {
+    fn collect(&mut self, ticket: Ticket) -> Result<DeviceOutput, DeviceError> {
         self.device.collect(ticket)
     }
 }
@@ -313,12 +346,10 @@ impl Executor for ModelExecutor {
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits {
-        max_tokens: 64,
-        max_sequences: 4,
-        max_logits_rows: 64,
-        max_blocks_per_sequence: 8,
-    };
+    fn one_group() -> CacheGroups {
+        let block_size = NonZeroU32::new(16).unwrap();
+        CacheGroups::new(block_size, 64, vec![GroupKind::Full])
+    }
 
     fn options(n_blocks: Option<u32>, max_model_len: Option<u32>) -> LoadOptions {
         let positive = |n| NonZeroU32::new(n).unwrap();
@@ -393,7 +424,13 @@ mod tests {
                 workspace: 60,
                 other: 40,
             };
-            let found = plan_blocks(&options(n_blocks, max_model_len), &LIMITS, 128, memory, 100);
+            let found = plan_blocks(
+                &options(n_blocks, max_model_len),
+                &one_group(),
+                128,
+                memory,
+                100,
+            );
             match (found, want) {
                 (Ok(found), Ok(want)) => assert_eq!(found, want, "{why}"),
                 (Err(found), Err(want)) => {
@@ -406,8 +443,8 @@ mod tests {
 
     #[test]
     fn the_demo_model_loads_and_knows_its_end() {
-        let make = |config| {
-            let device = kvasir_kernels::reference::ReferenceDevice::new(config);
+        let make = |_| {
+            let device = kvasir_kernels::reference::ReferenceDevice::default();
             Ok(Box::new(device) as Box<dyn Device>)
         };
         let mut last = None;

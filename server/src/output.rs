@@ -18,7 +18,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use futures::Stream;
-use kvasir_kernels::device::Sampled;
+use kvasir_kernels::step::Sampled;
 use tokio::sync::mpsc;
 
 use crate::engine::{

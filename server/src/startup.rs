@@ -6,7 +6,9 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 
 use kvasir_kernels::choice::{ChosenDevice, Preferences};
-use kvasir_kernels::device::{DeviceError, Dtype, Precision};
+use kvasir_kernels::device::DeviceError;
+use kvasir_kernels::shape::Precision;
+use kvasir_kernels::stored::Dtype;
 
 use crate::args::{Args, DtypeChoice, ModelSource};
 use crate::engine::{Engine, EngineError};
@@ -108,7 +110,7 @@ pub fn start(
     let loaded = model::load(
         &files,
         &options,
-        |config| device.make(config, n_threads),
+        |options| device.make(options, n_threads),
         progress,
     )?;
     let facts = loaded.facts;
@@ -120,7 +122,7 @@ pub fn start(
             Dtype::BF16 => "bfloat16",
         },
         n_blocks: facts.n_blocks,
-        block_size: facts.block_size,
+        block_size: facts.groups.block_size().get(),
         kv_cache_bytes: loaded.kv_cache_bytes,
         max_model_len: facts.max_model_len,
         can_chat: tokenizer.chat_template().is_ok(),

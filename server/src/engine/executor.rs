@@ -2,16 +2,17 @@
 //!
 //! It knows no requests and no scheduling. The type is asynchronous so that a device may run one step ahead of the
 //! host: with depth 2 the engine submits a step before it has seen the tokens of the one before, and a row of the
-//! new step takes as input "what row r sampled" ([`TokenInput::Sampled`](kvasir_kernels::device::TokenInput)).
+//! new step takes as input "what row r sampled" ([`TokenInput::Sampled`](kvasir_kernels::step::TokenInput)).
 
-use kvasir_kernels::device::{DeviceError, StepInput, StepOutput, Ticket};
+use kvasir_kernels::device::{DeviceError, Ticket};
+use kvasir_kernels::step::{DeviceOutput, LogitsRow, StepInput};
 
 /// A model that runs on a device. Steps run in the order in which they were submitted.
 pub trait Executor: Send {
     /// Steps that may be under way at once: 1 or 2.
     fn depth(&self) -> usize;
-    /// Starts a step. `input` has been read when this returns.
-    fn submit(&mut self, input: &StepInput) -> Result<Ticket, DeviceError>;
+    /// Starts a step, whose model is the executor's to fill in, and what is wanted of each of its rows of logits.
+    fn submit(&mut self, input: StepInput, requests: &[LogitsRow]) -> Result<Ticket, DeviceError>;
     /// Waits for the oldest step under way.
-    fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError>;
+    fn collect(&mut self, ticket: Ticket) -> Result<DeviceOutput, DeviceError>;
 }

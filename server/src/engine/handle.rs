@@ -158,7 +158,7 @@ impl EngineHandle {
         } = state.snapshot;
         let submitted = || state.mail.submitted.iter();
         let prompts = || submitted().map(|(request, _)| request.prompt.len() as u64);
-        let block_size = self.0.facts.block_size;
+        let groups = &self.0.facts.groups;
         let oldest = oldest_waiting
             .into_iter()
             .chain(submitted().map(|(_, at)| *at))
@@ -170,14 +170,14 @@ impl EngineHandle {
             heartbeat_age_ms: Some(millis(now.saturating_duration_since(state.heartbeat))),
             draining: None,
             blocks: Some(BlockCounts {
-                block_size,
+                block_size: groups.block_size().get(),
                 total: blocks.total.into(),
                 active: blocks.active.into(),
                 cached: blocks.cached.into(),
                 free: blocks.free.into(),
                 waiting_need: load.waiting_blocks
                     + prompts()
-                        .map(|n| n.div_ceil(u64::from(block_size)))
+                        .map(|n| u64::from(groups.blocks_for(n as u32)))
                         .sum::<u64>(),
             }),
             queue: Some(QueueCounts {
@@ -212,13 +212,13 @@ impl EngineHandle {
         }
         let n_tokens =
             (prompt_tokens + u64::from(request.max_tokens)).min(facts.max_model_len.into());
-        let needed_blocks = n_tokens.div_ceil(u64::from(facts.block_size));
+        let needed_blocks = u64::from(facts.groups.blocks_for(n_tokens as u32));
         let total_blocks = u64::from(facts.n_blocks);
         if needed_blocks > total_blocks {
             return Err(SubmitError::NeverFits {
                 needed_blocks,
                 total_blocks,
-                block_size: facts.block_size,
+                block_size: facts.groups.block_size().get(),
             });
         }
         Ok(())

@@ -4,22 +4,12 @@
 
 use std::time::Instant;
 
+use kvasir_kernels::step::Sampled;
+pub use kvasir_kernels::step::SamplingParams;
+
 /// Names a request for its whole life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
-
-/// How the tokens of a request are drawn; see [`kvasir_kernels::device::Sampling`] for the meaning of the fields.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SamplingParams {
-    /// 0 is greedy.
-    pub temperature: f32,
-    /// In (0, 1].
-    pub top_p: f32,
-    /// `None` keeps all.
-    pub top_k: Option<std::num::NonZeroU32>,
-    /// Always known: drawn by the caller where the user gave none.
-    pub seed: u64,
-}
 
 /// A request, in tokens. Built by the HTTP side, which has checked every field.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,7 +22,7 @@ pub struct Request {
     pub max_tokens: u32,
     /// Generation stops with any of these (end of sequence, unless `ignore_eos`); the token itself is reported.
     pub stop_token_ids: Vec<u32>,
-    /// How tokens are drawn.
+    /// How tokens are sampled.
     pub sampling: SamplingParams,
     /// Report log-probabilities of the generated tokens, and of this many alternatives.
     pub logprobs: Option<u8>,
@@ -56,11 +46,13 @@ pub enum FinishReason {
 pub struct Output {
     /// Whose.
     pub id: RequestId,
+    /// Which of the request's sequences.
+    pub sequence: u32,
     /// Log-probabilities of further prompt tokens, in order (only where asked for).
-    pub prompt_logprobs: Vec<kvasir_kernels::device::Sampled>,
+    pub prompt_logprobs: Vec<Sampled>,
     /// New tokens.
-    pub tokens: Vec<kvasir_kernels::device::Sampled>,
-    /// Set on the last output of a request, whose blocks are free by then.
+    pub tokens: Vec<Sampled>,
+    /// Set on the last output of the sequence, whose blocks are free by then.
     pub finished: Option<FinishReason>,
 }
 

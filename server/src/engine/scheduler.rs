@@ -1,9 +1,10 @@
 //! Continuous batching: which tokens of which sequences run in the next step, and what a finished step means.
 //!
 //! Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
-//! first (one token each), then prefill chunks, then new sequences in the order of their arrival. A sequence is
-//! admitted only when all its known tokens fit, so that only decodes grow a table; when the pool is empty, the
-//! newest sequence is preempted and computed again later (arXiv 2309.06180, section 4.5), its outputs kept.
+//! first (one token each), then prefill chunks, then new groups in the order of service. A request's sequences are one
+//! group, admitted, preempted and resumed whole. A group is admitted only when all its known tokens fit, so that only
+//! decodes ask the pool for more; when it is empty, the group that is served last is preempted and computed again later
+//! (arXiv 2309.06180, section 4.5), its outputs kept.
 //!
 //! At most one step is under way when the next is scheduled. Because a device runs its steps in order, the blocks of
 //! a sequence that has ended are free at once, even while a step that was scheduled too far still writes to them:
@@ -11,19 +12,56 @@
 
 mod sequence;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use kvasir_kernels::device::{
-    Limits, LogitsRow, LogitsWant, Span, StepInput, StepOutput, TableRow, TableUpdate,
-};
+use kvasir_kernels::shape::Limits;
+use kvasir_kernels::step::{DeviceOutput, LogitsRow, Span, StepInput, TableRow, TableUpdate};
 
-use super::blocks::{BlockPool, BlockTable};
+use super::blocks::{Appended, BlockPool, BlockTable};
 use super::{FinishReason, Output, Request, RequestId};
-use sequence::{Draw, Sequence};
+use sequence::{PendingSample, Sequence};
 
-/// A sequence that has a row of the block-table matrix.
+/// The order of service: groups with a smaller key run first and are preempted last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct ServiceKey {
+    /// How many requests came before.
+    arrival: u64,
+}
+
+/// The sequences of a request, which share a prompt. Those that ended are gone from it.
 #[derive(Debug)]
-struct Running {
+struct SequenceGroup {
+    id: RequestId,
+    sequences: Vec<Sequence>,
+}
+
+impl SequenceGroup {
+    /// Some token is under way whose value the host doesn't know.
+    fn is_pending(&self) -> bool {
+        self.sequences.iter().any(Sequence::is_pending)
+    }
+
+    /// Blocks that all sequences need to run.
+    fn blocks(&self, blocks: &BlockPool) -> u64 {
+        let needed = self
+            .sequences
+            .iter()
+            .map(|sequence| blocks.blocks_for(sequence.n_known()));
+        needed.map(u64::from).sum()
+    }
+}
+
+/// A group that runs, and the rows of its sequences.
+#[derive(Debug)]
+struct RunningGroup {
+    id: RequestId,
+    rows: Vec<TableRow>,
+}
+
+/// A sequence that has a row of the block tables.
+#[derive(Debug)]
+struct RunningSequence {
+    group: RequestId,
     sequence: Sequence,
     table: BlockTable,
     /// Tokens that are in the cache or under way there.
@@ -34,17 +72,22 @@ struct Running {
 #[derive(Debug)]
 struct Expected {
     id: RequestId,
+    sequence: u32,
     row: TableRow,
     n_scores: u32,
-    draws: bool,
+    samples: bool,
     /// Nothing is generated, and the prompt is complete with this span.
     ends: bool,
 }
 
-/// What changed since the last look, for those who keep times and counts.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// Requests that started to run.
+/// Everything that one call of [`Scheduler::schedule`] decided.
+#[derive(Debug, Default, PartialEq)]
+pub struct Schedule {
+    /// The batch; without tokens where nothing can run before a step under way has been committed.
+    pub input: StepInput,
+    /// What is wanted of each of its rows of logits.
+    pub requests: Vec<LogitsRow>,
+    /// Requests that start to run.
     pub admitted: Vec<RequestId>,
     /// Requests that wait again.
     pub preempted: Vec<RequestId>,
@@ -63,21 +106,21 @@ pub struct Load {
     pub prefill_backlog_tokens: u64,
 }
 
-/// The queue, the running sequences and the steps under way.
+/// The queue, the running groups and the steps under way.
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
     max_model_len: u32,
-    /// In order of arrival; preempted ones are older than all that never ran, and stand in front.
-    waiting: VecDeque<Sequence>,
-    /// By row of the block-table matrix.
-    rows: Vec<Option<Running>>,
+    n_arrived: u64,
+    /// Where each request stands in the order of service.
+    keys: HashMap<RequestId, ServiceKey>,
+    waiting: BTreeMap<ServiceKey, SequenceGroup>,
+    running: BTreeMap<ServiceKey, RunningGroup>,
+    /// By row of the block tables.
+    rows: Vec<Option<RunningSequence>>,
     free_rows: Vec<TableRow>,
-    /// The rows in use, oldest sequence first.
-    order: Vec<TableRow>,
     in_flight: VecDeque<Vec<Expected>>,
     n_steps: u64,
-    changes: Changes,
 }
 
 impl Scheduler {
@@ -89,77 +132,78 @@ impl Scheduler {
         );
         assert!(
             limits.max_logits_rows >= limits.max_sequences,
-            "each sequence may draw in each step"
+            "each sequence may sample in each step"
         );
+        let rows = (0..limits.max_sequences as u32).rev().map(TableRow);
         Self {
             limits,
             max_model_len,
-            waiting: VecDeque::new(),
+            n_arrived: 0,
+            keys: HashMap::new(),
+            waiting: BTreeMap::new(),
+            running: BTreeMap::new(),
             rows: (0..limits.max_sequences).map(|_| None).collect(),
-            free_rows: (0..limits.max_sequences as u32)
-                .rev()
-                .map(TableRow)
-                .collect(),
-            order: Vec::new(),
+            free_rows: rows.collect(),
             in_flight: VecDeque::new(),
             n_steps: 0,
-            changes: Changes::default(),
         }
     }
 
     /// Queues a request that fits the pool when it is alone there.
     pub fn add(&mut self, request: Request) {
-        self.waiting
-            .push_back(Sequence::new(request, self.max_model_len));
+        let key = ServiceKey {
+            arrival: self.n_arrived,
+        };
+        self.n_arrived += 1;
+        let id = request.id;
+        self.keys.insert(id, key);
+        let sequences = vec![Sequence::new(request, self.max_model_len)];
+        self.waiting.insert(key, SequenceGroup { id, sequences });
     }
 
     /// Forgets a request; its blocks are free. Unknown ones, ended before, are no mistake.
     pub fn abort(&mut self, blocks: &mut BlockPool, id: RequestId) {
-        match self
-            .order
-            .iter()
-            .copied()
-            .find(|&row| self.running(row).sequence.id == id)
-        {
-            Some(row) => drop(self.stop_running(blocks, row)),
-            None => self.waiting.retain(|sequence| sequence.id != id),
+        let Some(key) = self.keys.remove(&id) else {
+            return;
+        };
+        if self.waiting.remove(&key).is_none() {
+            self.stop_running(blocks, key);
         }
     }
 
-    /// Forgets all requests, and names them, oldest first.
+    /// Forgets all requests, and names them in the order of service.
     pub fn abort_all(&mut self, blocks: &mut BlockPool) -> Vec<RequestId> {
-        let running = std::mem::take(&mut self.order);
-        let mut ids: Vec<RequestId> = running
-            .iter()
-            .map(|&row| self.stop_running(blocks, row).id)
-            .collect();
-        ids.extend(self.waiting.drain(..).map(|sequence| sequence.id));
-        ids
+        let mut keys: Vec<(ServiceKey, RequestId)> =
+            self.keys.iter().map(|(&id, &key)| (key, id)).collect();
+        keys.sort_unstable();
+        for &(_, id) in &keys {
+            self.abort(blocks, id);
+        }
+        keys.into_iter().map(|(_, id)| id).collect()
     }
 
-    /// The next batch, or `None` where nothing can run before a step under way has been committed.
-    pub fn schedule(&mut self, blocks: &mut BlockPool) -> Option<StepInput> {
+    /// Decides the next batch, who is admitted to it and who is preempted for it.
+    pub fn schedule(&mut self, blocks: &mut BlockPool) -> Schedule {
         let mut batch = Batch::default();
-        let preempted = self.schedule_decodes(blocks, &mut batch);
-        for i in 0..self.order.len() {
-            let row = self.order[i];
-            if self.running(row).n_ready() > 1 {
-                self.schedule_chunk(row, &mut batch);
+        self.schedule_decodes(blocks, &mut batch);
+        let rows: Vec<TableRow> = self.rows_in_order().collect();
+        for row in rows {
+            if self.at(row).n_ready() > 1 {
+                self.schedule_span(blocks, row, &mut batch);
             }
         }
-        if !preempted {
+        if batch.schedule.preempted.is_empty() {
             self.admit(blocks, &mut batch);
         }
-        if batch.input.tokens.is_empty() {
-            return None;
+        if !batch.schedule.input.tokens.is_empty() {
+            self.n_steps += 1;
+            self.in_flight.push_back(batch.expected);
         }
-        self.n_steps += 1;
-        self.in_flight.push_back(batch.expected);
-        Some(batch.input)
+        batch.schedule
     }
 
-    /// Takes what the oldest step under way gave: appends outputs, ends requests, frees their blocks.
-    pub fn commit(&mut self, blocks: &mut BlockPool, output: StepOutput) -> Vec<Output> {
+    /// Takes what the oldest step under way gave: appends outputs, ends sequences and requests, frees their blocks.
+    pub fn commit(&mut self, blocks: &mut BlockPool, output: DeviceOutput) -> Vec<Output> {
         let expected = self
             .in_flight
             .pop_front()
@@ -168,31 +212,33 @@ impl Scheduler {
         let mut outputs = Vec::with_capacity(expected.len());
         for Expected {
             id,
+            sequence: index,
             row,
             n_scores,
-            draws,
+            samples,
             ends,
         } in expected
         {
             let mut output = Output {
                 id,
+                sequence: index,
                 prompt_logprobs: sampled.by_ref().take(n_scores as usize).collect(),
-                tokens: sampled.by_ref().take(usize::from(draws)).collect(),
+                tokens: sampled.by_ref().take(usize::from(samples)).collect(),
                 finished: ends.then_some(FinishReason::Length),
             };
             assert_eq!(
                 output.prompt_logprobs.len() + output.tokens.len(),
-                n_scores as usize + usize::from(draws)
+                n_scores as usize + usize::from(samples)
             );
             // Ended while this step was under way: it ran too far, and what it gave is dropped.
-            let Some(sequence) = self.find(id, row) else {
+            let Some(sequence) = self.find(id, index, row) else {
                 continue;
             };
             if let Some(token) = output.tokens.first() {
                 output.finished = sequence.commit(token);
             }
             if output.finished.is_some() {
-                self.end(blocks, id, row);
+                self.end(blocks, id, index);
             }
             outputs.push(output);
         }
@@ -206,136 +252,154 @@ impl Scheduler {
 
     /// No request is queued or runs, and no step is under way.
     pub fn is_idle(&self) -> bool {
-        self.order.is_empty() && self.waiting.is_empty() && self.in_flight.is_empty()
+        self.keys.is_empty() && self.in_flight.is_empty()
     }
 
     /// The request that waits at the head of the queue.
     pub fn oldest_waiting(&self) -> Option<RequestId> {
-        self.waiting.front().map(|sequence| sequence.id)
-    }
-
-    /// Who was admitted and who was preempted since the last call.
-    pub fn take_changes(&mut self) -> Changes {
-        std::mem::take(&mut self.changes)
+        self.waiting.values().next().map(|group| group.id)
     }
 
     /// Requests and tokens by state.
     pub fn load(&self, blocks: &BlockPool) -> Load {
-        let waiting = self.waiting.iter();
-        let backlog = waiting
-            .clone()
-            .map(|s| s.n_prompt_after(0))
-            .chain(self.order.iter().map(|&row| {
-                let running = self.running(row);
-                running.sequence.n_prompt_after(running.n_scheduled)
-            }));
+        let waiting = self.waiting.values();
+        let of_group = |group: &SequenceGroup| {
+            let tokens = group
+                .sequences
+                .iter()
+                .map(|sequence| sequence.n_prompt_after(0));
+            tokens.map(u64::from).sum::<u64>()
+        };
+        let running = self.rows_in_order().map(|row| {
+            let running = self.at(row);
+            u64::from(running.sequence.n_prompt_after(running.n_scheduled))
+        });
         Load {
-            n_running: self.order.len() as u32,
+            n_running: self.running.len() as u32,
             n_waiting: self.waiting.len() as u32,
-            waiting_blocks: waiting
-                .map(|s| u64::from(blocks.blocks_for(s.n_known())))
-                .sum(),
-            prefill_backlog_tokens: backlog.map(u64::from).sum(),
+            waiting_blocks: waiting.clone().map(|group| group.blocks(blocks)).sum(),
+            prefill_backlog_tokens: waiting.map(of_group).sum::<u64>() + running.sum::<u64>(),
         }
     }
 
-    /// One token of each sequence that has one ready, oldest first. When the pool is empty the newest sequence makes
-    /// room, at last the one itself that asks: a newer one than it is never in the batch yet.
-    fn schedule_decodes(&mut self, blocks: &mut BlockPool, batch: &mut Batch) -> bool {
-        let mut preempted = false;
-        let mut i = 0;
-        while i < self.order.len() {
-            let row = self.order[i];
-            i += 1;
-            if self.running(row).n_ready() != 1 {
-                continue;
-            }
-            let running = self.rows[row.0 as usize]
-                .as_mut()
-                .expect("a row in the order runs");
-            let first = running.table.blocks().len() as u32;
-            match blocks.extend(&mut running.table, running.n_scheduled + 1) {
-                Some([]) => {}
-                Some(new) => batch.update_table(row, first, new),
-                None => {
-                    preempted = true;
-                    let newest = *self
-                        .order
-                        .last()
-                        .expect("the one that asks is in the order");
-                    self.preempt(blocks, newest);
-                    i -= usize::from(newest != row);
-                    continue;
+    /// One token of each sequence that has one ready, in the order of service. When the pool is empty the group that is
+    /// served last makes room, in the end the one itself that asks: a later one is never in the batch yet.
+    fn schedule_decodes(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
+        let rows: Vec<TableRow> = self.rows_in_order().collect();
+        for row in rows {
+            // Its group may have been preempted for an earlier one.
+            while let Some(running) = &mut self.rows[row.0 as usize]
+                && running.n_ready() == 1
+            {
+                let n_scheduled = running.n_scheduled;
+                if let Some(new) = blocks.extend(&mut running.table, n_scheduled, n_scheduled + 1) {
+                    batch.update_tables(row, new);
+                    self.add_span(row, batch);
+                    break;
                 }
+                let (&last, _) = self
+                    .running
+                    .last_key_value()
+                    .expect("the one that asks is among them");
+                let group = self.stop_running(blocks, last);
+                batch.schedule.preempted.push(group.id);
+                self.waiting.insert(last, group);
             }
-            self.schedule_chunk(row, batch);
         }
-        preempted
     }
 
     /// Admits from the head of the queue while there is room for all known tokens of the next, and beyond that a
-    /// block for each that runs: without it a sequence would be admitted only to be preempted a few steps later.
+    /// block of each cache group for each sequence that runs: without it a group would be admitted only to be preempted
+    /// a few steps later.
     fn admit(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
-        while let Some(next) = self.waiting.front()
+        while let Some((&key, next)) = self.waiting.first_key_value()
             && !next.is_pending()
-            && batch.input.tokens.len() < self.limits.max_tokens
-            && let Some(&row) = self.free_rows.last()
+            && batch.schedule.input.tokens.len() < self.limits.max_tokens
+            && self.free_rows.len() >= next.sequences.len()
         {
-            let headroom = if self.order.is_empty() {
-                0
-            } else {
-                self.order.len() as u32 + 1
+            let n_running = (self.rows.len() - self.free_rows.len()) as u64;
+            let headroom = match n_running {
+                0 => 0,
+                n => (n + 1) * u64::from(blocks.n_groups()),
             };
-            if blocks.blocks_for(next.n_known()) + headroom > blocks.n_free() {
+            if next.blocks(blocks) + headroom > u64::from(blocks.n_free()) {
                 return;
             }
-            let Some(table) = blocks.allocate(next.n_known()) else {
+            let Some(group) = self.waiting.remove(&key) else {
                 return;
             };
-            let Some(sequence) = self.waiting.pop_front() else {
-                return;
-            };
-            self.free_rows.pop();
-            self.changes.admitted.push(sequence.id);
-            batch.update_table(row, 0, table.blocks());
-            self.rows[row.0 as usize] = Some(Running {
+            batch.schedule.admitted.push(group.id);
+            self.start_running(blocks, key, group, batch);
+        }
+    }
+
+    fn start_running(
+        &mut self,
+        blocks: &mut BlockPool,
+        key: ServiceKey,
+        group: SequenceGroup,
+        batch: &mut Batch,
+    ) {
+        let mut rows = Vec::with_capacity(group.sequences.len());
+        for sequence in group.sequences {
+            let (table, new) = blocks
+                .allocate(sequence.n_known())
+                .expect("blocks and rows were counted before");
+            let row = self
+                .free_rows
+                .pop()
+                .expect("blocks and rows were counted before");
+            batch.update_tables(row, new);
+            self.rows[row.0 as usize] = Some(RunningSequence {
+                group: group.id,
                 sequence,
                 table,
                 n_scheduled: 0,
             });
-            self.order.push(row);
-            self.schedule_chunk(row, batch);
+            rows.push(row);
         }
+        for &row in &rows {
+            self.add_span(row, batch);
+        }
+        self.running
+            .insert(key, RunningGroup { id: group.id, rows });
+    }
+
+    /// Adds the next tokens of a sequence whose prompt is being computed.
+    fn schedule_span(&mut self, blocks: &mut BlockPool, row: TableRow, batch: &mut Batch) {
+        if batch.schedule.input.tokens.len() >= self.limits.max_tokens {
+            return;
+        }
+        let running = self.rows[row.0 as usize].as_mut().expect("a running row");
+        let n_known = running.sequence.n_known();
+        let new = blocks
+            .extend(&mut running.table, running.n_scheduled, n_known)
+            .expect("a prompt's chunks need no more blocks than it was admitted with");
+        batch.update_tables(row, new);
+        self.add_span(row, batch);
     }
 
     /// Adds the next tokens of a running sequence, as many as are ready and as the budgets allow.
-    fn schedule_chunk(&mut self, row: TableRow, batch: &mut Batch) {
-        let Self {
-            rows,
-            limits,
-            n_steps,
-            ..
-        } = self;
-        let running = rows[row.0 as usize]
-            .as_mut()
-            .expect("a row in the order runs");
+    fn add_span(&mut self, row: TableRow, batch: &mut Batch) {
+        let running = self.rows[row.0 as usize].as_mut().expect("a running row");
         let sequence = &mut running.sequence;
-        let n_tokens = (limits.max_tokens - batch.input.tokens.len()) as u32;
-        let n_rows = (limits.max_logits_rows - batch.input.logits.len()) as u32;
+        let input = &mut batch.schedule.input;
+        let n_tokens = (self.limits.max_tokens - input.tokens.len()) as u32;
+        let n_rows = (self.limits.max_logits_rows - input.logits.len()) as u32;
         let chunk = sequence.chunk(running.n_scheduled, n_tokens, n_rows);
         if chunk.is_empty() {
             return;
         }
         running.n_scheduled = chunk.end;
 
-        let previous_step = n_steps.checked_sub(1);
-        let first_token = batch.input.tokens.len() as u32;
-        batch.input.tokens.extend(
+        let previous_step = self.n_steps.checked_sub(1);
+        let first_token = input.tokens.len() as u32;
+        input.tokens.extend(
             chunk
                 .clone()
                 .map(|position| sequence.input(position, previous_step)),
         );
-        batch.input.spans.push(Span {
+        input.spans.push(Span {
             row,
             first_token,
             n_tokens: chunk.end - chunk.start,
@@ -343,93 +407,104 @@ impl Scheduler {
         });
 
         let token_at = |position: u32| first_token + position - chunk.start;
-        let n_logprobs = sequence.prompt_logprobs;
-        let n_before = batch.input.logits.len();
-        batch
-            .input
-            .logits
-            .extend(
-                sequence
-                    .ask_scores(chunk.clone())
-                    .map(|(position, want)| LogitsRow {
-                        token: token_at(position),
-                        want,
-                        n_logprobs,
-                    }),
-            );
-        let n_scores = (batch.input.logits.len() - n_before) as u32;
-        let draw = Draw {
-            step: *n_steps,
-            logits_row: batch.input.logits.len() as u32,
+        let n_before = input.logits.len();
+        for (position, request) in sequence.ask_scores(chunk.clone()) {
+            input.logits.push(token_at(position));
+            batch.schedule.requests.push(request);
+        }
+        let n_scores = (input.logits.len() - n_before) as u32;
+        let sample = PendingSample {
+            step: self.n_steps,
+            logits_row: input.logits.len() as u32,
         };
-        let output: Option<LogitsWant> = sequence.ask_output(chunk.end, draw);
-        let draws = output.is_some();
-        batch.input.logits.extend(output.map(|want| LogitsRow {
-            token: token_at(chunk.end - 1),
-            want,
-            n_logprobs: sequence.logprobs,
-        }));
+        let output = sequence.ask_output(chunk.end, sample);
+        let samples = output.is_some();
+        if let Some(request) = output {
+            input.logits.push(token_at(chunk.end - 1));
+            batch.schedule.requests.push(request);
+        }
         let ends = sequence.ends_with_prompt(chunk.end);
-        if n_scores > 0 || draws || ends {
+        if n_scores > 0 || samples || ends {
             batch.expected.push(Expected {
-                id: sequence.id,
+                id: running.group,
+                sequence: sequence.index(),
                 row,
                 n_scores,
-                draws,
+                samples,
                 ends,
             });
         }
     }
 
-    fn preempt(&mut self, blocks: &mut BlockPool, row: TableRow) {
-        let sequence = self.stop_running(blocks, row);
-        self.changes.preempted.push(sequence.id);
-        self.waiting.push_front(sequence);
-    }
-
-    fn end(&mut self, blocks: &mut BlockPool, id: RequestId, row: TableRow) {
-        if self.runs_in(row, id) {
-            self.stop_running(blocks, row);
+    /// Ends one sequence of a request, and the request with its last.
+    fn end(&mut self, blocks: &mut BlockPool, id: RequestId, index: u32) {
+        let key = self.keys[&id];
+        let is_last = if let Some(group) = self.running.get_mut(&key) {
+            let rows = &mut self.rows;
+            let ended = group.rows.iter().position(|row| {
+                let running = rows[row.0 as usize].as_ref();
+                running.is_some_and(|running| running.sequence.index() == index)
+            });
+            let row = group.rows.remove(ended.expect("a sequence ends once"));
+            let is_last = group.rows.is_empty();
+            self.free_row(blocks, row);
+            is_last
         } else {
-            self.waiting.retain(|sequence| sequence.id != id);
+            let group = self.waiting.get_mut(&key).expect("a request runs or waits");
+            group.sequences.retain(|sequence| sequence.index() != index);
+            group.sequences.is_empty()
+        };
+        if is_last {
+            self.keys.remove(&id);
+            self.running.remove(&key);
+            self.waiting.remove(&key);
         }
     }
 
-    /// Takes a sequence out of the running batch; its blocks and its row are free.
-    fn stop_running(&mut self, blocks: &mut BlockPool, row: TableRow) -> Sequence {
-        let running = self.rows[row.0 as usize]
-            .take()
-            .expect("a row in the order runs");
-        self.order.retain(|&other| other != row);
+    /// Takes a group out of the running batch; its blocks and its rows are free.
+    fn stop_running(&mut self, blocks: &mut BlockPool, key: ServiceKey) -> SequenceGroup {
+        let RunningGroup { id, rows } = self.running.remove(&key).expect("the group runs");
+        let sequences = rows.into_iter().map(|row| self.free_row(blocks, row));
+        SequenceGroup {
+            id,
+            sequences: sequences.collect(),
+        }
+    }
+
+    fn free_row(&mut self, blocks: &mut BlockPool, row: TableRow) -> Sequence {
+        let running = self.rows[row.0 as usize].take().expect("a running row");
         self.free_rows.push(row);
         blocks.release(running.table);
         running.sequence
     }
 
-    fn running(&self, row: TableRow) -> &Running {
-        self.rows[row.0 as usize]
-            .as_ref()
-            .expect("a row in the order runs")
+    /// The rows in use, in the order of service.
+    fn rows_in_order(&self) -> impl Iterator<Item = TableRow> {
+        self.running
+            .values()
+            .flat_map(|group| group.rows.iter().copied())
     }
 
-    fn runs_in(&self, row: TableRow, id: RequestId) -> bool {
-        self.rows[row.0 as usize]
-            .as_ref()
-            .is_some_and(|running| running.sequence.id == id)
+    fn at(&self, row: TableRow) -> &RunningSequence {
+        self.rows[row.0 as usize].as_ref().expect("a running row")
     }
 
-    /// A live request that ran in `row` when a step was scheduled; it may have been preempted since.
-    fn find(&mut self, id: RequestId, row: TableRow) -> Option<&mut Sequence> {
-        if self.runs_in(row, id) {
-            return self.rows[row.0 as usize]
-                .as_mut()
-                .map(|running| &mut running.sequence);
+    /// A live sequence that ran in `row` when a step was scheduled; it may have been preempted since.
+    fn find(&mut self, id: RequestId, index: u32, row: TableRow) -> Option<&mut Sequence> {
+        let key = self.keys.get(&id)?;
+        if let Some(group) = self.waiting.get_mut(key) {
+            return group
+                .sequences
+                .iter_mut()
+                .find(|sequence| sequence.index() == index);
         }
-        self.waiting.iter_mut().find(|sequence| sequence.id == id)
+        let running = self.rows[row.0 as usize].as_mut()?;
+        let is_it = running.group == id && running.sequence.index() == index;
+        is_it.then_some(&mut running.sequence)
     }
 }
 
-impl Running {
+impl RunningSequence {
     /// Tokens that can run now.
     fn n_ready(&self) -> u32 {
         self.sequence.n_target().saturating_sub(self.n_scheduled)
@@ -439,22 +514,19 @@ impl Running {
 /// A step being put together.
 #[derive(Default)]
 struct Batch {
-    input: StepInput,
+    schedule: Schedule,
     expected: Vec<Expected>,
 }
 
 impl Batch {
-    fn update_table(
-        &mut self,
-        row: TableRow,
-        first: u32,
-        blocks: &[kvasir_kernels::device::BlockId],
-    ) {
-        self.input.table_updates.push(TableUpdate {
+    fn update_tables(&mut self, row: TableRow, appended: Vec<Appended>) {
+        let updates = appended.into_iter().map(|new| TableUpdate {
+            group: new.group,
             row,
-            first,
-            blocks: blocks.to_vec(),
+            first: new.first,
+            blocks: new.blocks,
         });
+        self.schedule.input.table_updates.extend(updates);
     }
 }
 

@@ -319,12 +319,12 @@ impl Call {
             .then_some(None)
     }
 
-    fn logprobs(&self, tokens: &[kvasir_kernels::device::Sampled]) -> Option<ChatLogprobs> {
+    fn logprobs(&self, tokens: &[kvasir_kernels::step::Sampled]) -> Option<ChatLogprobs> {
         self.with_logprobs
             .then(|| ChatLogprobs::new(self.serving.tokenizer.vocabulary(), tokens))
     }
 
-    fn ids_of(&self, tokens: &[kvasir_kernels::device::Sampled]) -> Option<Vec<u32>> {
+    fn ids_of(&self, tokens: &[kvasir_kernels::step::Sampled]) -> Option<Vec<u32>> {
         self.params
             .return_token_ids
             .then(|| tokens.iter().map(|t| t.token).collect())

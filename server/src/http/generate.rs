@@ -9,7 +9,7 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use futures::stream::{SelectAll, StreamExt};
-use kvasir_kernels::device::Sampled;
+use kvasir_kernels::step::Sampled;
 use serde::Serialize;
 
 use super::Serving;

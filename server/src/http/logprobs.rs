@@ -1,7 +1,7 @@
 //! Log-probabilities in the forms of the two interfaces. The text of a token is the vocabulary's, so that tokens
 //! that are a part of a character only are told apart.
 
-use kvasir_kernels::device::Sampled;
+use kvasir_kernels::step::Sampled;
 use serde::Serialize;
 
 use crate::text::Vocabulary;

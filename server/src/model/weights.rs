@@ -5,12 +5,13 @@
 
 use std::collections::BTreeMap;
 
-use kvasir_kernels::device::{Dtype, TensorView};
+use kvasir_kernels::stored::{Dtype, Fp8, Int4, Int4Order, StoredMatrix, TensorView};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
 use super::LoadError;
 use super::files::{FileBytes, ModelFiles};
+use super::quantization::Quantization;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -29,7 +30,7 @@ struct Entry<'f> {
 }
 
 /// All tensors by name. Each is taken once; what is left in the end is a mistake.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Tensors<'f> {
     entries: BTreeMap<String, Entry<'f>>,
 }
@@ -102,19 +103,52 @@ impl WeightFiles {
 }
 
 impl<'f> Tensors<'f> {
-    /// Takes the matrix `name`, `[rows, cols]`.
-    pub fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<TensorView<'f>, LoadError> {
-        self.take(name, &shape, shape)
-    }
-
     /// Takes the vector `name`, `[n]`.
     pub fn vector(&mut self, name: &str, n: usize) -> Result<TensorView<'f>, LoadError> {
-        self.take(name, &[n], [1, n])
+        self.take_floats(name, &[n], [1, n])
     }
 
-    /// Drops tensors that say nothing of their own: the model has them in another form.
+    /// Takes the matrix `{module}.weight`, `[rows, cols]`, in the form in which it is stored.
+    pub fn matrix(
+        &mut self,
+        module: &str,
+        shape: [usize; 2],
+        quantization: Quantization,
+    ) -> Result<StoredMatrix<'f>, LoadError> {
+        let name = |what: &str| format!("{module}.{what}");
+        let has = |what: &str| self.entries.contains_key(&name(what));
+        let is_fp8 = || {
+            let entry = self.entries.get(&name("weight"));
+            entry.is_some_and(|entry| entry.dtype == safetensors::Dtype::F8_E4M3)
+        };
+        match quantization {
+            Quantization::Fp8 { block } if is_fp8() => self.fp8(module, shape, block),
+            Quantization::Gptq { group_size } if has("qweight") => {
+                self.int4(module, shape, Int4Order::Gptq, group_size)
+            }
+            Quantization::Awq { group_size } if has("qweight") => {
+                self.int4(module, shape, Int4Order::Awq, group_size)
+            }
+            Quantization::PackQuantized {
+                group_size,
+                has_zeros,
+            } if has("weight_packed") => self.pack_quantized(module, shape, group_size, has_zeros),
+            _ => Ok(self.take_floats(&name("weight"), &shape, shape)?.into()),
+        }
+    }
+
+    /// Drops tensors that say nothing of their own: the model has them in another form, or not at all.
     pub fn ignore(&mut self, redundant: impl Fn(&str) -> bool) {
         self.entries.retain(|name, _| !redundant(name));
+    }
+
+    /// Drops the tensor `name` where all its bytes are zero.
+    pub fn ignore_zeros(&mut self, name: &str) {
+        if let Some(entry) = self.entries.get(name)
+            && entry.bytes.iter().all(|&byte| byte == 0)
+        {
+            self.entries.remove(name);
+        }
     }
 
     /// Refuses what nobody took: a tensor that the configuration doesn't know would have changed the answer.
@@ -128,43 +162,193 @@ impl<'f> Tensors<'f> {
         }
     }
 
-    fn take(
+    fn fp8(
+        &mut self,
+        module: &str,
+        [rows, cols]: [usize; 2],
+        block: Option<[usize; 2]>,
+    ) -> Result<StoredMatrix<'f>, LoadError> {
+        let weight = format!("{module}.weight");
+        let values = self.take(&weight, &[rows, cols], &[safetensors::Dtype::F8_E4M3])?;
+        self.entries.remove(&format!("{module}.input_scale"));
+        let (scales, block) = match block {
+            Some(block) => {
+                let shape = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
+                let name = format!("{module}.weight_scale_inv");
+                (self.take_floats(&name, &shape, shape)?, block)
+            }
+            None => {
+                let name = format!("{module}.weight_scale");
+                let stored = self.entries.get(&name).map(|entry| entry.shape.clone());
+                match stored.as_deref() {
+                    Some(shape @ ([] | [1])) if rows > 1 => {
+                        (self.take_floats(&name, shape, [1, 1])?, [rows, cols])
+                    }
+                    _ => (self.take_floats(&name, &[rows, 1], [rows, 1])?, [1, cols]),
+                }
+            }
+        };
+        Ok(StoredMatrix::Fp8(Fp8 {
+            shape: [rows, cols],
+            values: values.bytes,
+            scales,
+            block,
+        }))
+    }
+
+    /// GPTQ and AWQ: `[in, out]`, eight numbers in a word along the input or the output.
+    fn int4(
+        &mut self,
+        module: &str,
+        [rows, cols]: [usize; 2],
+        order: Int4Order,
+        group_size: Option<usize>,
+    ) -> Result<StoredMatrix<'f>, LoadError> {
+        let group_size = group_size.unwrap_or(cols);
+        let groups = cols.div_ceil(group_size);
+        let packed = match order {
+            Int4Order::Gptq => [cols.div_ceil(8), rows],
+            Int4Order::Awq | Int4Order::PackQuantized => [cols, rows.div_ceil(8)],
+        };
+        let name = |what: &str| format!("{module}.{what}");
+        let values = self.take_words(&name("qweight"), packed)?;
+        let zeros = self.take_words(&name("qzeros"), [groups, rows.div_ceil(8)])?;
+        let scales = self.take_floats(&name("scales"), &[groups, rows], [groups, rows])?;
+        let index = name("g_idx");
+        let group_index = match self.entries.contains_key(&index) {
+            true => Some(self.group_index(&index, cols, groups)?),
+            false => None,
+        };
+        Ok(StoredMatrix::Int4(Int4 {
+            shape: [rows, cols],
+            order,
+            values,
+            scales,
+            zeros: Some(zeros),
+            group_size,
+            group_index,
+        }))
+    }
+
+    fn pack_quantized(
+        &mut self,
+        module: &str,
+        [rows, cols]: [usize; 2],
+        group_size: Option<usize>,
+        has_zeros: bool,
+    ) -> Result<StoredMatrix<'f>, LoadError> {
+        let group_size = group_size.unwrap_or(cols);
+        let groups = cols.div_ceil(group_size);
+        let name = |what: &str| format!("{module}.{what}");
+        let values = self.take_words(&name("weight_packed"), [rows, cols.div_ceil(8)])?;
+        let scales = self.take_floats(&name("weight_scale"), &[rows, groups], [rows, groups])?;
+        let zeros = match has_zeros {
+            true => Some(self.take_words(&name("weight_zero_point"), [rows.div_ceil(8), groups])?),
+            false => None,
+        };
+        let index = name("weight_g_idx");
+        let group_index = match self.entries.contains_key(&index) {
+            true => Some(self.group_index(&index, cols, groups)?),
+            false => None,
+        };
+        // The shape once more, in numbers: it is known from config.json.
+        self.entries.remove(&name("weight_shape"));
+        Ok(StoredMatrix::Int4(Int4 {
+            shape: [rows, cols],
+            order: Int4Order::PackQuantized,
+            values,
+            scales,
+            zeros,
+            group_size,
+            group_index,
+        }))
+    }
+
+    /// The group of each input, all of them below `groups`.
+    fn group_index(
+        &mut self,
+        name: &str,
+        cols: usize,
+        groups: usize,
+    ) -> Result<&'f [u8], LoadError> {
+        let entry = self.take(name, &[cols], &[safetensors::Dtype::I32])?;
+        let index = entry.bytes.chunks_exact(4).map(|bytes| match *bytes {
+            [a, b, c, d] => i32::from_le_bytes([a, b, c, d]),
+            _ => -1,
+        });
+        match index
+            .clone()
+            .find(|&group| !(0..groups as i32).contains(&group))
+        {
+            None => Ok(entry.bytes),
+            Some(group) => Err(entry.wrong(format!(
+                "tensor {name} holds {group}, expected groups below {groups}"
+            ))),
+        }
+    }
+
+    fn take_words(&mut self, name: &str, want: [usize; 2]) -> Result<&'f [u8], LoadError> {
+        Ok(self.take(name, &want, &[safetensors::Dtype::I32])?.bytes)
+    }
+
+    fn take_floats(
         &mut self,
         name: &str,
         want: &[usize],
         shape: [usize; 2],
     ) -> Result<TensorView<'f>, LoadError> {
+        use safetensors::Dtype::{BF16, F16, F32};
+        let entry = self.take(name, want, &[BF16, F16, F32])?;
+        Ok(TensorView {
+            dtype: match entry.dtype {
+                F32 => Dtype::F32,
+                F16 => Dtype::F16,
+                _ => Dtype::BF16,
+            },
+            shape,
+            bytes: entry.bytes,
+        })
+    }
+
+    fn take(
+        &mut self,
+        name: &str,
+        want: &[usize],
+        dtypes: &[safetensors::Dtype],
+    ) -> Result<Entry<'f>, LoadError> {
         let Some(entry) = self.entries.remove(name) else {
             return Err(LoadError::Weights {
                 file: "*.safetensors".to_owned(),
                 message: format!("tensor {name} is missing, expected one of shape {want:?}"),
             });
         };
-        let wrong = |message: String| LoadError::Weights {
-            file: entry.file.to_owned(),
-            message,
-        };
         if entry.shape != want {
-            return Err(wrong(format!(
+            return Err(entry.wrong(format!(
                 "tensor {name} has the shape {:?}, expected {want:?} from config.json",
                 entry.shape
             )));
         }
-        let dtype = match entry.dtype {
-            safetensors::Dtype::F32 => Dtype::F32,
-            safetensors::Dtype::F16 => Dtype::F16,
-            safetensors::Dtype::BF16 => Dtype::BF16,
-            other => {
-                return Err(wrong(format!(
-                    "tensor {name} is of dtype {other:?}, expected BF16, F16 or F32"
-                )));
-            }
-        };
-        Ok(TensorView {
-            dtype,
-            shape,
-            bytes: entry.bytes,
-        })
+        if !dtypes.contains(&entry.dtype) {
+            let names: Vec<String> = dtypes.iter().map(|dtype| format!("{dtype:?}")).collect();
+            let expected = match names.split_last() {
+                Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
+                _ => names.join(""),
+            };
+            return Err(entry.wrong(format!(
+                "tensor {name} is of dtype {:?}, expected {expected}",
+                entry.dtype
+            )));
+        }
+        Ok(entry)
+    }
+}
+
+impl Entry<'_> {
+    fn wrong(&self, message: String) -> LoadError {
+        LoadError::Weights {
+            file: self.file.to_owned(),
+            message,
+        }
     }
 }
 
@@ -175,8 +359,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::config::LlamaConfig;
-    use crate::model::llama::LlamaWeights;
+    use crate::model::config::ModelConfig;
+    use crate::model::decoder::Decoder;
+    use kvasir_kernels::device::Device;
+    use kvasir_kernels::null::NullDevice;
+    use kvasir_kernels::shape::{Limits, Precision};
 
     fn smallest() -> (Vec<u8>, Vec<u8>) {
         let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/smallest");
@@ -191,7 +378,25 @@ mod tests {
             std::fs::write(directory.path().join(name), bytes).unwrap();
         }
         let files = WeightFiles::open(&ModelFiles::directory(directory.path())?)?;
-        LlamaWeights::take(&LlamaConfig::parse(config, None)?, files.tensors()?).map(drop)
+        let config = ModelConfig::parse(config, None)?;
+        let limits = Limits {
+            max_tokens: 1,
+            max_sequences: 1,
+            max_logits_rows: 1,
+            max_blocks_per_sequence: 1,
+        };
+        let mut device = NullDevice::default();
+        let shape = config.decoder.model_shape(16, 16, limits);
+        device.add_model(&shape).map_err(LoadError::Device)?;
+        Decoder::prepare(
+            &config.decoder,
+            config.quantization,
+            Precision::F32,
+            files.tensors()?,
+            &mut device,
+            &mut |_| {},
+        )
+        .map(drop)
     }
 
     /// The config with one piece of text replaced.

@@ -1,25 +1,25 @@
 //! A sequence's tokens and what remains to be done with them. It knows no blocks, no other sequence and no device.
 //!
-//! A request owns one sequence for now; where it will own a group (n > 1, beams), the group is what is queued and
-//! preempted, and this stays the unit that is computed.
+//! The group of a request's sequences is what is queued and preempted; a sequence is what is computed.
 
 use std::ops::Range;
 
-use kvasir_kernels::device::{LogitsWant, Sampled, Sampling, TokenInput};
+use kvasir_kernels::step::{LogitsRequest, LogitsRow, Sampled, SamplingParams, TokenInput};
 
-use crate::engine::{FinishReason, Request, RequestId, SamplingParams};
+use crate::engine::{FinishReason, Request};
 
 /// Where a token that is still under way will appear: a row of logits of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Draw {
+pub(super) struct PendingSample {
     pub(super) step: u64,
     pub(super) logits_row: u32,
 }
 
-/// The tokens of a request and its wishes. Waiting or running: the KV cache is not its concern.
+/// The tokens of one sequence of a request and its wishes. Waiting or running: the KV cache is not its concern.
 #[derive(Debug)]
 pub(super) struct Sequence {
-    pub(super) id: RequestId,
+    /// Which of its request's.
+    index: u32,
     /// The prompt, then what was generated, as far as the host knows it.
     tokens: Vec<u32>,
     n_prompt: u32,
@@ -27,12 +27,12 @@ pub(super) struct Sequence {
     max_outputs: u32,
     stop_token_ids: Vec<u32>,
     sampling: SamplingParams,
-    pub(super) logprobs: Option<u8>,
-    pub(super) prompt_logprobs: Option<u8>,
+    logprobs: Option<u8>,
+    prompt_logprobs: Option<u8>,
     /// Outputs that were asked for and haven't been committed; 1 at most whenever a step is scheduled.
     n_pending: u32,
     /// The newest of them.
-    last_draw: Option<Draw>,
+    last_sample: Option<PendingSample>,
     /// Prompt positions whose successor's log-probability was asked for; a recomputation asks no second time.
     n_scored: u32,
 }
@@ -41,7 +41,7 @@ impl Sequence {
     pub(super) fn new(request: Request, max_model_len: u32) -> Self {
         let n_prompt = request.prompt.len() as u32;
         Self {
-            id: request.id,
+            index: 0,
             tokens: request.prompt,
             n_prompt,
             max_outputs: request
@@ -52,9 +52,14 @@ impl Sequence {
             logprobs: request.logprobs,
             prompt_logprobs: request.prompt_logprobs,
             n_pending: 0,
-            last_draw: None,
+            last_sample: None,
             n_scored: 0,
         }
+    }
+
+    /// Which of its request's sequences it is.
+    pub(super) fn index(&self) -> u32 {
+        self.index
     }
 
     /// Tokens that the host knows: the prompt and the committed outputs.
@@ -72,7 +77,7 @@ impl Sequence {
         self.n_pending > 0
     }
 
-    /// Outputs drawn or under way; the output index of the next one.
+    /// Outputs sampled or under way; the output index of the next one.
     fn n_outputs(&self) -> u32 {
         self.n_known() - self.n_prompt + self.n_pending
     }
@@ -81,7 +86,7 @@ impl Sequence {
         self.n_outputs() < self.max_outputs
     }
 
-    /// Tokens that must be in the cache before the next output can be drawn; the last output needs no KV.
+    /// Tokens that must be in the cache before the next output can be sampled; the last output needs no KV.
     pub(super) fn n_target(&self) -> u32 {
         if self.wants_output() || self.max_outputs == 0 {
             self.n_known() + self.n_pending
@@ -90,21 +95,21 @@ impl Sequence {
         }
     }
 
-    /// The token at `position`, by value or by the row that draws it in `previous_step`.
+    /// The token at `position`, by value or by the row that samples it in `previous_step`.
     pub(super) fn input(&self, position: u32, previous_step: Option<u64>) -> TokenInput {
         match self.tokens.get(position as usize) {
             Some(&token) => TokenInput::Id(token),
             None => {
-                let draw = self
-                    .last_draw
+                let sample = self
+                    .last_sample
                     .expect("a token past the known ones is under way");
                 assert_eq!(
-                    Some(draw.step),
+                    Some(sample.step),
                     previous_step,
-                    "a token under way was drawn in the step before"
+                    "a token under way was sampled in the step before"
                 );
                 TokenInput::Sampled {
-                    logits_row: draw.logits_row,
+                    logits_row: sample.logits_row,
                 }
             }
         }
@@ -129,14 +134,14 @@ impl Sequence {
         let n_scores = scores.end - scores.start;
         if n_scores > n_rows {
             end = scores.start + n_rows;
-        } else if n_scores == n_rows && self.draws(end) && end > start {
+        } else if n_scores == n_rows && self.samples(end) && end > start {
             end -= 1;
         }
         start..end
     }
 
-    /// Whether the token before `end` is one after which an output is drawn.
-    fn draws(&self, end: u32) -> bool {
+    /// Whether the token before `end` is one after which an output is sampled.
+    fn samples(&self, end: u32) -> bool {
         end == self.n_target() && self.wants_output()
     }
 
@@ -144,34 +149,35 @@ impl Sequence {
     pub(super) fn ask_scores(
         &mut self,
         chunk: Range<u32>,
-    ) -> impl Iterator<Item = (u32, LogitsWant)> {
+    ) -> impl Iterator<Item = (u32, LogitsRow)> {
         let scores = self.to_score(chunk);
         self.n_scored = self.n_scored.max(scores.end);
         scores.map(|position| {
-            (
-                position,
-                LogitsWant::Score {
+            let row = LogitsRow {
+                request: LogitsRequest::Score {
                     token: self.tokens[position as usize + 1],
                 },
-            )
+                n_logprobs: self.prompt_logprobs,
+            };
+            (position, row)
         })
     }
 
-    /// Asks for an output if `end` is where one is drawn.
-    pub(super) fn ask_output(&mut self, end: u32, draw: Draw) -> Option<LogitsWant> {
-        if !self.draws(end) {
+    /// Asks for an output if `end` is where one is sampled.
+    pub(super) fn ask_output(&mut self, end: u32, sample: PendingSample) -> Option<LogitsRow> {
+        if !self.samples(end) {
             return None;
         }
-        let sampling = Sampling {
-            temperature: self.sampling.temperature,
-            top_p: self.sampling.top_p,
-            top_k: self.sampling.top_k,
-            seed: self.sampling.seed,
-            output_index: self.n_outputs(),
-        };
+        let output_index = self.n_outputs();
         self.n_pending += 1;
-        self.last_draw = Some(draw);
-        Some(LogitsWant::Sample(sampling))
+        self.last_sample = Some(sample);
+        Some(LogitsRow {
+            request: LogitsRequest::Sample {
+                params: self.sampling,
+                output_index,
+            },
+            n_logprobs: self.logprobs,
+        })
     }
 
     /// Nothing is to be generated: the request ends when its prompt is computed.

@@ -1,17 +1,17 @@
 //! The scheduler against a device that checks everything: tiny pools, random arrivals, lengths and aborts.
 //!
-//! The device "computes" a token from all tokens before it, which it reads through the block tables. A stale row, a
-//! slot that is not written or written by another, a token at a wrong position: each gives another answer than the
-//! oracle, which sees one request alone.
+//! The device "computes" a token from all tokens before it, and reads in every cache group, full, windowed or of recurrent
+//! states, what a real one would read, through the block tables. A stale row, a slot that is not written or written by
+//! another, a token at a wrong position: each is found where it is read. The oracle sees one request alone.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU32;
 
-use kvasir_kernels::device::{BlockId, LogitsWant, Sampled, StepInput, TokenInput};
+use kvasir_kernels::step::{BlockId, LogitsRequest, Sampled, SamplingParams, TokenInput};
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::SamplingParams;
+use crate::engine::blocks::{CacheGroups, GroupKind};
 
 const VOCABULARY: u32 = 11;
 const STOP: u32 = 7;
@@ -45,34 +45,62 @@ fn oracle(request: &Request, max_model_len: u32) -> (Vec<u32>, FinishReason) {
     (tokens.split_off(request.prompt.len()), FinishReason::Length)
 }
 
-/// A device that runs its steps in order, at once, and hands out their results when asked.
+/// What a slot or a state of the cache holds: who wrote it and what. No two writes are equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Written {
+    serial: u64,
+    token: u32,
+}
+
+/// A block as its group uses it.
+#[derive(Clone, Debug)]
+enum Page {
+    /// By slot.
+    Tokens(Vec<Option<Written>>),
+    /// A recurrent state: all tokens that it has seen.
+    State(Vec<Written>),
+}
+
+/// A device that runs its steps in order, at once, and hands out their results when asked. Whatever a real one would read
+/// is compared with what the same row wrote there.
 struct CheckingDevice {
     block_size: usize,
     limits: Limits,
-    /// What each slot holds: position and token.
-    slots: Vec<Option<(u32, u32)>>,
-    tables: Vec<Vec<BlockId>>,
-    /// Tokens in the cache by row of the table.
-    lengths: Vec<u32>,
+    kinds: Vec<GroupKind>,
+    /// `None`: never written.
+    pages: Vec<Option<Page>>,
+    /// `[group][row]`
+    tables: Vec<Vec<Vec<BlockId>>>,
+    /// What each row wrote since its sequence was admitted.
+    contexts: Vec<Vec<Written>>,
+    n_written: u64,
     previous: Vec<u32>,
-    results: VecDeque<StepOutput>,
+    results: VecDeque<DeviceOutput>,
 }
 
 impl CheckingDevice {
-    fn slot(&self, row: TableRow, position: u32) -> usize {
-        let block = self.tables[row.0 as usize][position as usize / self.block_size];
-        block.0 as usize * self.block_size + position as usize % self.block_size
+    fn new(setting: &Setting) -> Self {
+        let rows = setting.limits.max_sequences;
+        Self {
+            block_size: setting.block_size as usize,
+            limits: setting.limits,
+            kinds: setting.kinds.clone(),
+            pages: vec![None; setting.n_blocks as usize],
+            tables: vec![vec![Vec::new(); rows]; setting.kinds.len()],
+            contexts: vec![Vec::new(); rows],
+            n_written: 0,
+            previous: Vec::new(),
+            results: VecDeque::new(),
+        }
     }
 
-    fn submit(&mut self, input: &StepInput) {
-        assert!(!input.tokens.is_empty() && input.tokens.len() <= self.limits.max_tokens);
-        assert!(input.spans.len() <= self.limits.max_sequences);
-        assert!(input.logits.len() <= self.limits.max_logits_rows);
+    fn update_tables(&mut self, input: &StepInput) {
         for update in &input.table_updates {
-            let table = &mut self.tables[update.row.0 as usize];
+            let row = update.row.0 as usize;
+            let table = &mut self.tables[update.group as usize][row];
             if update.first == 0 {
                 table.clear();
-                self.lengths[update.row.0 as usize] = 0;
+                self.contexts[row].clear();
             }
             assert_eq!(
                 table.len(),
@@ -80,59 +108,126 @@ impl CheckingDevice {
                 "a table grows without gaps"
             );
             table.extend(&update.blocks);
-            assert!(table.len() <= self.limits.max_blocks_per_sequence);
         }
+    }
+
+    /// Asserts that a query at `position` sees in every group what its row wrote.
+    fn read(&self, row: usize, position: usize) {
+        let context = &self.contexts[row];
+        for (kind, tables) in self.kinds.iter().zip(&self.tables) {
+            let first = match kind {
+                GroupKind::Full => 0,
+                GroupKind::Window(window) => (position + 1).saturating_sub(window.get() as usize),
+                GroupKind::State(_) => continue,
+            };
+            for (seen, written) in context.iter().enumerate().take(position + 1).skip(first) {
+                let block = tables[row][seen / self.block_size];
+                let Some(Page::Tokens(slots)) = &self.pages[block.0 as usize] else {
+                    panic!("{kind:?}: a block that holds no tokens is read");
+                };
+                let found = slots[seen % self.block_size];
+                assert_eq!(
+                    found.as_ref(),
+                    Some(written),
+                    "{kind:?}: position {seen} at {position}"
+                );
+            }
+        }
+    }
+
+    /// Writes a token in every group; a state is read before it is written.
+    fn write(&mut self, row: usize, token: u32) {
+        let position = self.contexts[row].len();
+        self.n_written += 1;
+        let written = Written {
+            serial: self.n_written,
+            token,
+        };
+        for (kind, tables) in self.kinds.iter().zip(&self.tables) {
+            if let GroupKind::State(n) = kind {
+                let blocks = &tables[row];
+                assert_eq!(blocks.len(), n.get() as usize, "all of a state has blocks");
+                for block in blocks {
+                    let page = &mut self.pages[block.0 as usize];
+                    let mut state = match page.take() {
+                        Some(Page::State(state)) if position > 0 => state,
+                        _ => Vec::new(),
+                    };
+                    assert_eq!(
+                        state, self.contexts[row],
+                        "the state of another sequence, or none"
+                    );
+                    state.push(written);
+                    *page = Some(Page::State(state));
+                }
+                continue;
+            }
+            let page = &mut self.pages[tables[row][position / self.block_size].0 as usize];
+            if !matches!(page, Some(Page::Tokens(_))) {
+                *page = Some(Page::Tokens(vec![None; self.block_size]));
+            }
+            if let Some(Page::Tokens(slots)) = page {
+                slots[position % self.block_size] = Some(written);
+            }
+        }
+        self.contexts[row].push(written);
+    }
+
+    fn submit(&mut self, schedule: &Schedule) {
+        let Schedule {
+            input, requests, ..
+        } = schedule;
+        assert!(!input.tokens.is_empty() && input.tokens.len() <= self.limits.max_tokens);
+        assert!(input.spans.len() <= self.limits.max_sequences);
+        assert!(input.logits.len() <= self.limits.max_logits_rows);
+        assert!(input.logits.is_sorted() && input.logits.len() == requests.len());
+        self.update_tables(input);
         let mut next = 0;
         let mut place = Vec::new();
         for span in &input.spans {
             assert_eq!(span.first_token, next, "spans cut the tokens without gaps");
             next += span.n_tokens;
-            let length = &mut self.lengths[span.row.0 as usize];
+            let row = span.row.0 as usize;
             assert_eq!(
-                span.first_position, *length,
+                span.first_position as usize,
+                self.contexts[row].len(),
                 "each position is written once, in order"
             );
-            *length += span.n_tokens;
             for i in 0..span.n_tokens {
                 let token = match input.tokens[(span.first_token + i) as usize] {
                     TokenInput::Id(token) => token,
                     TokenInput::Sampled { logits_row } => self.previous[logits_row as usize],
                 };
-                let position = span.first_position + i;
-                let slot = self.slot(span.row, position);
-                self.slots[slot] = Some((position, token));
-                place.push((span.row, position));
+                self.write(row, token);
+                place.push((row, (span.first_position + i) as usize));
             }
         }
         assert_eq!(next as usize, input.tokens.len());
-        assert!(input.logits.is_sorted_by_key(|row| row.token));
-        let sampled: Vec<Sampled> = input
-            .logits
-            .iter()
-            .map(|logits| {
-                let (row, last) = place[logits.token as usize];
-                let context: Vec<u32> = (0..=last)
-                    .map(|position| {
-                        let (written, token) =
-                            self.slots[self.slot(row, position)].expect("read after written");
-                        assert_eq!(written, position, "the slot holds another position's token");
-                        token
-                    })
-                    .collect();
-                let token = match logits.want {
-                    LogitsWant::Sample(sampling) => {
-                        next_token(&context, sampling.seed, sampling.output_index)
-                    }
-                    LogitsWant::Score { token } => token,
-                };
-                Sampled {
-                    token,
-                    ..Sampled::default()
-                }
-            })
-            .collect();
+        // A pass reads what every token sees after it has written all of them.
+        for &(row, position) in &place {
+            self.read(row, position);
+        }
+        let sampled = input.logits.iter().zip(requests).map(|(&token, request)| {
+            let (row, last) = place[token as usize];
+            let context: Vec<u32> = self.contexts[row][..=last]
+                .iter()
+                .map(|w| w.token)
+                .collect();
+            let token = match request.request {
+                LogitsRequest::Sample {
+                    params,
+                    output_index,
+                } => next_token(&context, params.seed, output_index),
+                LogitsRequest::Score { token } => token,
+            };
+            Sampled {
+                token,
+                ..Sampled::default()
+            }
+        });
+        let sampled: Vec<Sampled> = sampled.collect();
         self.previous = sampled.iter().map(|sampled| sampled.token).collect();
-        self.results.push_back(StepOutput { sampled });
+        self.results.push_back(DeviceOutput { sampled });
     }
 }
 
@@ -153,7 +248,28 @@ struct Setting {
     block_size: u32,
     n_blocks: u32,
     limits: Limits,
+    kinds: Vec<GroupKind>,
     arrivals: Vec<Arrival>,
+}
+
+impl Setting {
+    fn groups(&self) -> CacheGroups {
+        let block_size = NonZeroU32::new(self.block_size).unwrap();
+        CacheGroups::new(
+            block_size,
+            self.limits.max_tokens as u32,
+            self.kinds.clone(),
+        )
+    }
+}
+
+fn kind() -> impl Strategy<Value = GroupKind> {
+    let positive = |n| NonZeroU32::new(n).unwrap();
+    prop_oneof![
+        2 => Just(GroupKind::Full),
+        1 => (1..9u32).prop_map(move |n| GroupKind::Window(positive(n))),
+        1 => (1..3u32).prop_map(move |n| GroupKind::State(positive(n))),
+    ]
 }
 
 fn settings() -> impl Strategy<Value = Setting> {
@@ -183,26 +299,30 @@ fn settings() -> impl Strategy<Value = Setting> {
         0..12usize,
         0..6usize,
     );
-    (sizes, prop::collection::vec(arrival, 1..16)).prop_map(|(sizes, arrivals)| {
+    let kinds = prop::collection::vec(kind(), 1..4);
+    (sizes, kinds, prop::collection::vec(arrival, 1..16)).prop_map(|(sizes, kinds, arrivals)| {
         let (depth, block_size, spare_blocks, max_sequences, more_tokens, more_rows) = sizes;
         let longest = arrivals
             .iter()
             .map(|a| a.n_prompt + a.max_tokens)
             .max()
             .unwrap();
-        let needed = longest.div_ceil(block_size);
-        Setting {
+        let mut setting = Setting {
             depth,
             block_size,
-            n_blocks: needed + spare_blocks,
+            n_blocks: 0,
             limits: Limits {
                 max_tokens: max_sequences + more_tokens,
                 max_sequences,
                 max_logits_rows: max_sequences + more_rows,
-                max_blocks_per_sequence: needed as usize,
+                max_blocks_per_sequence: longest.div_ceil(block_size) as usize,
             },
+            kinds,
             arrivals,
-        }
+        };
+        let max_model_len = longest.div_ceil(block_size) * block_size;
+        setting.n_blocks = setting.groups().blocks_for(max_model_len) + spare_blocks;
+        setting
     })
 }
 
@@ -244,19 +364,12 @@ fn run(setting: &Setting) -> usize {
         n_blocks,
         limits,
         arrivals,
+        ..
     } = setting;
     let max_model_len = (limits.max_blocks_per_sequence as u32) * block_size;
-    let mut blocks = BlockPool::new(*n_blocks, NonZeroU32::new(*block_size).unwrap());
+    let mut blocks = BlockPool::new(*n_blocks, setting.groups());
     let mut scheduler = Scheduler::new(*limits, max_model_len);
-    let mut device = CheckingDevice {
-        block_size: *block_size as usize,
-        limits: *limits,
-        slots: vec![None; (n_blocks * block_size) as usize],
-        tables: vec![Vec::new(); limits.max_sequences],
-        lengths: vec![0; limits.max_sequences],
-        previous: Vec::new(),
-        results: VecDeque::new(),
-    };
+    let mut device = CheckingDevice::new(setting);
     let mut received: BTreeMap<RequestId, Received> = BTreeMap::new();
     let mut left: Vec<RequestId> = Vec::new();
     let (mut n_arrived, mut n_preempted) = (0, 0);
@@ -277,12 +390,13 @@ fn run(setting: &Setting) -> usize {
                 left.push(RequestId(i as u64));
             }
         }
-        let batch = scheduler.schedule(&mut blocks);
-        if let Some(input) = &batch {
-            device.submit(input);
+        let schedule = scheduler.schedule(&mut blocks);
+        let is_idle = schedule.input.tokens.is_empty();
+        if !is_idle {
+            device.submit(&schedule);
         }
-        n_preempted += scheduler.take_changes().preempted.len();
-        if batch.is_none() || device.results.len() == *depth {
+        n_preempted += schedule.preempted.len();
+        if is_idle || device.results.len() == *depth {
             if let Some(output) = device.results.pop_front() {
                 for output in scheduler.commit(&mut blocks, output) {
                     assert!(!left.contains(&output.id), "no output after an abort");
@@ -306,22 +420,18 @@ fn run(setting: &Setting) -> usize {
                 break;
             }
         }
-        let held: usize = scheduler
-            .order
+        let rows: Vec<TableRow> = scheduler.rows_in_order().collect();
+        let held = rows
             .iter()
-            .map(|&row| scheduler.running(row).table.blocks().len())
-            .sum();
+            .map(|&row| scheduler.at(row).table.blocks().count());
         assert_eq!(
             blocks.counts().active as usize,
-            held,
+            held.sum::<usize>(),
             "every active block is in a table"
         );
-        let ids: Vec<_> = scheduler
-            .order
-            .iter()
-            .map(|&row| scheduler.running(row).sequence.id)
-            .collect();
-        assert_eq!(scheduler.free_rows.len() + ids.len(), limits.max_sequences);
+        assert_eq!(scheduler.free_rows.len() + rows.len(), limits.max_sequences);
+        let n_groups = scheduler.running.len() + scheduler.waiting.len();
+        assert_eq!(n_groups, scheduler.keys.len(), "a request runs or waits");
     }
     assert_eq!(blocks.counts().active, 0, "all blocks come back");
     for (i, arrival) in arrivals.iter().enumerate() {
@@ -379,6 +489,7 @@ fn the_newest_is_preempted_and_its_outputs_are_kept() {
                 max_logits_rows: 4,
                 max_blocks_per_sequence: 10,
             },
+            kinds: vec![GroupKind::Full],
             arrivals: vec![arrival.clone(); 4],
         };
         assert!(run(&setting) > 0, "the pool is too small for all at once");
@@ -393,7 +504,8 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         max_logits_rows: 4,
         max_blocks_per_sequence: 64,
     };
-    let mut blocks = BlockPool::new(64, NonZeroU32::new(4).unwrap());
+    let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 8, vec![GroupKind::Full]);
+    let mut blocks = BlockPool::new(64, groups);
     let mut scheduler = Scheduler::new(limits, 256);
     let arrival = |n_prompt| Arrival {
         step: 0,
@@ -407,7 +519,7 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
     scheduler.add(request(1, &arrival(40)));
     let mut sizes = Vec::new();
     for _ in 0..4 {
-        let input = scheduler.schedule(&mut blocks).unwrap();
+        let input = scheduler.schedule(&mut blocks).input;
         sizes.push(
             input
                 .spans
@@ -423,7 +535,7 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
                 ..Sampled::default()
             })
             .collect();
-        scheduler.commit(&mut blocks, StepOutput { sampled });
+        scheduler.commit(&mut blocks, DeviceOutput { sampled });
     }
     assert_eq!(
         sizes,
