@@ -39,11 +39,12 @@ import sys
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = pathlib.Path(__file__).resolve().parent
 STEPS = 24
 LENGTHS = (1, 2, 17, 33, 130)
+ROUTER_STD = 0.5
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -53,8 +54,16 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
-# Each case: the shape, the dtype that is stored, and how the directory is written. `old_config` writes the field names
-# of Transformers 4 (rope_theta, rope_scaling, torch_dtype), which most published models carry.
+# Gemma 3 has a RoPE of its own for local and for global layers.
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+GEMMA3_LINEAR_ROPE = {**GEMMA3_ROPE, "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}}
+
+# Each case: the model's type (Llama where none is said), its shape, the dtype that is stored, and how the directory is
+# written. `old_config` writes the field names of Transformers 4 (rope_theta, rope_scaling, torch_dtype), which most
+# published models carry; `drop` and `add` say what else the published config.json of that family lacks or has.
 CASES = {
     "gqa-5-1": dict(
         config=dict(hidden_size=52, num_attention_heads=5, num_key_value_heads=1, head_dim=14, intermediate_size=77,
@@ -102,29 +111,93 @@ CASES = {
         config=dict(hidden_size=72, num_attention_heads=4, num_key_value_heads=1, head_dim=128, intermediate_size=90,
                     vocab_size=300, num_hidden_layers=2, rms_norm_eps=1e-5),
         dtype="bfloat16", lengths=(1, 17, 33, 130, 300)),
+    # Qwen2 has biases on q, k and v, and can have a window from one layer on.
+    "qwen2-gqa-5-1-window": dict(
+        type="qwen2",
+        config=dict(hidden_size=50, num_attention_heads=5, num_key_value_heads=1, intermediate_size=41, vocab_size=203,
+                    num_hidden_layers=3, rms_norm_eps=1e-6, rope_theta=1e6, use_sliding_window=True, sliding_window=21,
+                    max_window_layers=1),
+        dtype="float32", old_config=True, drop=["layer_types"]),
+    "qwen2-head-64-tied": dict(
+        type="qwen2",
+        config=dict(hidden_size=46, num_attention_heads=3, num_key_value_heads=1, head_dim=64, intermediate_size=77,
+                    vocab_size=263, num_hidden_layers=2, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True),
+        dtype="bfloat16", std=0.2),
+    # Qwen3 has norms of query and key heads and a head_dim of its own.
+    "qwen3-gqa-6-2-tied": dict(
+        type="qwen3",
+        config=dict(hidden_size=47, num_attention_heads=6, num_key_value_heads=2, head_dim=14, intermediate_size=65,
+                    vocab_size=223, num_hidden_layers=3, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True),
+        dtype="float16", old_config=True, drop=["layer_types"], std=0.18),
+    "qwen3-head-64": dict(
+        type="qwen3",
+        config=dict(hidden_size=42, num_attention_heads=3, num_key_value_heads=1, head_dim=64, intermediate_size=61,
+                    vocab_size=253, num_hidden_layers=2, rms_norm_eps=1e-6, rope_theta=1e6),
+        dtype="bfloat16", std=0.18),
+    "qwen3-head-128": dict(
+        type="qwen3",
+        config=dict(hidden_size=40, num_attention_heads=2, num_key_value_heads=1, head_dim=128, intermediate_size=72,
+                    vocab_size=200, num_hidden_layers=2, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True),
+        dtype="bfloat16", old_config=True, drop=["layer_types"], lengths=(1, 17, 33, 130, 300), std=0.22),
+    # Gemma 3: local and global layers, norms around attention and MLP, scaled embeddings.
+    "gemma3-mha-3-window": dict(
+        type="gemma3_text",
+        config=dict(hidden_size=39, num_attention_heads=3, num_key_value_heads=3, head_dim=10, intermediate_size=31,
+                    vocab_size=227, num_hidden_layers=5, rms_norm_eps=1e-6, query_pre_attn_scalar=23, sliding_window=9,
+                    layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention",
+                                 "sliding_attention"], rope_parameters=GEMMA3_ROPE),
+        dtype="float32"),
+    "gemma3-head-64-linear-rope": dict(
+        type="gemma3_text",
+        config=dict(hidden_size=28, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=50,
+                    vocab_size=257, num_hidden_layers=7, rms_norm_eps=1e-6, query_pre_attn_scalar=40,
+                    sliding_window=16, sliding_window_pattern=3, rope_parameters=GEMMA3_LINEAR_ROPE),
+        dtype="bfloat16", old_config=True, drop=["layer_types"], add={"sliding_window_pattern": 3},
+        lengths=(1, 17, 33, 130, 300)),
+    # Mixtral: a router and experts in place of the MLP.
+    "mixtral-head-64": dict(
+        type="mixtral",
+        config=dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=20,
+                    vocab_size=263, num_hidden_layers=2, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8,
+                    num_experts_per_tok=2),
+        dtype="bfloat16", old_config=True),
+    "mixtral-6-experts": dict(
+        type="mixtral",
+        config=dict(hidden_size=30, num_attention_heads=3, num_key_value_heads=3, intermediate_size=19,
+                    vocab_size=199, num_hidden_layers=3, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=6,
+                    num_experts_per_tok=3),
+        dtype="float32", old_config=True, drop=["head_dim"]),
 }
 
-# LlamaConfig refuses a hidden size that the head count doesn't divide, though the model itself computes it rightly
-# from head_dim; published models have such shapes under head_dim's explicit form, so the check is taken out here.
-LlamaConfig.__class_validators__ = [v for v in LlamaConfig.__class_validators__ if v.__name__ != "validate_architecture"]
 
-
-def build_config(fields):
-    """LlamaConfig from a case's fields; `rope` and `rope_theta` become what this version calls rope_parameters."""
-    fields = dict(fields)
+def build_config(case):
+    """The configuration of a case; `rope` and `rope_theta` become what this version calls rope_parameters."""
+    fields = dict(case["config"])
     rope = {"rope_type": "default", **fields.pop("rope", {}), "rope_theta": fields.pop("rope_theta", 10000.0)}
-    return LlamaConfig(**{"max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True,
-                          "attn_implementation": "eager", **fields, "rope_parameters": rope})
+    text = {"max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+            "use_cache": True, "rope_parameters": rope, **fields}
+    model_type = case.get("type", "llama")
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
+    # Some configurations refuse a hidden size that the head count doesn't divide, though the model itself computes it
+    # rightly from head_dim; published models have such shapes, so the check is taken out here.
+    known.__class_validators__ = [v for v in known.__class_validators__ if v.__name__ != "validate_architecture"]
+    if "vision" in case:
+        return AutoConfig.for_model(model_type, text_config=text, **case["vision"])
+    return AutoConfig.for_model(model_type, **text)
 
 
 def random_model(config, seed, std):
-    """A float32 model whose every parameter matters: norms are not all one and biases are not all zero."""
-    model = LlamaForCausalLM(config).float().eval()
+    """A float32 model whose every parameter matters: norms are not all alike and biases are not all zero.
+
+    A new norm's weights are all one, or all zero in families that multiply by one plus the weight.
+    """
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else std * noise)
+            router = name.endswith(("gate.weight", "router.weight"))
+            parameter.copy_(parameter + 0.2 * noise if "norm" in name else (ROUTER_STD if router else std) * noise)
     return model
 
 
@@ -137,17 +210,24 @@ def write(model, case, directory):
     path = directory / "config.json"
     config = json.loads(path.read_text())
     if case.get("old_config"):
-        rope = config.pop("rope_parameters")
-        config["rope_theta"] = rope.pop("rope_theta")
-        config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+        text = config.get("text_config", config)
+        rope = text.pop("rope_parameters")
+        if "sliding_attention" in rope:
+            text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
+        text["rope_theta"] = rope.pop("rope_theta")
+        text["rope_scaling"] = rope if rope["rope_type"] != "default" else None
         config["torch_dtype"] = config.pop("dtype")
     for field in case.get("drop", []):
         del config[field]
+    config.update(case.get("add", {}))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load(directory, dtype):
-    return LlamaForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    """The model with attention and experts in plain PyTorch, without fused kernels."""
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager").eval()
 
 
 @torch.no_grad()
@@ -216,7 +296,7 @@ def make(name, case):
     """Tries seeds until the greedy tokens vary and no float32 choice is closer than its noise could decide."""
     directory = HERE / name
     for seed in range(100):
-        write(random_model(build_config(case["config"]), seed, case.get("std", 0.14)), case, directory)
+        write(random_model(build_config(case), seed, case.get("std", 0.14)), case, directory)
         golden = examine(directory, prompts_for(case, seed))
         runs = [p["float32"] for p in golden["prompts"]]
         closest = min(min(r["margins"]) for r in runs)
