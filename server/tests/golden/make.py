@@ -174,7 +174,7 @@ CASES = {
         config=dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=37,
                     moe_intermediate_size=18, vocab_size=251, num_hidden_layers=3, rms_norm_eps=1e-6, rope_theta=1e6,
                     num_experts=8, num_experts_per_tok=3, norm_topk_prob=True, mlp_only_layers=[1]),
-        dtype="bfloat16", old_config=True, routed=5, std=0.12, distinct=6),
+        dtype="bfloat16", old_config=True, routed=5, std=0.1, distinct=5),
     "qwen3-moe-sparse-step-2": dict(
         type="qwen3_moe",
         config=dict(hidden_size=31, num_attention_heads=3, num_key_value_heads=1, head_dim=12, intermediate_size=41,
@@ -203,7 +203,7 @@ CASES = {
         config=dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, intermediate_size=26,
                     vocab_size=131, num_hidden_layers=2, rms_norm_eps=1e-5, tie_word_embeddings=True,
                     partial_rotary_factor=0.75),
-        dtype="bfloat16", old_config=True, add={"partial_rotary_factor": 0.75}),
+        dtype="bfloat16", old_config=True, add={"partial_rotary_factor": 0.75}, std=0.11),
     # LongRoPE has two sets of factors, by the sequence's length; each case stays on its side of 64 to its last token.
     "phi3-longrope-short": dict(
         type="phi3",
