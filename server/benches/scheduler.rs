@@ -5,8 +5,9 @@
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
-use kvasir_kernels::device::{Limits, Sampled, StepOutput};
-use kvasir_server::engine::blocks::BlockPool;
+use kvasir_kernels::shape::Limits;
+use kvasir_kernels::step::{DeviceOutput, Sampled};
+use kvasir_server::engine::blocks::{BlockPool, CacheGroups, GroupKind};
 use kvasir_server::engine::scheduler::Scheduler;
 use kvasir_server::engine::{Request, RequestId, SamplingParams};
 
@@ -21,7 +22,9 @@ fn main() {
         max_logits_rows: N_REQUESTS,
         max_blocks_per_sequence: 256,
     };
-    let mut blocks = BlockPool::new(65_536, NonZeroU32::MIN.saturating_add(15));
+    let block_size = NonZeroU32::MIN.saturating_add(15);
+    let groups = CacheGroups::new(block_size, 8_192, vec![GroupKind::Full]);
+    let mut blocks = BlockPool::new(65_536, groups);
     let mut scheduler = Scheduler::new(limits, 4_096);
     let mut next_id = 0;
     let mut arrive = |scheduler: &mut Scheduler| {
@@ -48,12 +51,10 @@ fn main() {
     let mut times = Vec::with_capacity(N_STEPS);
     for _ in 0..N_STEPS {
         let start = Instant::now();
-        let Some(input) = scheduler.schedule(&mut blocks) else {
-            break;
-        };
+        let schedule = scheduler.schedule(&mut blocks);
         let scheduled = start.elapsed();
-        let sampled = input
-            .logits
+        let sampled = schedule
+            .requests
             .iter()
             .map(|_| Sampled {
                 token: 3,
@@ -62,9 +63,8 @@ fn main() {
             })
             .collect();
         let start = Instant::now();
-        let outputs = scheduler.commit(&mut blocks, StepOutput { sampled });
+        let outputs = scheduler.commit(&mut blocks, DeviceOutput { sampled });
         std::hint::black_box(scheduler.load(&blocks));
-        scheduler.take_changes();
         times.push(scheduled + start.elapsed());
         for _ in outputs.iter().filter(|output| output.finished.is_some()) {
             arrive(&mut scheduler);

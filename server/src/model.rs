@@ -258,7 +258,7 @@ fn limits(options: &LoadOptions, max_model_len: u32) -> Result<Limits, LoadError
 }
 
 /// How the model's cache groups use blocks.
-fn cache_groups(shape: &ModelShape) -> CacheGroups {
+pub fn cache_groups(shape: &ModelShape) -> CacheGroups {
     let kinds = shape.groups.iter().map(|group| match group.window {
         None => GroupKind::Full,
         Some(window) => GroupKind::Window(window),

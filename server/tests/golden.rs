@@ -9,74 +9,106 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use kvasir_kernels::device::{
-    BlockId, Device, LogitsRow, LogitsWant, Precision, Sampling, Span, StepInput, TableRow,
-    TableUpdate, TokenInput,
+use kvasir_kernels::device::{Device, DeviceOptions};
+use kvasir_kernels::shape::{Limits, Numerics, Precision};
+use kvasir_kernels::step::{
+    BlockId, LogitsRequest, LogitsRow, SamplingParams, Span, StepInput, TableRow, TableUpdate,
+    TokenInput,
 };
-use kvasir_server::model::config::LlamaConfig;
+use kvasir_server::model::decoder::Decoder;
 use kvasir_server::model::files::ModelFiles;
-use kvasir_server::model::llama::{Llama, LlamaWeights};
 use kvasir_server::model::weights::WeightFiles;
 use serde_json::Value;
 
-use support::{DeviceKind, cases, device_config, floats, golden, tokens};
+use support::{DeviceKind, cases, config, floats, golden, longest_context, tokens};
 
 const MAX_ERROR: f32 = 1e-4;
-const BLOCK_SIZE: usize = 8;
+const BLOCK_SIZE: u32 = 8;
 
 /// A model on a device with one sequence, driven step by step.
 struct Bench {
     device: Box<dyn Device>,
-    model: Llama,
+    decoder: Decoder,
     vocab_size: usize,
 }
 
 impl Bench {
     fn new(case: &Path, kind: DeviceKind, precision: Precision) -> Self {
-        let files = ModelFiles::directory(case).unwrap();
-        let config = LlamaConfig::parse(&files.require("config.json").unwrap(), None).unwrap();
-        let weight_files = WeightFiles::open(&files).unwrap();
-        let weights = LlamaWeights::take(&config, weight_files.tensors().unwrap()).unwrap();
+        let config = config(case);
+        let context = longest_context(&golden(case), usize::MAX);
+        let blocks_per_sequence = context.div_ceil(BLOCK_SIZE);
+        let shape = config.decoder.model_shape(
+            context,
+            BLOCK_SIZE,
+            Limits {
+                max_tokens: support::MAX_TOKENS,
+                max_sequences: 1,
+                max_logits_rows: support::MAX_TOKENS,
+                max_blocks_per_sequence: blocks_per_sequence as usize,
+            },
+        );
         let mut device = kind
-            .make(device_config(&config, BLOCK_SIZE, precision))
+            .make(DeviceOptions {
+                numerics: Numerics::uniform(precision),
+                memory_limit: None,
+            })
             .unwrap();
-        let model = Llama::prepare(&config, &weights, &mut *device, &mut |_| {}).unwrap();
-        let n_blocks = config.max_position_embeddings as usize / BLOCK_SIZE;
-        device.allocate_kv(n_blocks as u32).unwrap();
+        device.add_model(&shape).unwrap();
+        let weight_files = WeightFiles::open(&ModelFiles::directory(case).unwrap()).unwrap();
+        let decoder = Decoder::prepare(
+            &config.decoder,
+            config.quantization,
+            precision,
+            weight_files.tensors().unwrap(),
+            &mut *device,
+            &mut |_| {},
+        )
+        .unwrap_or_else(|error| panic!("{}: {error}", case.display()));
+        let n_groups = shape.groups.len() as u32;
+        let n_blocks = blocks_per_sequence * n_groups;
+        device.allocate_kv(n_blocks).unwrap();
         // Blocks in an order of their own, so that a kernel that reads them one after another is found out.
-        let blocks = (0..n_blocks)
-            .map(|i| BlockId(((i * 7 + 3) % n_blocks) as u32))
-            .collect();
-        let update = TableUpdate {
-            row: TableRow(0),
-            first: 0,
-            blocks,
-        };
+        let step = (0..)
+            .map(|i| 2 * i + 7)
+            .find(|step| n_blocks % step != 0)
+            .unwrap();
+        let block = |group, i| BlockId(((i * n_groups + group) * step + 3) % n_blocks);
         let input = StepInput {
-            table_updates: vec![update],
+            table_updates: (0..n_groups)
+                .map(|group| TableUpdate {
+                    group,
+                    row: TableRow(0),
+                    first: 0,
+                    blocks: (0..blocks_per_sequence).map(|i| block(group, i)).collect(),
+                })
+                .collect(),
             ..StepInput::default()
         };
-        let ticket = device
-            .submit(&input, &mut |ops| model.forward(ops))
-            .unwrap();
+        let ticket = device.submit(&input, &|ops| decoder.forward(ops)).unwrap();
+        device.sample(&ticket, decoder.logits(), &[]).unwrap();
         device.collect(ticket).unwrap();
         Self {
             device,
-            model,
-            vocab_size: config.vocab_size,
+            decoder,
+            vocab_size: shape.vocab_size,
         }
     }
 
     /// Runs `ids` from `position` on, and returns each one's greedy token and row of logits.
     fn run(&mut self, ids: &[u32], position: usize) -> Vec<(u32, Vec<f32>)> {
-        let sampling = Sampling {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: None,
-            seed: 0,
+        let request = LogitsRequest::Sample {
+            params: SamplingParams {
+                temperature: 0.0,
+                top_p: 1.0,
+                top_k: None,
+                seed: 0,
+            },
             output_index: 0,
         };
-        let want = LogitsWant::Sample(sampling);
+        let row = LogitsRow {
+            request,
+            n_logprobs: None,
+        };
         let input = StepInput {
             tokens: ids.iter().map(|&id| TokenInput::Id(id)).collect(),
             spans: vec![Span {
@@ -85,29 +117,20 @@ impl Bench {
                 n_tokens: ids.len() as u32,
                 first_position: position as u32,
             }],
-            logits: (0..ids.len() as u32)
-                .map(|token| LogitsRow {
-                    token,
-                    want,
-                    n_logprobs: None,
-                })
-                .collect(),
+            logits: (0..ids.len() as u32).collect(),
             ..StepInput::default()
         };
-        let model = &self.model;
-        let ticket = self
-            .device
-            .submit(&input, &mut |ops| model.forward(ops))
+        let (device, decoder) = (&mut self.device, &self.decoder);
+        let ticket = device.submit(&input, &|ops| decoder.forward(ops)).unwrap();
+        let logits = decoder.logits();
+        device
+            .sample(&ticket, logits, &vec![row; ids.len()])
             .unwrap();
-        let drawn = self.device.collect(ticket).unwrap();
-        let logits = self.device.read(self.model.logits()).unwrap();
+        let output = device.collect(ticket).unwrap();
+        let logits = device.read_logits(logits).unwrap();
         let rows = logits.chunks(self.vocab_size).map(<[f32]>::to_vec);
-        drawn
-            .sampled
-            .iter()
-            .map(|sampled| sampled.token)
-            .zip(rows)
-            .collect()
+        let tokens = output.sampled.iter().map(|sampled| sampled.token);
+        tokens.zip(rows).collect()
     }
 
     /// Runs `ids` from the start, `chunk` at a time.
@@ -150,8 +173,8 @@ fn error_of(prompt: &Value, rows: &[(u32, Vec<f32>)]) -> f32 {
     error
 }
 
-fn float32_logits(kind: DeviceKind) {
-    for case in cases() {
+fn float32_logits(kind: DeviceKind, cases: Vec<PathBuf>) {
+    for case in cases {
         let mut bench = Bench::new(&case, kind, Precision::F32);
         for prompt in golden(&case)["prompts"].as_array().unwrap() {
             let ids = tokens(&prompt["ids"]);
@@ -185,7 +208,7 @@ fn bfloat16_tokens(kind: DeviceKind, cases: Vec<PathBuf>) {
         let (mut n_compared, mut n_all) = (0, 0);
         for prompt in golden["prompts"].as_array().unwrap() {
             let ids = tokens(&prompt["ids"]);
-            let mut drawn = bench.prefill(&ids, support::MAX_TOKENS).last().unwrap().0;
+            let mut sampled = bench.prefill(&ids, support::MAX_TOKENS).last().unwrap().0;
             let float32 = &prompt["float32"];
             // Each step is fed the golden token, so that one close call does not end the comparison.
             for (i, (want, margin)) in tokens(&float32["greedy"])
@@ -197,14 +220,14 @@ fn bfloat16_tokens(kind: DeviceKind, cases: Vec<PathBuf>) {
                 if margin > bound {
                     n_compared += 1;
                     assert_eq!(
-                        drawn,
+                        sampled,
                         want,
                         "{}: {} tokens, output {i}, margin {margin}",
                         case.display(),
                         ids.len()
                     );
                 }
-                drawn = bench.run(&[want], ids.len() + i)[0].0;
+                sampled = bench.run(&[want], ids.len() + i)[0].0;
             }
         }
         assert!(
@@ -217,7 +240,7 @@ fn bfloat16_tokens(kind: DeviceKind, cases: Vec<PathBuf>) {
 
 #[test]
 fn reference_float32_logits_are_those_of_transformers() {
-    float32_logits(DeviceKind::Reference);
+    float32_logits(DeviceKind::Reference, cases());
 }
 
 #[test]
@@ -227,7 +250,13 @@ fn reference_tokens_are_those_of_transformers_where_the_margin_decides() {
 
 #[test]
 fn cpu_float32_logits_are_those_of_transformers() {
-    float32_logits(DeviceKind::Cpu);
+    float32_logits(DeviceKind::Cpu, cases());
+}
+
+#[test]
+fn quantized_weights_mean_what_their_tools_say() {
+    float32_logits(DeviceKind::Reference, support::quantized_cases());
+    float32_logits(DeviceKind::Cpu, support::quantized_cases());
 }
 
 #[test]

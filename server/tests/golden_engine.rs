@@ -10,11 +10,12 @@ use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::mpsc::Receiver;
 
-use kvasir_kernels::device::{Precision, Sampled};
+use kvasir_kernels::shape::{Limits, Precision};
+use kvasir_kernels::step::Sampled;
 use kvasir_server::engine::{
     Counters, Engine, FinishReason, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
 };
-use kvasir_server::model::{LoadOptions, ModelFiles, load};
+use kvasir_server::model::{LoadOptions, ModelFiles, cache_groups, load};
 
 use serde_json::Value;
 
@@ -38,20 +39,36 @@ const ALONE: Shape = Shape {
     precision: Precision::F32,
 };
 
+/// Prompts of at most this length take part.
+const LONGEST_PROMPT: usize = 130;
+
+/// The engine over a case. `shape.n_blocks` counts blocks of a model with one cache group; another gets as many more than
+/// its longest sequence needs, for each of its groups.
 fn start(case: &Path, kind: DeviceKind, shape: Shape) -> (Engine, Receiver<StepOutputs>) {
     let positive = |n| NonZeroU32::new(n).unwrap();
+    let context = support::longest_context(&golden(case), LONGEST_PROMPT);
+    let limits = Limits {
+        max_tokens: shape.max_num_batched_tokens as usize,
+        max_sequences: shape.max_num_seqs as usize,
+        max_logits_rows: shape.max_num_batched_tokens as usize,
+        max_blocks_per_sequence: context.div_ceil(shape.block_size) as usize,
+    };
+    let decoder = support::config(case).decoder;
+    let groups = cache_groups(&decoder.model_shape(context, shape.block_size, limits));
+    let spare = shape.n_blocks - context.div_ceil(shape.block_size);
+    let n_blocks = groups.blocks_for(context) + spare * groups.n_groups();
     let options = LoadOptions {
         block_size: positive(shape.block_size),
-        max_model_len: None,
+        max_model_len: Some(positive(context)),
         max_num_seqs: positive(shape.max_num_seqs),
         max_num_batched_tokens: positive(shape.max_num_batched_tokens),
-        n_blocks: Some(positive(shape.n_blocks)),
+        n_blocks: Some(positive(n_blocks)),
         memory_utilization: 0.9,
         precision: Some(shape.precision),
         memory_limit: None,
     };
     let files = ModelFiles::directory(case).unwrap();
-    let loaded = load(&files, &options, |config| kind.make(config), |_| {}).unwrap();
+    let loaded = load(&files, &options, |options| kind.make(options), |_| {}).unwrap();
     Engine::start(Box::new(loaded.executor), loaded.facts, 1000).unwrap()
 }
 
@@ -112,7 +129,10 @@ fn requests(case: &Path) -> Vec<Request> {
         .iter()
         .map(|prompt| tokens(&prompt["ids"]));
     let mut requests = Vec::new();
-    for (i, prompt) in prompts.filter(|prompt| prompt.len() <= 130).enumerate() {
+    for (i, prompt) in prompts
+        .filter(|prompt| prompt.len() <= LONGEST_PROMPT)
+        .enumerate()
+    {
         for temperature in [0.0, 0.8] {
             requests.push(Request {
                 id: RequestId(requests.len() as u64),
@@ -166,8 +186,8 @@ fn cuda_crowd(case: &Path, shape: Shape) -> Counters {
     let (answers, counters) = answers(start(case, DeviceKind::Cuda, shape), &requests);
     for request in &requests {
         let (want, clear) = transformers_answer(&golden, request, bound);
-        let (scores, drawn, _) = &answers[&request.id];
-        let found: Vec<u32> = drawn.iter().map(|sampled| sampled.token).collect();
+        let (scores, sampled, _) = &answers[&request.id];
+        let found: Vec<u32> = sampled.iter().map(|sampled| sampled.token).collect();
         let why = format!("{}: {} tokens", case.display(), request.prompt.len());
         assert_eq!(found[..clear], want[..clear], "{why}");
         assert_eq!(found.len(), want.len(), "{why}");

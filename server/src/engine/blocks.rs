@@ -47,6 +47,11 @@ impl CacheGroups {
         self.block_size
     }
 
+    /// How many groups.
+    pub fn n_groups(&self) -> u32 {
+        self.kinds.len() as u32
+    }
+
     /// Blocks that a sequence of `n_tokens` tokens holds at most at once while it is computed.
     pub fn blocks_for(&self, n_tokens: u32) -> u32 {
         let most = |&kind: &GroupKind| {
@@ -174,7 +179,7 @@ impl BlockPool {
 
     /// Cache groups: a sequence's next block may have to be one of each.
     pub fn n_groups(&self) -> u32 {
-        self.groups.kinds.len() as u32
+        self.groups.n_groups()
     }
 
     /// Blocks that can be had at once.

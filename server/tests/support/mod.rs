@@ -5,11 +5,9 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use kvasir_kernels::cpu::CpuDevice;
-use kvasir_kernels::device::{
-    AttentionShape, Device, DeviceConfig, DeviceError, Limits, Precision,
-};
+use kvasir_kernels::device::{Device, DeviceError, DeviceOptions};
 use kvasir_kernels::reference::ReferenceDevice;
-use kvasir_server::model::config::LlamaConfig;
+use kvasir_server::model::config::ModelConfig;
 use serde_json::Value;
 
 /// Tokens of the largest step of the tests that drive a device by hand.
@@ -27,30 +25,30 @@ pub(crate) enum DeviceKind {
 }
 
 impl DeviceKind {
-    pub(crate) fn make(self, config: DeviceConfig) -> Result<Box<dyn Device>, DeviceError> {
+    pub(crate) fn make(self, options: DeviceOptions) -> Result<Box<dyn Device>, DeviceError> {
         match self {
-            Self::Reference => Ok(Box::new(ReferenceDevice::new(config))),
+            Self::Reference => Ok(Box::new(ReferenceDevice::default())),
             Self::Cpu => Ok(Box::new(CpuDevice::new(
-                config,
+                options,
                 NonZeroUsize::MIN.saturating_add(1),
             )?)),
             #[cfg(feature = "cuda-shim")]
-            Self::Cuda => cuda(config),
+            Self::Cuda => cuda(options),
         }
     }
 }
 
 #[cfg(feature = "cuda-shim")]
-fn cuda(config: DeviceConfig) -> Result<Box<dyn Device>, DeviceError> {
+fn cuda(options: DeviceOptions) -> Result<Box<dyn Device>, DeviceError> {
     use kvasir_kernels::cuda::CudaDevice;
     #[cfg(feature = "cuda")]
     if std::env::var_os("KVASIR_TEST_GPU").is_some() {
         let gpu = kvasir_kernels::cuda::gpu::Gpu::open()?;
-        return Ok(Box::new(CudaDevice::new(gpu, config)?));
+        return Ok(Box::new(CudaDevice::new(gpu, options)?));
     }
     Ok(Box::new(CudaDevice::new(
         kvasir_kernels::cuda::shim::Shim::default(),
-        config,
+        options,
     )?))
 }
 
@@ -58,9 +56,8 @@ fn cuda(config: DeviceConfig) -> Result<Box<dyn Device>, DeviceError> {
 #[cfg(feature = "cuda-shim")]
 pub(crate) fn cuda_cases() -> Vec<PathBuf> {
     let has = |path: &PathBuf| {
-        let config = std::fs::read(path.join("config.json")).unwrap();
-        let config = LlamaConfig::parse(&config, None).unwrap();
-        kvasir_kernels::cuda::kernel::HeadDim::new(config.head_dim).is_some()
+        let mut layers = config(path).decoder.layers.into_iter();
+        layers.all(|layer| [64, 80, 96, 128, 192, 256].contains(&layer.attention.head_dim))
     };
     let cases: Vec<PathBuf> = cases().into_iter().filter(has).collect();
     assert!(cases.len() >= 3, "the golden files are there");
@@ -73,6 +70,15 @@ pub(crate) fn cases() -> Vec<PathBuf> {
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
         PathBuf::from,
     );
+    cases_in(&root)
+}
+
+/// Small checkpoints in each quantized form that is read.
+pub(crate) fn quantized_cases() -> Vec<PathBuf> {
+    cases_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/quantized"))
+}
+
+fn cases_in(root: &Path) -> Vec<PathBuf> {
     let folders = std::fs::read_dir(root)
         .unwrap()
         .map(|entry| entry.unwrap().path());
@@ -106,28 +112,20 @@ pub(crate) fn floats(value: &Value) -> Vec<f32> {
         .collect()
 }
 
-pub(crate) fn device_config(
-    config: &LlamaConfig,
-    block_size: usize,
-    precision: Precision,
-) -> DeviceConfig {
-    let n_positions = config.max_position_embeddings;
-    DeviceConfig {
-        attention: AttentionShape {
-            n_layers: config.n_layers,
-            n_heads: config.n_heads,
-            n_kv_heads: config.n_kv_heads,
-            head_dim: config.head_dim,
-            block_size,
-        },
-        limits: Limits {
-            max_tokens: MAX_TOKENS,
-            max_sequences: 1,
-            max_logits_rows: MAX_TOKENS,
-            max_blocks_per_sequence: n_positions as usize / block_size,
-        },
-        rope: config.rope(n_positions),
-        precision,
-        memory_limit: None,
-    }
+/// What config.json of a case says.
+pub(crate) fn config(case: &Path) -> ModelConfig {
+    let bytes = std::fs::read(case.join("config.json")).unwrap();
+    ModelConfig::parse(&bytes, None).unwrap_or_else(|error| panic!("{}: {error}", case.display()))
+}
+
+/// Outputs that a golden file holds for each prompt.
+const N_OUTPUTS: usize = 24;
+
+/// The longest context that the prompts of at most `longest_prompt` tokens of a golden file need: some models are another
+/// one beyond.
+pub(crate) fn longest_context(golden: &Value, longest_prompt: usize) -> u32 {
+    let prompts = golden["prompts"].as_array().unwrap().iter();
+    let lengths = prompts.map(|prompt| tokens(&prompt["ids"]).len());
+    let longest = lengths.filter(|&length| length <= longest_prompt).max();
+    (longest.unwrap() + N_OUTPUTS) as u32
 }
