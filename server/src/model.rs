@@ -20,7 +20,7 @@ use kvasir_kernels::device::{
     StepOutput, Ticket,
 };
 
-use crate::engine::ModelFacts;
+use crate::engine::ModelInfo;
 use crate::engine::executor::Executor;
 use config::LlamaConfig;
 pub use files::{FileBytes, ModelFiles};
@@ -62,7 +62,7 @@ pub struct LoadedModel {
     /// The model on its device, with its KV cache.
     pub executor: ModelExecutor,
     /// What is served, and its limits.
-    pub facts: ModelFacts,
+    pub facts: ModelInfo,
     /// Where the memory went, once the KV cache was allocated.
     pub memory: Memory,
     /// Bytes of the KV cache.
@@ -172,7 +172,7 @@ pub fn load(
     )?;
     device.allocate_kv(n_blocks).map_err(LoadError::Device)?;
     Ok(LoadedModel {
-        facts: ModelFacts {
+        facts: ModelInfo {
             vocab_size: config.vocab_size as u32,
             max_model_len,
             eos_token_ids: config.eos_token_ids,

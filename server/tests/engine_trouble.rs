@@ -12,12 +12,13 @@ use std::time::Duration;
 use client::{Answer, Client, send};
 use kvasir_kernels::device::{DeviceError, Dtype, Limits, Sampled, StepInput, StepOutput, Ticket};
 use kvasir_server::engine::executor::Executor;
-use kvasir_server::engine::{Engine, ModelFacts};
+use kvasir_server::engine::{Engine, ModelInfo};
+use kvasir_server::frontend::AsyncEngine;
+use kvasir_server::frontend::budget::ByteBudget;
 use kvasir_server::http::serve::{self, PortLimits};
 use kvasir_server::http::{self, App, Ids, Routes, SamplingDefaults, Serving};
 use kvasir_server::metrics::Metrics;
 use kvasir_server::model::ModelFiles;
-use kvasir_server::output::Outputs;
 use kvasir_server::text::tokenizer::TextFiles;
 use kvasir_server::text::{TextPool, Tokenizer};
 use serde_json::{Value, json};
@@ -59,7 +60,7 @@ impl Executor for Scripted {
 /// Serves with that device. The runtime serves as long as it is kept.
 fn start() -> (Runtime, Client, Sender<Result<u32, DeviceError>>) {
     let (sender, script) = channel();
-    let facts = ModelFacts {
+    let info = ModelInfo {
         vocab_size: 100,
         max_model_len: 64,
         eos_token_ids: Vec::new(),
@@ -74,7 +75,7 @@ fn start() -> (Runtime, Client, Sender<Result<u32, DeviceError>>) {
         block_size: 16,
     };
     let executor = Scripted { script, n_rows: 0 };
-    let (engine, steps) = Engine::start(Box::new(executor), facts, 10).unwrap();
+    let (engine, outputs) = Engine::start(Box::new(executor), info, 10).unwrap();
     let metrics = Arc::new(Metrics::new("m").unwrap());
     let tokenizer_json = ModelFiles::demo().require("tokenizer.json").unwrap();
     let files = TextFiles {
@@ -82,18 +83,18 @@ fn start() -> (Runtime, Client, Sender<Result<u32, DeviceError>>) {
         tokenizer_config: None,
         chat_template: None,
     };
+    let budget = ByteBudget::new(1 << 20);
     let serving = Serving {
         model_name: "m".to_owned(),
         tokenizer: Arc::new(Tokenizer::load(files).unwrap()),
-        pool: TextPool::start(NonZeroUsize::MIN, NonZeroUsize::MIN).unwrap(),
-        outputs: Outputs::start(engine.handle(), steps, Arc::clone(&metrics)).unwrap(),
+        pool: TextPool::start(NonZeroUsize::MIN).unwrap(),
+        engine: AsyncEngine::start(engine.handle(), outputs, Arc::clone(&metrics), budget).unwrap(),
         defaults: SamplingDefaults::default(),
         max_prompts: 1,
         ids: Ids::default(),
         created: 0,
     };
     let limits = http::Limits {
-        max_connections: 16,
         max_body_bytes: 10_000,
         read_timeout: Duration::from_secs(60),
         heartbeat_timeout: HEARTBEAT_TIMEOUT,
@@ -104,7 +105,7 @@ fn start() -> (Runtime, Client, Sender<Result<u32, DeviceError>>) {
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let port_limits = PortLimits {
-        max_connections: limits.max_connections,
+        max_connections: 16,
         read_timeout: limits.read_timeout,
     };
     let router = http::router(Arc::clone(&app), Routes::All);

@@ -10,9 +10,10 @@ use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::mpsc::Receiver;
 
-use kvasir_kernels::device::{Precision, Sampled};
+use kvasir_kernels::device::Precision;
 use kvasir_server::engine::{
-    Counters, Engine, FinishReason, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
+    Counters, Engine, EngineOutputs, FinishReason, Request, RequestId, SamplingParams, SubmitError,
+    TokenLogprobs,
 };
 use kvasir_server::model::{LoadOptions, ModelFiles, load};
 
@@ -38,7 +39,7 @@ const ALONE: Shape = Shape {
     precision: Precision::F32,
 };
 
-fn start(case: &Path, kind: DeviceKind, shape: Shape) -> (Engine, Receiver<StepOutputs>) {
+fn start(case: &Path, kind: DeviceKind, shape: Shape) -> (Engine, Receiver<EngineOutputs>) {
     let positive = |n| NonZeroU32::new(n).unwrap();
     let options = LoadOptions {
         block_size: positive(shape.block_size),
@@ -55,22 +56,22 @@ fn start(case: &Path, kind: DeviceKind, shape: Shape) -> (Engine, Receiver<StepO
     Engine::start(Box::new(loaded.executor), loaded.facts, 1000).unwrap()
 }
 
-type Answer = (Vec<Sampled>, Vec<Sampled>, FinishReason);
+type Answer = (Vec<TokenLogprobs>, Vec<TokenLogprobs>, FinishReason);
 
 /// Sends all requests at once, waits for all answers, and stops the engine.
 fn answers(
-    (engine, outputs): (Engine, Receiver<StepOutputs>),
+    (engine, outputs): (Engine, Receiver<EngineOutputs>),
     requests: &[Request],
 ) -> (BTreeMap<RequestId, Answer>, Counters) {
     let handle = engine.handle();
     for request in requests {
         handle.submit(request.clone()).unwrap();
     }
-    let mut parts: BTreeMap<RequestId, (Vec<Sampled>, Vec<Sampled>)> = BTreeMap::new();
+    let mut parts: BTreeMap<RequestId, (Vec<TokenLogprobs>, Vec<TokenLogprobs>)> = BTreeMap::new();
     let mut answers = BTreeMap::new();
     let (mut admitted, mut n_admissions) = (BTreeSet::new(), 0);
     while answers.len() < requests.len() {
-        let StepOutputs {
+        let EngineOutputs {
             admitted: new,
             outputs,
         } = outputs.recv().unwrap();

@@ -4,11 +4,13 @@
 
 use std::time::Instant;
 
+use kvasir_kernels::device;
+
 /// Names a request for its whole life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
 
-/// How the tokens of a request are drawn; see [`kvasir_kernels::device::Sampling`] for the meaning of the fields.
+/// How the tokens of a request are sampled; see [`kvasir_kernels::device::Sampling`] for the meaning of the fields.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy.
@@ -17,7 +19,7 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// `None` keeps all.
     pub top_k: Option<std::num::NonZeroU32>,
-    /// Always known: drawn by the caller where the user gave none.
+    /// Always known: chosen by the caller where the user gave none.
     pub seed: u64,
 }
 
@@ -32,7 +34,7 @@ pub struct Request {
     pub max_tokens: u32,
     /// Generation stops with any of these (end of sequence, unless `ignore_eos`); the token itself is reported.
     pub stop_token_ids: Vec<u32>,
-    /// How tokens are drawn.
+    /// How tokens are sampled.
     pub sampling: SamplingParams,
     /// Report log-probabilities of the generated tokens, and of this many alternatives.
     pub logprobs: Option<u8>,
@@ -40,27 +42,61 @@ pub struct Request {
     pub prompt_logprobs: Option<u8>,
 }
 
-/// Why a request came to its end.
+/// Why a sequence came to its end: the one way to say it, from the scheduler to the API. The scheduler never gives a
+/// stop string, because it knows no text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FinishReason {
     /// A stop token was generated: this one.
     Stop(u32),
-    /// `max_tokens`, or the longest context ([`ModelFacts::max_model_len`](super::ModelFacts)), was reached.
+    /// The text came to this stop string.
+    StopString(String),
+    /// `max_tokens`, or the longest context ([`ModelInfo::max_model_len`](super::ModelInfo)), was reached.
     Length,
+    /// The client left, or its request was given up.
+    Abort,
     /// The engine failed; in words.
     Error(String),
 }
 
-/// What a step gave one request.
+/// A token with its log-probabilities, where those were asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token that was sampled, or that stands in the prompt.
+    pub token: u32,
+    /// Its natural log-probability under the model's own distribution (before temperature, top-p and top-k).
+    pub logprob: Option<f32>,
+    /// The most likely tokens and their log-probabilities, most likely first, ties by lowest id.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl From<device::Sampled> for TokenLogprobs {
+    fn from(
+        device::Sampled {
+            token,
+            logprob,
+            top,
+        }: device::Sampled,
+    ) -> Self {
+        Self {
+            token,
+            logprob,
+            top,
+        }
+    }
+}
+
+/// What a step gave one sequence of a request.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Output {
+pub struct RequestOutput {
     /// Whose.
     pub id: RequestId,
+    /// Which of the request's sequences; 0 where it has one only.
+    pub sequence: u32,
     /// Log-probabilities of further prompt tokens, in order (only where asked for).
-    pub prompt_logprobs: Vec<kvasir_kernels::device::Sampled>,
+    pub prompt_logprobs: Vec<TokenLogprobs>,
     /// New tokens.
-    pub tokens: Vec<kvasir_kernels::device::Sampled>,
-    /// Set on the last output of a request, whose blocks are free by then.
+    pub tokens: Vec<TokenLogprobs>,
+    /// Set on the last output of a sequence, whose blocks are free by then.
     pub finished: Option<FinishReason>,
 }
 
@@ -75,12 +111,12 @@ pub struct Admission {
 
 /// What one step brought, sent in one message.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct StepOutputs {
+pub struct EngineOutputs {
     /// Requests that began to run since the message before; one that was preempted begins again. They stand in no
     /// later message than the request's first output.
     pub admitted: Vec<Admission>,
     /// What requests got.
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<RequestOutput>,
 }
 
 /// Why a request is not accepted. Nothing changed.

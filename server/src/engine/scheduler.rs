@@ -18,7 +18,7 @@ use kvasir_kernels::device::{
 };
 
 use super::blocks::{BlockPool, BlockTable};
-use super::{FinishReason, Output, Request, RequestId};
+use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
 use sequence::{Draw, Sequence};
 
 /// A sequence that has a row of the block-table matrix.
@@ -159,12 +159,12 @@ impl Scheduler {
     }
 
     /// Takes what the oldest step under way gave: appends outputs, ends requests, frees their blocks.
-    pub fn commit(&mut self, blocks: &mut BlockPool, output: StepOutput) -> Vec<Output> {
+    pub fn commit(&mut self, blocks: &mut BlockPool, output: StepOutput) -> Vec<RequestOutput> {
         let expected = self
             .in_flight
             .pop_front()
             .expect("a step that is committed was scheduled");
-        let mut sampled = output.sampled.into_iter();
+        let mut sampled = output.sampled.into_iter().map(TokenLogprobs::from);
         let mut outputs = Vec::with_capacity(expected.len());
         for Expected {
             id,
@@ -174,8 +174,9 @@ impl Scheduler {
             ends,
         } in expected
         {
-            let mut output = Output {
+            let mut output = RequestOutput {
                 id,
+                sequence: 0,
                 prompt_logprobs: sampled.by_ref().take(n_scores as usize).collect(),
                 tokens: sampled.by_ref().take(usize::from(draws)).collect(),
                 finished: ends.then_some(FinishReason::Length),
@@ -189,7 +190,7 @@ impl Scheduler {
                 continue;
             };
             if let Some(token) = output.tokens.first() {
-                output.finished = sequence.commit(token);
+                output.finished = sequence.commit(token.token);
             }
             if output.finished.is_some() {
                 self.end(blocks, id, row);

@@ -19,7 +19,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
 use super::write_timeout::WriteTimeout;
-use super::{Phase, WRITE_TIMEOUT};
 
 /// Connections beyond the limit that get an answer. Even more are closed at once.
 const RESERVE: usize = 64;
@@ -27,6 +26,27 @@ const RESERVE: usize = 64;
 /// A connection that is to close still waits so long for a request. A client whose answer began before SIGTERM was not
 /// told to leave, and may send its next request the moment that the answer ends: closed then, it would lose that one.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// A client that keeps the server waiting for so long in all is gone: its connection is closed, and what it runs ends.
+/// Long enough for any hiccup of a network; a client that takes its time takes something meanwhile.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Bytes that one connection may buffer on each side, beyond a single frame.
+const MAX_BUFFER_BYTES: usize = 64 << 10;
+
+/// Where a server stands. It only ever moves forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// It has nothing to serve yet: probes are answered, requests are not.
+    Loading,
+    /// Everything is answered.
+    Ready,
+    /// Told to stop: `/ready` says so, and requests are still accepted, because who sends them learns it late.
+    Draining,
+    /// No more connections; answers under way are finished, and so is one more request of a client that was not told
+    /// to leave, because its answer had begun before.
+    Closing,
+}
 
 /// Marks requests of connections beyond the limit.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +133,7 @@ async fn connection(
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeouts.read)
+        .max_buf_size(MAX_BUFFER_BYTES)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
     let mut connection = pin!(connection);
     let leaving = async {
@@ -126,7 +147,7 @@ async fn connection(
     log(connection.await);
 }
 
-/// Counts a request from its head to the end of its answer's body.
+/// Middleware: counts a request from its head to the end of its answer's body.
 async fn count(
     State(under_way): State<Arc<watch::Sender<usize>>>,
     request: Request,
