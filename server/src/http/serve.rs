@@ -15,6 +15,7 @@ use axum::response::Response;
 use http_body_util::BodyExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
@@ -31,7 +32,8 @@ const LINGER: Duration = Duration::from_secs(1);
 /// Long enough for any hiccup of a network; a client that takes its time takes something meanwhile.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Bytes that one connection may buffer on each side, beyond a single frame.
+/// Bytes that one connection may buffer on each side, beyond a single frame; and again in the kernel, which would hold
+/// megabytes for a client that doesn't read.
 const MAX_BUFFER_BYTES: usize = 64 << 10;
 
 /// Where a server stands. It only ever moves forward.
@@ -126,6 +128,7 @@ async fn connection(
 ) {
     // Small pieces of a stream go out at once.
     let _ = stream.set_nodelay(true);
+    let _ = set_socket_send_buffer_size(&stream, MAX_BUFFER_BYTES);
     let stream = WriteTimeout::new(stream, timeouts.write);
     let under_way = Arc::new(watch::Sender::new(0));
     let mut answers = under_way.subscribe();
