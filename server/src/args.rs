@@ -1,58 +1,162 @@
 //! The flags of `kvasir-server`. They carry vLLM's names where the meaning is the same; each has an environment
-//! variable. All mistakes are found before any is reported. It knows what values mean something, not what they do.
+//! variable, `KVASIR_` and its name. All mistakes are found before any is reported. It knows what values mean
+//! something, not what they do.
 
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::builder::ValueParser;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
 pub use kvasir_kernels::choice::DeviceChoice;
 
 /// What to serve, and how; only valid values.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Parser)]
+#[command(
+    name = "kvasir-server",
+    version,
+    about = "Serves a language model behind an OpenAI-compatible API."
+)]
 pub struct Args {
-    /// `--model`.
-    pub model: ModelSource,
-    /// `--served-model-name`, or the model's own.
-    pub served_model_name: String,
-    /// `--host`.
-    pub host: IpAddr,
-    /// `--port`; 0 lets the system choose.
-    pub port: u16,
-    /// `--dtype`.
-    pub dtype: DtypeChoice,
-    /// `--device`.
-    pub device: DeviceChoice,
-    /// `--max-model-len`; `None` takes the model's own.
-    pub max_model_len: Option<u32>,
-    /// `--max-num-seqs`; `None` takes what suits the device.
-    pub max_num_seqs: Option<u32>,
-    /// `--max-num-batched-tokens`; `None` takes what suits the device, at least `max_num_seqs`.
-    pub max_num_batched_tokens: Option<u32>,
-    /// `--block-size`.
-    pub block_size: u32,
-    /// `--gpu-memory-utilization`: in (0, 1].
-    pub memory_utilization: f64,
-    /// `--num-gpu-blocks-override`.
-    pub n_blocks: Option<u32>,
-    /// `--threads`; `None` takes the cores of this machine or container.
-    pub threads: Option<NonZeroUsize>,
-    /// `--max-waiting`.
-    pub max_waiting: u32,
-    /// `--max-prompts`.
-    pub max_prompts: usize,
-    /// `--max-connections`, `--max-body-bytes`, `--read-timeout-seconds`, `--heartbeat-timeout-seconds`.
-    pub limits: crate::http::Limits,
-    /// `--drain-accept-seconds`: requests are still accepted for so long after SIGTERM.
-    pub drain_accept: Duration,
-    /// `--drain-seconds`: then answers under way have so long.
-    pub drain: Duration,
-    /// `--log-format`.
+    /// What is served.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Where it is served.
+    #[command(flatten)]
+    pub ports: PortArgs,
+    /// The engine's sizes.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// What clients may cost.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// How the server ends.
+    #[command(flatten)]
+    pub drain: DrainArgs,
+    /// How log lines look: text or json.
+    #[arg(long, default_value = "text", value_parser = choice(&[("text", LogFormat::Text), ("json", LogFormat::Json)]))]
     pub log_format: LogFormat,
+}
+
+/// The model and its device.
+#[derive(Clone, Debug, PartialEq, clap::Args)]
+pub struct ModelArgs {
+    /// The model: `demo` (a small one inside this program) or a Hugging Face model directory.
+    #[arg(long = "model", default_value = "demo", value_parser = model_source)]
+    pub source: ModelSource,
+    /// The name that clients ask for [default: kvasir-demo, or the directory's name].
+    #[arg(long, value_parser = name)]
+    served_model_name: Option<String>,
+    /// The precision to serve in: auto, bfloat16 or float32.
+    #[arg(long, default_value = "auto", value_parser = choice(&[
+        ("auto", DtypeChoice::Auto), ("bfloat16", DtypeChoice::BFloat16), ("float32", DtypeChoice::Float32),
+    ]))]
+    pub dtype: DtypeChoice,
+    /// The device to serve on: auto, cpu or cuda.
+    #[arg(long, default_value = "auto", value_parser = choice(&[
+        ("auto", DeviceChoice::Auto), ("cpu", DeviceChoice::Cpu), ("cuda", DeviceChoice::Cuda),
+    ]))]
+    pub device: DeviceChoice,
+    /// The longest context in tokens, prompt and answer together [default: the model's own].
+    #[arg(long, value_parser = positive::<u32>)]
+    pub max_model_len: Option<u32>,
+}
+
+impl ModelArgs {
+    /// The name that clients ask for.
+    pub fn served_name(&self) -> String {
+        match (&self.served_model_name, &self.source) {
+            (Some(name), _) => name.clone(),
+            (None, ModelSource::Demo) => "kvasir-demo".into(),
+            (None, ModelSource::Directory(path)) => {
+                let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+                path.file_name().map_or_else(
+                    || "model".into(),
+                    |name| name.to_string_lossy().into_owned(),
+                )
+            }
+        }
+    }
+}
+
+/// Address and ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
+pub struct PortArgs {
+    /// The address to listen on.
+    #[arg(long, default_value = "127.0.0.1", value_parser = address)]
+    pub host: IpAddr,
+    /// The port to listen on; 0 lets the system choose.
+    #[arg(long, default_value = "8000", value_parser = within(0_u16, u16::MAX))]
+    pub port: u16,
+    /// A port of its own for /health, /ready, /load and /metrics, which no crowd on --port can take away; 0 lets the
+    /// system choose [default: they are served on --port].
+    #[arg(long, value_parser = within(0_u16, u16::MAX))]
+    pub management_port: Option<u16>,
+}
+
+/// The engine's sizes.
+#[derive(Clone, Copy, Debug, PartialEq, clap::Args)]
+pub struct EngineArgs {
+    /// Requests in one step at most [default: 64 on the CPU, 256 on a GPU].
+    #[arg(long, value_parser = within(1_u32, 4096))]
+    pub max_num_seqs: Option<u32>,
+    /// Tokens in one step at most, prompts and answers together [default: 512 on the CPU, 8192 on a GPU].
+    #[arg(long, value_parser = within(1_u32, 65536))]
+    pub max_num_batched_tokens: Option<u32>,
+    /// Tokens in one block of the KV cache.
+    #[arg(long, default_value = "16", value_parser = within(1_u32, 1024))]
+    pub block_size: u32,
+    /// The part of the memory limit that the server may use, on every device.
+    #[arg(long = "gpu-memory-utilization", default_value = "0.9", value_parser = part)]
+    pub memory_utilization: f64,
+    /// Blocks of the KV cache, in place of what the memory has room for.
+    #[arg(long = "num-gpu-blocks-override", value_parser = positive::<u32>)]
+    pub n_blocks: Option<u32>,
+    /// Threads that compute [default: the cores of this machine or container].
+    #[arg(long, value_parser = n_threads)]
+    pub threads: Option<NonZeroUsize>,
+    /// Requests that may wait; more are answered with 429.
+    #[arg(long, default_value = "256", value_parser = positive::<u32>)]
+    pub max_waiting: u32,
+    /// Prompts in one call at most.
+    #[arg(long, default_value = "128", value_parser = positive::<usize>)]
+    pub max_prompts: usize,
+}
+
+/// What clients may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
+pub struct LimitArgs {
+    /// Connections at most; more get probes answered, and 503 for the rest.
+    #[arg(long, default_value = "1024", value_parser = within(1_usize, 1_000_000))]
+    pub max_connections: usize,
+    /// Bytes of a request's body at most.
+    #[arg(long, default_value = "8388608", value_parser = positive::<usize>)]
+    pub max_body_bytes: usize,
+    /// Bytes of all bodies and answers under way at most; requests beyond it are answered with 429.
+    #[arg(long, default_value = "268435456", value_parser = positive::<usize>)]
+    pub request_memory_bytes: usize,
+    /// Time for a request's head to arrive, and again for its body.
+    #[arg(long = "read-timeout-seconds", default_value = "30", value_parser = seconds)]
+    pub read_timeout: Duration,
+    /// /health fails when the engine has made no step for so long.
+    #[arg(long = "heartbeat-timeout-seconds", default_value = "120", value_parser = seconds)]
+    pub heartbeat_timeout: Duration,
+}
+
+/// How the server ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
+pub struct DrainArgs {
+    /// After SIGTERM, requests are still accepted for so long.
+    #[arg(long = "drain-accept-seconds", default_value = "5", value_parser = seconds)]
+    pub accept: Duration,
+    /// Then answers under way have so long to finish.
+    #[arg(long = "drain-seconds", default_value = "60", value_parser = seconds)]
+    pub finish: Duration,
 }
 
 /// Where the model is.
@@ -84,82 +188,6 @@ pub enum LogFormat {
     Json,
 }
 
-/// The flags as written. Values are texts here, so that all mistakes in them are found, not only the first.
-#[derive(Debug, Parser)]
-#[command(
-    name = "kvasir-server",
-    version,
-    about = "Serves a language model behind an OpenAI-compatible API."
-)]
-struct Written {
-    /// The model: `demo` (a small one inside this program) or a Hugging Face model directory.
-    #[arg(long, env = "KVASIR_MODEL", default_value = "demo")]
-    model: String,
-    /// The name that clients ask for [default: kvasir-demo, or the directory's name].
-    #[arg(long, env = "KVASIR_SERVED_MODEL_NAME")]
-    served_model_name: Option<String>,
-    /// The address to listen on.
-    #[arg(long, env = "KVASIR_HOST", default_value = "127.0.0.1")]
-    host: String,
-    /// The port to listen on; 0 lets the system choose.
-    #[arg(long, env = "KVASIR_PORT", default_value = "8000")]
-    port: String,
-    /// The precision to serve in: auto, bfloat16 or float32.
-    #[arg(long, env = "KVASIR_DTYPE", default_value = "auto")]
-    dtype: String,
-    /// The device to serve on: auto, cpu or cuda.
-    #[arg(long, env = "KVASIR_DEVICE", default_value = "auto")]
-    device: String,
-    /// The longest context in tokens, prompt and answer together [default: the model's own].
-    #[arg(long, env = "KVASIR_MAX_MODEL_LEN")]
-    max_model_len: Option<String>,
-    /// Requests in one step at most [default: 64 on the CPU, 256 on a GPU].
-    #[arg(long, env = "KVASIR_MAX_NUM_SEQS")]
-    max_num_seqs: Option<String>,
-    /// Tokens in one step at most, prompts and answers together [default: 512 on the CPU, 8192 on a GPU].
-    #[arg(long, env = "KVASIR_MAX_NUM_BATCHED_TOKENS")]
-    max_num_batched_tokens: Option<String>,
-    /// Tokens in one block of the KV cache.
-    #[arg(long, env = "KVASIR_BLOCK_SIZE", default_value = "16")]
-    block_size: String,
-    /// The part of the memory limit that the server may use, on every device.
-    #[arg(long, env = "KVASIR_GPU_MEMORY_UTILIZATION", default_value = "0.9")]
-    gpu_memory_utilization: String,
-    /// Blocks of the KV cache, in place of what the memory has room for.
-    #[arg(long, env = "KVASIR_NUM_GPU_BLOCKS_OVERRIDE")]
-    num_gpu_blocks_override: Option<String>,
-    /// Threads that compute [default: the cores of this machine or container].
-    #[arg(long, env = "KVASIR_THREADS")]
-    threads: Option<String>,
-    /// Requests that may wait; more are answered with 429.
-    #[arg(long, env = "KVASIR_MAX_WAITING", default_value = "256")]
-    max_waiting: String,
-    /// Prompts in one call at most.
-    #[arg(long, env = "KVASIR_MAX_PROMPTS", default_value = "128")]
-    max_prompts: String,
-    /// Connections at most; more get probes answered, and 503 for the rest.
-    #[arg(long, env = "KVASIR_MAX_CONNECTIONS", default_value = "1024")]
-    max_connections: String,
-    /// Bytes of a request's body at most.
-    #[arg(long, env = "KVASIR_MAX_BODY_BYTES", default_value = "8388608")]
-    max_body_bytes: String,
-    /// Time for a request's head to arrive, and again for its body.
-    #[arg(long, env = "KVASIR_READ_TIMEOUT_SECONDS", default_value = "30")]
-    read_timeout_seconds: String,
-    /// /health fails when the engine has made no step for so long.
-    #[arg(long, env = "KVASIR_HEARTBEAT_TIMEOUT_SECONDS", default_value = "120")]
-    heartbeat_timeout_seconds: String,
-    /// After SIGTERM, requests are still accepted for so long.
-    #[arg(long, env = "KVASIR_DRAIN_ACCEPT_SECONDS", default_value = "5")]
-    drain_accept_seconds: String,
-    /// Then answers under way have so long to finish.
-    #[arg(long, env = "KVASIR_DRAIN_SECONDS", default_value = "60")]
-    drain_seconds: String,
-    /// How log lines look: text or json.
-    #[arg(long, env = "KVASIR_LOG_FORMAT", default_value = "text")]
-    log_format: String,
-}
-
 /// Why there is nothing to serve.
 #[derive(Debug)]
 pub enum ArgsError {
@@ -172,255 +200,165 @@ pub enum ArgsError {
 impl Args {
     /// Reads a command line (its first item is the program) and the environment.
     pub fn parse_from(
-        line: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+        line: impl IntoIterator<Item = impl Into<OsString>>,
     ) -> Result<Self, ArgsError> {
-        let written = Written::try_parse_from(line).map_err(ArgsError::Usage)?;
-        let mut checks = Checks::default();
-        let args = checks.all(written);
-        match (args, checks.0) {
-            (Some(args), mistakes) if mistakes.is_empty() => Ok(args),
-            (_, mistakes) => Err(ArgsError::Mistakes(mistakes)),
+        let line: Vec<OsString> = line.into_iter().map(Into::into).collect();
+        let matches = matches(&line)?;
+        let args = Self::from_arg_matches(&matches).map_err(ArgsError::Usage)?;
+        match args.contradictions() {
+            contradictions if contradictions.is_empty() => Ok(args),
+            contradictions => Err(ArgsError::Mistakes(contradictions)),
         }
     }
-}
 
-/// Collects mistakes; a value with one is `None`.
-#[derive(Default)]
-struct Checks(Vec<String>);
-
-impl Checks {
-    fn all(&mut self, written: Written) -> Option<Args> {
-        let model = self.model(&written.model);
-        let name = self.name(written.served_model_name, model.as_ref());
-        let host = self.value(
-            "host",
-            &written.host,
-            "an IP address such as 127.0.0.1 or 0.0.0.0",
-            |_| true,
-        );
-        let port = self.value("port", &written.port, "a number from 0 to 65535", |_| true);
-        let dtype = self.choice(
-            "dtype",
-            &written.dtype,
-            &[
-                ("auto", DtypeChoice::Auto),
-                ("bfloat16", DtypeChoice::BFloat16),
-                ("float32", DtypeChoice::Float32),
-            ],
-        );
-        let device = self.choice(
-            "device",
-            &written.device,
-            &[
-                ("auto", DeviceChoice::Auto),
-                ("cpu", DeviceChoice::Cpu),
-                ("cuda", DeviceChoice::Cuda),
-            ],
-        );
-        let max_model_len = self.optional(
-            "max-model-len",
-            written.max_model_len.as_deref(),
-            "a number above 0",
-            positive,
-        );
-        let max_num_seqs = self.optional(
-            "max-num-seqs",
-            written.max_num_seqs.as_deref(),
-            "a number from 1 to 4096",
-            within(1, 4096),
-        );
-        let max_num_batched_tokens = self.optional(
-            "max-num-batched-tokens",
-            written.max_num_batched_tokens.as_deref(),
-            "a number from 1 to 65536",
-            within(1, 65536),
-        );
-        if let (Some(Some(seqs)), Some(Some(tokens))) = (max_num_seqs, max_num_batched_tokens)
+    /// What two values that are right alone can't mean together.
+    fn contradictions(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let PortArgs {
+            port,
+            management_port,
+            ..
+        } = self.ports;
+        if port != 0 && management_port == Some(port) {
+            found.push(format!(
+                "--management-port: {port} is --port too; choose another"
+            ));
+        }
+        let EngineArgs {
+            max_num_seqs,
+            max_num_batched_tokens,
+            ..
+        } = self.engine;
+        if let (Some(seqs), Some(tokens)) = (max_num_seqs, max_num_batched_tokens)
             && tokens < seqs
         {
-            self.0.push(format!(
+            found.push(format!(
                 "--max-num-batched-tokens: {tokens} is less than --max-num-seqs, {seqs}; a step needs one token for each request"
             ));
         }
-        let block_size = self.value(
-            "block-size",
-            &written.block_size,
-            "a number from 1 to 1024",
-            within(1, 1024),
-        );
-        let memory_utilization = self.value(
-            "gpu-memory-utilization",
-            &written.gpu_memory_utilization,
-            "a number above 0, at most 1",
-            |part: &f64| *part > 0.0 && *part <= 1.0,
-        );
-        let blocks = written.num_gpu_blocks_override.as_deref();
-        let n_blocks = self.optional(
-            "num-gpu-blocks-override",
-            blocks,
-            "a number above 0",
-            positive,
-        );
-        let threads = self.optional(
-            "threads",
-            written.threads.as_deref(),
-            "a number above 0",
-            |_| true,
-        );
-        let max_waiting = self.value(
-            "max-waiting",
-            &written.max_waiting,
-            "a number above 0",
-            positive,
-        );
-        let max_prompts = self.value(
-            "max-prompts",
-            &written.max_prompts,
-            "a number above 0",
-            |n: &usize| *n > 0,
-        );
-        let max_connections = self.value(
-            "max-connections",
-            &written.max_connections,
-            "a number from 1 to 1000000",
-            |n: &usize| (1..=1_000_000).contains(n),
-        );
-        let max_body_bytes = self.value(
-            "max-body-bytes",
-            &written.max_body_bytes,
-            "a number above 0",
-            |n: &usize| *n > 0,
-        );
-        let read_timeout = self.seconds("read-timeout-seconds", &written.read_timeout_seconds);
-        let heartbeat_timeout = self.seconds(
-            "heartbeat-timeout-seconds",
-            &written.heartbeat_timeout_seconds,
-        );
-        let drain_accept = self.seconds("drain-accept-seconds", &written.drain_accept_seconds);
-        let drain = self.seconds("drain-seconds", &written.drain_seconds);
-        let log_format = self.choice(
-            "log-format",
-            &written.log_format,
-            &[("text", LogFormat::Text), ("json", LogFormat::Json)],
-        );
-        Some(Args {
-            model: model?,
-            served_model_name: name?,
-            host: host?,
-            port: port?,
-            dtype: dtype?,
-            device: device?,
-            max_model_len: max_model_len?,
-            max_num_seqs: max_num_seqs?,
-            max_num_batched_tokens: max_num_batched_tokens?,
-            block_size: block_size?,
-            memory_utilization: memory_utilization?,
-            n_blocks: n_blocks?,
-            threads: threads?,
-            max_waiting: max_waiting?,
-            max_prompts: max_prompts?,
-            limits: crate::http::Limits {
-                max_connections: max_connections?,
-                max_body_bytes: max_body_bytes?,
-                read_timeout: read_timeout?,
-                heartbeat_timeout: heartbeat_timeout?,
+        found
+    }
+}
+
+/// The flags, each with its environment variable.
+fn command() -> Command {
+    Args::command().mut_args(|arg| match arg.get_long().map(variable) {
+        Some(variable) => arg.env(variable),
+        None => arg,
+    })
+}
+
+/// `KVASIR_MAX_MODEL_LEN` for `max-model-len`. Kept for the life of the process, as clap wants it.
+fn variable(long: &str) -> &'static str {
+    format!("KVASIR_{}", long.replace('-', "_").to_uppercase()).leak()
+}
+
+/// Reads the line; where a value doesn't fit, again and again without checking it, to find the others.
+fn matches(line: &[OsString]) -> Result<ArgMatches, ArgsError> {
+    let (mut unchecked, mut mistakes) = (Vec::new(), Vec::new());
+    loop {
+        let command = unchecked.iter().fold(command(), |command, id| {
+            command.mut_arg(id, |arg: Arg| arg.value_parser(ValueParser::os_string()))
+        });
+        match command.clone().try_get_matches_from(line) {
+            Ok(matches) if mistakes.is_empty() => return Ok(matches),
+            Ok(_) => return Err(ArgsError::Mistakes(mistakes)),
+            Err(error) => match mistake(&command, &error) {
+                Some((id, mistake)) => {
+                    unchecked.push(id);
+                    mistakes.push(mistake);
+                }
+                None => return Err(ArgsError::Usage(error)),
             },
-            drain_accept: drain_accept?,
-            drain: drain?,
-            log_format: log_format?,
-        })
-    }
-
-    fn mistake<T>(&mut self, flag: &str, found: impl Display, expected: &str) -> Option<T> {
-        self.0.push(format!(
-            "--{flag}: {found:?} is not {expected}",
-            found = found.to_string()
-        ));
-        None
-    }
-
-    fn value<T: FromStr>(
-        &mut self,
-        flag: &str,
-        found: &str,
-        expected: &str,
-        fits: impl Fn(&T) -> bool,
-    ) -> Option<T> {
-        match found.parse() {
-            Ok(value) if fits(&value) => Some(value),
-            _ => self.mistake(flag, found, expected),
-        }
-    }
-
-    fn optional<T: FromStr>(
-        &mut self,
-        flag: &str,
-        found: Option<&str>,
-        expected: &str,
-        fits: impl Fn(&T) -> bool,
-    ) -> Option<Option<T>> {
-        match found {
-            None => Some(None),
-            Some(found) => self.value(flag, found, expected, fits).map(Some),
-        }
-    }
-
-    fn seconds(&mut self, flag: &str, found: &str) -> Option<Duration> {
-        let seconds = self.value(
-            flag,
-            found,
-            "a number of seconds from 0 to 86400",
-            |s: &f64| (0.0..=86400.0).contains(s),
-        );
-        seconds.map(Duration::from_secs_f64)
-    }
-
-    fn choice<T: Copy>(&mut self, flag: &str, found: &str, choices: &[(&str, T)]) -> Option<T> {
-        match choices.iter().find(|(name, _)| *name == found) {
-            Some((_, value)) => Some(*value),
-            None => {
-                let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
-                self.mistake(flag, found, &format!("one of {}", names.join(", ")))
-            }
-        }
-    }
-
-    fn model(&mut self, found: &str) -> Option<ModelSource> {
-        if found == "demo" {
-            return Some(ModelSource::Demo);
-        }
-        let path = PathBuf::from(found);
-        match path.is_dir() {
-            true => Some(ModelSource::Directory(path)),
-            false => self.mistake("model", found, "\"demo\" or an existing directory"),
-        }
-    }
-
-    fn name(&mut self, found: Option<String>, model: Option<&ModelSource>) -> Option<String> {
-        match (found, model) {
-            (Some(name), _) if name.trim().is_empty() => {
-                self.mistake("served-model-name", name, "a name")
-            }
-            (Some(name), _) => Some(name),
-            (None, Some(ModelSource::Directory(path))) => {
-                let path = path.canonicalize().unwrap_or_else(|_| path.clone());
-                Some(path.file_name().map_or_else(
-                    || "model".into(),
-                    |name| name.to_string_lossy().into_owned(),
-                ))
-            }
-            (None, Some(ModelSource::Demo)) => Some("kvasir-demo".into()),
-            (None, None) => None,
         }
     }
 }
 
-fn positive(n: &u32) -> bool {
-    *n > 0
+/// The flag whose value doesn't fit, and what is wrong with it in a sentence.
+fn mistake(command: &Command, error: &clap::Error) -> Option<(clap::Id, String)> {
+    if error.kind() != ErrorKind::ValueValidation {
+        return None;
+    }
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    // `--port <PORT>`
+    let flag = text(ContextKind::InvalidArg)?.split(' ').next()?;
+    let found = text(ContextKind::InvalidValue)?;
+    let expected = std::error::Error::source(error)?;
+    let is_flag = |arg: &&Arg| arg.get_long() == flag.strip_prefix("--");
+    let id = command.get_arguments().find(is_flag)?.get_id().clone();
+    Some((id, format!("{flag}: {found:?} is not {expected}")))
 }
 
-fn within(low: u32, high: u32) -> impl Fn(&u32) -> bool {
-    move |n| (low..=high).contains(n)
+// What follows reads one value; the error is what was expected.
+
+fn within<T>(low: T, high: T) -> impl Fn(&str) -> Result<T, String> + Clone
+where
+    T: FromStr + PartialOrd + Display + Clone,
+{
+    move |found| match found.parse() {
+        Ok(n) if (low.clone()..=high.clone()).contains(&n) => Ok(n),
+        _ => Err(format!("a number from {low} to {high}")),
+    }
+}
+
+fn positive<T: FromStr + PartialOrd + From<u8>>(found: &str) -> Result<T, String> {
+    match found.parse() {
+        Ok(n) if n > T::from(0) => Ok(n),
+        _ => Err("a number above 0".to_owned()),
+    }
+}
+
+fn n_threads(found: &str) -> Result<NonZeroUsize, String> {
+    found.parse().map_err(|_| "a number above 0".to_owned())
+}
+
+fn part(found: &str) -> Result<f64, String> {
+    match found.parse() {
+        Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
+        _ => Err("a number above 0, at most 1".to_owned()),
+    }
+}
+
+fn seconds(found: &str) -> Result<Duration, String> {
+    match found.parse() {
+        Ok(seconds) if (0.0..=86400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("a number of seconds from 0 to 86400".to_owned()),
+    }
+}
+
+fn address(found: &str) -> Result<IpAddr, String> {
+    let expected = "an IP address such as 127.0.0.1 or 0.0.0.0";
+    found.parse().map_err(|_| expected.to_owned())
+}
+
+fn choice<T: Copy>(
+    choices: &'static [(&'static str, T)],
+) -> impl Fn(&str) -> Result<T, String> + Clone {
+    move |found| match choices.iter().find(|(name, _)| *name == found) {
+        Some((_, value)) => Ok(*value),
+        None => {
+            let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+            Err(format!("one of {}", names.join(", ")))
+        }
+    }
+}
+
+fn model_source(found: &str) -> Result<ModelSource, String> {
+    match Path::new(found) {
+        _ if found == "demo" => Ok(ModelSource::Demo),
+        path if path.is_dir() => Ok(ModelSource::Directory(path.to_owned())),
+        _ => Err("\"demo\" or an existing directory".to_owned()),
+    }
+}
+
+fn name(found: &str) -> Result<String, String> {
+    match found.trim().is_empty() {
+        true => Err("a name".to_owned()),
+        false => Ok(found.to_owned()),
+    }
 }
 
 #[cfg(test)]
@@ -438,17 +376,20 @@ mod tests {
     #[test]
     fn the_defaults_serve_the_demo_model() {
         let args = parse(&[]).unwrap();
-        assert_eq!(args.model, ModelSource::Demo);
-        assert_eq!(args.served_model_name, "kvasir-demo");
-        assert_eq!(
-            (args.host.to_string().as_str(), args.port),
-            ("127.0.0.1", 8000)
-        );
+        assert_eq!(args.model.source, ModelSource::Demo);
+        assert_eq!(args.model.served_name(), "kvasir-demo");
+        let PortArgs {
+            host,
+            port,
+            management_port,
+        } = args.ports;
+        assert_eq!((host.to_string().as_str(), port), ("127.0.0.1", 8000));
+        assert_eq!(management_port, None);
     }
 
     #[test]
     fn all_mistakes_are_reported_at_once() {
-        let flags = [
+        let mut mistakes = parse(&[
             "--port",
             "x",
             "--dtype",
@@ -459,28 +400,45 @@ mod tests {
             "0",
             "--device",
             "tpu",
-        ];
+            "--read-timeout-seconds=-1",
+            "--block-size",
+            "4096",
+            "--threads",
+            "0",
+        ])
+        .unwrap_err();
+        mistakes.sort();
         assert_eq!(
-            parse(&flags).unwrap_err(),
+            mistakes,
             [
+                "--block-size: \"4096\" is not a number from 1 to 1024",
+                "--device: \"tpu\" is not one of auto, cpu, cuda",
+                "--dtype: \"int4\" is not one of auto, bfloat16, float32",
+                "--gpu-memory-utilization: \"0\" is not a number above 0, at most 1",
                 "--model: \"/no/such\" is not \"demo\" or an existing directory",
                 "--port: \"x\" is not a number from 0 to 65535",
-                "--dtype: \"int4\" is not one of auto, bfloat16, float32",
-                "--device: \"tpu\" is not one of auto, cpu, cuda",
-                "--gpu-memory-utilization: \"0\" is not a number above 0, at most 1",
+                "--read-timeout-seconds: \"-1\" is not a number of seconds from 0 to 86400",
+                "--threads: \"0\" is not a number above 0",
             ]
         );
     }
 
     #[test]
     fn contradictions_are_sentences() {
-        let flags = ["--max-num-batched-tokens", "8", "--max-num-seqs", "64"];
-        let mistakes = parse(&flags).unwrap_err();
-        assert_eq!(mistakes.len(), 1);
-        assert!(
-            mistakes[0].contains("8 is less than --max-num-seqs, 64"),
-            "{mistakes:?}"
-        );
+        for (flags, want) in [
+            (
+                ["--max-num-batched-tokens", "8", "--max-num-seqs", "64"],
+                "--max-num-batched-tokens: 8 is less than --max-num-seqs, 64; a step needs one token for each request",
+            ),
+            (
+                ["--management-port", "8000", "--port", "8000"],
+                "--management-port: 8000 is --port too; choose another",
+            ),
+        ] {
+            assert_eq!(parse(&flags).unwrap_err(), [want]);
+        }
+        let args = parse(&["--management-port", "0", "--port", "0"]).unwrap();
+        assert_eq!(args.ports.management_port, Some(0));
     }
 
     #[test]
@@ -488,24 +446,30 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let model = directory.path().join("my-model");
         std::fs::create_dir(&model).unwrap();
-        let args = parse(&["--model", model.to_str().unwrap()]).unwrap();
-        assert_eq!(args.served_model_name, "my-model");
+        let model = model.to_str().unwrap();
+        let args = parse(&["--model", model]).unwrap();
+        assert_eq!(args.model.served_name(), "my-model");
+        let args = parse(&["--model", model, "--served-model-name", "n"]).unwrap();
+        assert_eq!(args.model.served_name(), "n");
     }
 
     #[test]
     fn every_flag_has_its_environment_variable() {
-        use clap::CommandFactory;
-        for arg in Written::command()
+        let command = command();
+        let variables: Vec<&str> = command
             .get_arguments()
-            .filter(|a| !["help", "version"].contains(&a.get_id().as_str()))
-        {
-            let long = arg.get_long().unwrap();
-            let want = format!("KVASIR_{}", long.replace('-', "_").to_uppercase());
-            assert_eq!(
-                arg.get_env().unwrap().to_str(),
-                Some(want.as_str()),
-                "--{long}"
-            );
+            .map(|arg| arg.get_env().unwrap().to_str().unwrap())
+            .collect();
+        assert_eq!(variables.len(), 24);
+        for variable in [
+            "KVASIR_MODEL",
+            "KVASIR_PORT",
+            "KVASIR_MANAGEMENT_PORT",
+            "KVASIR_GPU_MEMORY_UTILIZATION",
+            "KVASIR_NUM_GPU_BLOCKS_OVERRIDE",
+            "KVASIR_DRAIN_SECONDS",
+        ] {
+            assert!(variables.contains(&variable), "{variable}");
         }
     }
 }

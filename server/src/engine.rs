@@ -24,20 +24,21 @@ use kvasir_kernels::stored::Dtype;
 
 use blocks::{BlockPool, CacheGroups};
 use executor::Executor;
+use handle::{Command, Snapshot};
 pub use handle::{Counters, EngineHandle};
-use handle::{Mail, Snapshot};
 pub use request::{
-    Admission, FinishReason, Output, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
+    Admission, EngineOutputs, FinishReason, Request, RequestId, RequestOutput, SamplingParams,
+    SubmitError, TokenLogprobs,
 };
 use scheduler::{Schedule, Scheduler};
 
 /// Messages to the output thread that may lie unread. When it can't follow, the engine waits: outputs are never lost,
 /// and the output thread waits for no client.
-const UNREAD_STEPS: usize = 64;
+const UNREAD_OUTPUTS: usize = 64;
 
 /// What is served, and its limits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ModelFacts {
+pub struct ModelInfo {
     /// Token ids are below this.
     pub vocab_size: u32,
     /// Prompt and output together have at most this many tokens; a pool holds at least one such sequence.
@@ -83,15 +84,15 @@ impl Engine {
     /// step that admitted or had outputs, and is disconnected when the engine has ended.
     pub fn start(
         executor: Box<dyn Executor>,
-        facts: ModelFacts,
+        info: ModelInfo,
         max_waiting: u32,
-    ) -> Result<(Self, Receiver<StepOutputs>), EngineError> {
-        let (outputs, receiver) = sync_channel(UNREAD_STEPS);
-        let handle = EngineHandle::new(facts, max_waiting);
-        let mut steps = Steps::new(executor, handle.clone(), outputs);
+    ) -> Result<(Self, Receiver<EngineOutputs>), EngineError> {
+        let (outputs, receiver) = sync_channel(UNREAD_OUTPUTS);
+        let handle = EngineHandle::new(info, max_waiting);
+        let mut engine_loop = EngineLoop::new(executor, handle.clone(), outputs);
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
-            .spawn(move || steps.run())
+            .spawn(move || engine_loop.run())
             .map_err(EngineError::Thread)?;
         Ok((Self { handle, thread }, receiver))
     }
@@ -107,41 +108,49 @@ impl Engine {
     }
 }
 
+/// What commands leave to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    Step,
+    Stop,
+}
+
 /// The engine's thread: owns the device, the pool and the scheduler.
-struct Steps {
+struct EngineLoop {
     executor: Box<dyn Executor>,
     handle: EngineHandle,
-    outputs: SyncSender<StepOutputs>,
+    outputs: SyncSender<EngineOutputs>,
     blocks: BlockPool,
     scheduler: Scheduler,
     in_flight: VecDeque<Ticket>,
-    waiting_since: HashMap<RequestId, Instant>,
+    /// When each request came that has not ended: its age in the queue counts from there, a preemption or not.
+    arrived: HashMap<RequestId, Instant>,
     /// Not sent yet.
     admitted: Vec<Admission>,
     counters: Counters,
 }
 
-impl Drop for Steps {
+impl Drop for EngineLoop {
     /// However the thread ends, a panic included, nobody sends to it any more.
     fn drop(&mut self) {
         self.handle.close();
     }
 }
 
-impl Steps {
+impl EngineLoop {
     fn new(
         executor: Box<dyn Executor>,
         handle: EngineHandle,
-        outputs: SyncSender<StepOutputs>,
+        outputs: SyncSender<EngineOutputs>,
     ) -> Self {
-        let facts = handle.facts();
+        let info = handle.model_info();
         Self {
-            blocks: BlockPool::new(facts.n_blocks, facts.groups.clone()),
-            scheduler: Scheduler::new(facts.limits, facts.max_model_len),
+            blocks: BlockPool::new(info.n_blocks, info.groups.clone()),
+            scheduler: Scheduler::new(info.limits, info.max_model_len),
             executor,
             outputs,
             in_flight: VecDeque::new(),
-            waiting_since: HashMap::new(),
+            arrived: HashMap::new(),
             admitted: Vec::new(),
             counters: Counters::default(),
             handle,
@@ -150,12 +159,10 @@ impl Steps {
 
     fn run(&mut self) -> Result<(), EngineError> {
         loop {
-            let mail = self.handle.take_mail(self.scheduler.is_idle());
-            if mail.stop {
-                self.accept(mail);
+            let commands = self.handle.take_commands(self.scheduler.is_idle());
+            if self.obey(commands) == Next::Stop {
                 return self.end("the server is stopping");
             }
-            self.accept(mail);
             if let Err(error) = self.step() {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
@@ -173,7 +180,9 @@ impl Steps {
     /// many as it can run at once.
     fn step(&mut self) -> Result<(), EngineError> {
         let schedule = self.scheduler.schedule(&mut self.blocks);
-        self.note_changes(&schedule);
+        self.count(&schedule);
+        // A step may take long: who reads the load meanwhile sees what runs in it.
+        self.publish();
         let runs = !schedule.input.tokens.is_empty();
         if runs {
             self.counters.computed_tokens += schedule.input.tokens.len() as u64;
@@ -195,40 +204,38 @@ impl Steps {
             .map(|output| output.tokens.len() as u64)
             .sum::<u64>();
         for ended in outputs.iter().filter(|output| output.finished.is_some()) {
-            self.waiting_since.remove(&ended.id);
+            self.arrived.remove(&ended.id);
         }
         self.send(outputs)
     }
 
-    /// Keeps since when each waiting request waits, from its arrival or its last preemption, and who waits no more.
-    fn note_changes(&mut self, schedule: &Schedule) {
-        let Schedule {
-            admitted,
-            preempted,
-            ..
-        } = schedule;
-        if admitted.is_empty() && preempted.is_empty() {
-            return;
+    /// Counts preemptions, and keeps when requests were admitted until it is sent.
+    fn count(&mut self, schedule: &Schedule) {
+        self.counters.preemptions += schedule.preempted.len() as u64;
+        if !schedule.admitted.is_empty() {
+            let at = Instant::now();
+            let admitted = schedule.admitted.iter();
+            self.admitted
+                .extend(admitted.map(|&id| Admission { id, at }));
         }
-        let at = Instant::now();
-        self.counters.preemptions += preempted.len() as u64;
-        for &id in admitted {
-            self.waiting_since.remove(&id);
-            self.admitted.push(Admission { id, at });
-        }
-        self.waiting_since
-            .extend(preempted.iter().map(|&id| (id, at)));
     }
 
-    fn accept(&mut self, mail: Mail) {
-        for (request, at) in mail.submitted {
-            self.waiting_since.insert(request.id, at);
-            self.scheduler.add(request);
+    fn obey(&mut self, commands: impl IntoIterator<Item = Command>) -> Next {
+        let mut next = Next::Step;
+        for command in commands {
+            match command {
+                Command::Submit { request, arrived } => {
+                    self.arrived.insert(request.id, arrived);
+                    self.scheduler.add(*request);
+                }
+                Command::Abort(id) => {
+                    self.arrived.remove(&id);
+                    self.scheduler.abort(&mut self.blocks, id);
+                }
+                Command::Stop => next = Next::Stop,
+            }
         }
-        for id in mail.aborted {
-            self.waiting_since.remove(&id);
-            self.scheduler.abort(&mut self.blocks, id);
-        }
+        next
     }
 
     fn publish(&mut self) {
@@ -236,7 +243,7 @@ impl Steps {
         self.handle.publish(Snapshot {
             blocks: self.blocks.counts(),
             load: self.scheduler.load(&self.blocks),
-            oldest_waiting: oldest.and_then(|id| self.waiting_since.get(&id).copied()),
+            oldest_waiting: oldest.and_then(|id| self.arrived.get(&id).copied()),
             counters: self.counters,
         });
     }
@@ -249,7 +256,7 @@ impl Steps {
         let finished = Some(FinishReason::Error(why.to_owned()));
         self.send(
             left.into_iter()
-                .map(|id| Output {
+                .map(|id| RequestOutput {
                     id,
                     sequence: 0,
                     prompt_logprobs: Vec::new(),
@@ -260,13 +267,13 @@ impl Steps {
         )
     }
 
-    fn send(&mut self, outputs: Vec<Output>) -> Result<(), EngineError> {
+    fn send(&mut self, outputs: Vec<RequestOutput>) -> Result<(), EngineError> {
         let admitted = std::mem::take(&mut self.admitted);
         if admitted.is_empty() && outputs.is_empty() {
             return Ok(());
         }
         self.outputs
-            .send(StepOutputs { admitted, outputs })
+            .send(EngineOutputs { admitted, outputs })
             .map_err(|_| EngineError::OutputsClosed)
     }
 }

@@ -1,20 +1,28 @@
 //! The OpenAI-compatible API, and what probes and the cluster ask: routes, and the state behind them.
 //!
-//! It knows text and events, never blocks: requests go to [`crate::output`], which hands them to the engine.
+//! It knows text and events, never blocks: requests go through [`crate::frontend`] to the engine.
 //!
-//! - [`incoming`], [`fields`], [`params`]: requests are read in time and parsed once; every mistake names its field.
-//! - [`completions`], [`chat`]: the two interfaces; [`generate`] is what they share.
-//! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client never reads.
+//! - [`incoming`], [`fields`], [`params`], [`prompts`], [`conversation`]: requests are read in time and parsed once, in
+//!   bounded memory; every mistake names its field.
+//! - [`completions`], [`chat`], [`tokenize`]: the interfaces; [`generate`] is what the first two share.
+//! - [`management`]: probes, load, metrics. [`middleware`]: around every request.
+//! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client reads too slowly.
 
 mod chat;
 mod completions;
+mod conversation;
+mod defaults;
 pub mod error;
 mod fields;
 mod generate;
 mod incoming;
 mod logprobs;
+mod management;
+mod middleware;
 mod params;
+mod prompts;
 pub mod serve;
+mod tokenize;
 mod wire;
 mod write_timeout;
 
@@ -23,9 +31,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::extract::{MatchedPath, Path, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
-use axum::middleware::{self, Next};
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -33,38 +40,19 @@ use kvasir_crds::LoadReport;
 use serde_json::json;
 use tokio::sync::watch;
 
+use crate::frontend::AsyncEngine;
 use crate::metrics::Metrics;
-use crate::output::Outputs;
 use crate::text::{TextPool, Tokenizer};
+pub use defaults::SamplingDefaults;
 use error::ApiError;
-pub use params::SamplingDefaults;
+use serve::Phase;
 
-/// Where the server stands. It only ever moves forward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
-    /// The model is being loaded: probes are answered, requests are not.
-    Loading,
-    /// Everything is answered.
-    Ready,
-    /// Told to stop: `/ready` says so, and requests are still accepted, because who sends them learns it late.
-    Draining,
-    /// No more connections; answers under way are finished, and so is one more request of a client that was not told
-    /// to leave, because its answer had begun before.
-    Closing,
-}
-
-/// A client that takes nothing of what it asked for, for so long, is gone: its connection is closed, and what it runs
-/// ends. Long enough for any hiccup of a network; a client that takes its time takes something meanwhile.
-pub const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Bounds on what a client may cost.
+/// Bounds on what a request may cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections served at once.
-    pub max_connections: usize,
     /// Bytes of a request's body.
     pub max_body_bytes: usize,
-    /// Time for a request's head, and again for its body.
+    /// Time for a request's body.
     pub read_timeout: Duration,
     /// `/health` fails when the engine has not beaten for so long.
     pub heartbeat_timeout: Duration,
@@ -79,8 +67,8 @@ pub struct Serving {
     pub tokenizer: Arc<Tokenizer>,
     /// Threads for the tokenizer.
     pub pool: TextPool,
-    /// The way to the engine.
-    pub outputs: Outputs,
+    /// The way to the engine and back.
+    pub engine: AsyncEngine,
     /// What a request that says nothing gets.
     pub defaults: SamplingDefaults,
     /// Prompts that one call may have.
@@ -102,7 +90,7 @@ impl Serving {
     }
 }
 
-/// Numbers that no two requests share, and seeds that nobody can foretell.
+/// Names that no two calls share, and seeds that nobody can foretell.
 #[derive(Debug, Default)]
 pub struct Ids {
     next: AtomicU64,
@@ -110,12 +98,9 @@ pub struct Ids {
 }
 
 impl Ids {
-    fn next(&self) -> u64 {
-        self.next.fetch_add(1, Ordering::Relaxed)
-    }
-
     fn seed(&self) -> u64 {
-        self.random.hash_one((self.next(), SystemTime::now()))
+        let n = self.next.fetch_add(1, Ordering::Relaxed);
+        self.random.hash_one((n, SystemTime::now()))
     }
 
     fn call(&self) -> String {
@@ -177,23 +162,41 @@ impl App {
         Some(LoadReport {
             boot_id: Some(self.boot_id.clone()),
             draining: Some(*self.phase.borrow() >= Phase::Draining),
-            ..serving.outputs.engine().load()
+            ..serving.engine.engine().load()
         })
     }
 }
 
-/// All routes.
-pub fn router(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/v1/models", get(models))
-        .route("/v1/models/{*name}", get(model))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/chat/completions", post(chat::chat))
-        .route("/tokenize", post(chat::tokenize))
-        .route("/health", get(health))
-        .route("/ready", get(ready))
-        .route("/metrics", get(metrics))
-        .route("/load", get(load))
+/// Which routes a port has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Routes {
+    /// Everything, where there is one port only.
+    All,
+    /// The API, and `/health`, which clients ask before they begin.
+    Api,
+    /// `/health`, `/ready`, `/load` and `/metrics`.
+    Management,
+}
+
+/// The routes of one port.
+pub fn router(app: Arc<App>, routes: Routes) -> Router {
+    let mut router = Router::new().route("/health", get(management::health));
+    if routes != Routes::Management {
+        router = router
+            .route("/v1/models", get(models))
+            .route("/v1/models/{*name}", get(model))
+            .route("/v1/completions", post(completions::completions))
+            .route("/v1/chat/completions", post(chat::chat))
+            .route("/tokenize", post(tokenize::tokenize));
+    }
+    if routes != Routes::Api {
+        router = router
+            .route("/ready", get(management::ready))
+            .route("/metrics", get(management::metrics))
+            .route("/load", get(management::load));
+    }
+    let middleware = axum::middleware::from_fn_with_state(Arc::clone(&app), middleware::middleware);
+    router
         .fallback(async |request: Request| {
             ApiError::new(
                 StatusCode::NOT_FOUND,
@@ -208,31 +211,8 @@ pub fn router(app: Arc<App>) -> Router {
             );
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
         })
-        .layer(middleware::from_fn_with_state(Arc::clone(&app), around))
+        .layer(middleware)
         .with_state(app)
-}
-
-/// Marks connections beyond the limit: they are for probes only.
-#[derive(Clone, Copy, Debug)]
-struct OverLimit;
-
-/// Around every request: counts it, refuses what is over the limit, and says goodbye while draining.
-async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let route = request.extensions().get::<MatchedPath>().cloned();
-    let route = route.as_ref().map_or("other", MatchedPath::as_str);
-    let over_limit = request.extensions().get::<OverLimit>().is_some();
-    let is_probe = matches!(route, "/health" | "/ready" | "/metrics" | "/load");
-    let mut response = match over_limit && !is_probe {
-        true => ApiError::unavailable("too many connections; try again later").into_response(),
-        false => next.run(request).await,
-    };
-    app.metrics.answered(route, response.status().as_u16());
-    if over_limit || *app.phase.borrow() >= Phase::Draining {
-        response
-            .headers_mut()
-            .insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
 }
 
 fn model_object(serving: &Serving) -> serde_json::Value {
@@ -241,7 +221,7 @@ fn model_object(serving: &Serving) -> serde_json::Value {
         "object": "model",
         "created": serving.created,
         "owned_by": "kvasir",
-        "max_model_len": serving.outputs.engine().facts().max_model_len,
+        "max_model_len": serving.engine.engine().model_info().max_model_len,
     })
 }
 
@@ -257,50 +237,6 @@ async fn model(
     let serving = app.serving()?;
     serving.check_model(Some(&name))?;
     Ok(Json(model_object(&serving)).into_response())
-}
-
-/// Whether the process is worth keeping: it is while it loads, and then as long as the engine beats.
-async fn health(State(app): State<Arc<App>>) -> Result<&'static str, ApiError> {
-    let Some(serving) = app.serving.get() else {
-        return Ok("loading\n");
-    };
-    let engine = serving.outputs.engine();
-    if engine.is_stopped() && *app.phase.borrow() < Phase::Draining {
-        return Err(ApiError::unavailable("the engine has stopped"));
-    }
-    let age = Duration::from_millis(engine.load().heartbeat_age_ms.unwrap_or(0));
-    if age > app.limits.heartbeat_timeout {
-        let (age, limit) = (age.as_secs(), app.limits.heartbeat_timeout.as_secs());
-        return Err(ApiError::unavailable(format!(
-            "the engine last beat {age} s ago, the limit is {limit} s"
-        )));
-    }
-    Ok("ok\n")
-}
-
-/// Whether requests should be sent here.
-async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, ApiError> {
-    let phase = *app.phase.borrow();
-    match phase {
-        Phase::Loading => Err(ApiError::unavailable("loading the model")),
-        Phase::Ready => Ok("ready\n"),
-        Phase::Draining | Phase::Closing => Err(ApiError::unavailable("draining")),
-    }
-}
-
-async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    let text = app
-        .metrics
-        .render(app.load().as_ref())
-        .map_err(|e| ApiError::internal(e.to_string()))?;
-    let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())
-}
-
-async fn load(State(app): State<Arc<App>>) -> Result<Json<LoadReport>, ApiError> {
-    app.load()
-        .map(Json)
-        .ok_or_else(|| ApiError::unavailable("the model is still loading"))
 }
 
 /// Seconds since 1970.

@@ -4,9 +4,11 @@
 
 pub mod args;
 pub mod engine;
+pub mod frontend;
 pub mod http;
+pub mod lifecycle;
 pub mod metrics;
 pub mod model;
-pub mod output;
+
 pub mod startup;
 pub mod text;

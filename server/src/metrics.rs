@@ -12,35 +12,23 @@ use prometheus::{
     TextEncoder,
 };
 
-/// Why a request ended, as a label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FinishLabel {
-    /// A stop token or a stop string.
-    Stop,
-    /// `max_tokens` or the longest context.
-    Length,
-    /// The client left.
-    Abort,
-    /// The engine failed.
-    Error,
-}
+use crate::engine::FinishReason;
 
-impl FinishLabel {
-    const ALL: [Self; 4] = [Self::Stop, Self::Length, Self::Abort, Self::Error];
+/// Why requests end, as labels.
+const FINISH_LABELS: [&str; 4] = ["stop", "length", "abort", "error"];
 
-    const fn as_str(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-            Self::Abort => "abort",
-            Self::Error => "error",
-        }
+const fn finish_label(reason: &FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop(_) | FinishReason::StopString(_) => FINISH_LABELS[0],
+        FinishReason::Length => FINISH_LABELS[1],
+        FinishReason::Abort => FINISH_LABELS[2],
+        FinishReason::Error(_) => FINISH_LABELS[3],
     }
 }
 
-/// The spans of a request's life that are measured.
+/// What is measured of a request's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Span {
+pub enum LatencyKind {
     /// Accepted, and not running yet.
     Queue,
     /// From the first time that it ran to its first token.
@@ -52,10 +40,10 @@ pub enum Span {
     /// From its first token to its last.
     Decode,
     /// From its arrival to its end.
-    Whole,
+    EndToEnd,
 }
 
-impl Span {
+impl LatencyKind {
     /// In the order of their values.
     const ALL: [Self; 6] = [
         Self::Queue,
@@ -63,7 +51,7 @@ impl Span {
         Self::FirstToken,
         Self::InterToken,
         Self::Decode,
-        Self::Whole,
+        Self::EndToEnd,
     ];
 
     /// Name, help and buckets of its histogram.
@@ -94,7 +82,7 @@ impl Span {
                 "From a request's first token to its last.",
                 REQUEST_BUCKETS,
             ),
-            Self::Whole => (
+            Self::EndToEnd => (
                 "vllm:e2e_request_latency_seconds",
                 "From a request's arrival to its last token.",
                 REQUEST_BUCKETS,
@@ -128,22 +116,10 @@ const LENGTH_BUCKETS: &[f64] = &[
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    running: Gauge,
-    waiting: Gauge,
-    kv_usage: Gauge,
-    cache_config: GaugeVec,
-    blocks: GaugeVec,
-    oldest_waiting: Gauge,
-    prefill_backlog: Gauge,
-    preemptions: IntCounter,
-    prompt_tokens: IntCounter,
-    generation_tokens: IntCounter,
-    finished: IntCounterVec,
-    prompt_lengths: Histogram,
-    generation_lengths: Histogram,
-    /// In the order of [`Span::ALL`].
-    spans: Vec<Histogram>,
+    load: LoadMetrics,
+    requests: RequestMetrics,
     http: IntCounterVec,
+    request_memory: Gauge,
 }
 
 impl Metrics {
@@ -154,7 +130,89 @@ impl Metrics {
             registry: &registry,
             model_name,
         };
-        let metrics = Self {
+        Ok(Self {
+            load: LoadMetrics::new(&define)?,
+            requests: RequestMetrics::new(&define)?,
+            http: define.counters(
+                "kvasir_http_requests_total",
+                "HTTP requests answered.",
+                &["route", "code"],
+            )?,
+            request_memory: define.gauge(
+                "kvasir_request_memory_bytes",
+                "Bytes of request bodies and answers under way.",
+            )?,
+            registry,
+        })
+    }
+
+    /// A latency of a request is complete.
+    pub fn observe(&self, kind: LatencyKind, length: Duration) {
+        self.requests.latencies[kind as usize].observe(length.as_secs_f64());
+    }
+
+    /// The prompt of a request that got its first token.
+    pub fn prompt(&self, n_tokens: u64) {
+        self.requests.prompt_tokens.inc_by(n_tokens);
+    }
+
+    /// So many tokens were generated.
+    pub fn generated(&self, n_tokens: u64) {
+        self.requests.generation_tokens.inc_by(n_tokens);
+    }
+
+    /// A request ended.
+    pub fn request_finished(&self, reason: &FinishReason) {
+        let label = finish_label(reason);
+        self.requests.finished.with_label_values(&[label]).inc();
+    }
+
+    /// The lengths of a request that ended and that its client waited for.
+    pub fn request_lengths(&self, n_prompt_tokens: u64, n_generated: u64) {
+        let requests = &self.requests;
+        requests.prompt_lengths.observe(n_prompt_tokens as f64);
+        requests.generation_lengths.observe(n_generated as f64);
+    }
+
+    /// An HTTP request was answered. `route` is the pattern that matched, never the path itself.
+    pub fn answered(&self, route: &str, status: u16) {
+        self.http
+            .with_label_values(&[route, &status.to_string()])
+            .inc();
+    }
+
+    /// So many bytes are kept for request bodies and answers under way.
+    pub fn request_memory(&self, n_bytes: usize) {
+        self.request_memory.set(n_bytes as f64);
+    }
+
+    /// Everything in Prometheus' text format; `load` is the engine's report, once there is an engine.
+    pub fn render(&self, load: Option<&LoadReport>) -> Result<String, prometheus::Error> {
+        if let Some(load) = load {
+            self.load.take(load);
+        }
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// What the engine's report says, as gauges.
+#[derive(Debug)]
+struct LoadMetrics {
+    running: Gauge,
+    waiting: Gauge,
+    kv_usage: Gauge,
+    cache_config: GaugeVec,
+    blocks: GaugeVec,
+    oldest_waiting: Gauge,
+    prefill_backlog: Gauge,
+    preemptions: IntCounter,
+}
+
+impl LoadMetrics {
+    fn new(define: &Definitions<'_>) -> Result<Self, prometheus::Error> {
+        Ok(Self {
             running: define.gauge(
                 "vllm:num_requests_running",
                 "Requests in the running batch.",
@@ -175,95 +233,14 @@ impl Metrics {
             blocks: define.gauges("kvasir_kv_blocks", "KV blocks by state.", &["state"])?,
             oldest_waiting: define.gauge(
                 "kvasir_queue_oldest_seconds",
-                "Age of the oldest waiting request.",
+                "Age of the oldest waiting request, from its arrival.",
             )?,
             prefill_backlog: define.gauge(
                 "kvasir_prefill_backlog_tokens",
                 "Prompt tokens accepted and not computed yet.",
             )?,
             preemptions: define.counter("vllm:num_preemptions_total", "Sequences preempted.")?,
-            prompt_tokens: define.counter(
-                "vllm:prompt_tokens_total",
-                "Prompt tokens of requests that got a token.",
-            )?,
-            generation_tokens: define
-                .counter("vllm:generation_tokens_total", "Tokens generated.")?,
-            finished: define.counters(
-                "vllm:request_success_total",
-                "Requests that ended.",
-                &["finished_reason"],
-            )?,
-            prompt_lengths: define.histogram(
-                "vllm:request_prompt_tokens",
-                "Prompt tokens of each request that ended.",
-                LENGTH_BUCKETS,
-            )?,
-            generation_lengths: define.histogram(
-                "vllm:request_generation_tokens",
-                "Tokens generated for each request that ended.",
-                LENGTH_BUCKETS,
-            )?,
-            spans: Span::ALL
-                .into_iter()
-                .map(|span| {
-                    let (name, help, buckets) = span.definition();
-                    define.histogram(name, help, buckets)
-                })
-                .collect::<Result<_, _>>()?,
-            http: define.counters(
-                "kvasir_http_requests_total",
-                "HTTP requests answered.",
-                &["route", "code"],
-            )?,
-            registry,
-        };
-        for label in FinishLabel::ALL {
-            metrics.finished.with_label_values(&[label.as_str()]);
-        }
-        Ok(metrics)
-    }
-
-    /// A span of a request's life is over.
-    pub fn observe(&self, span: Span, length: Duration) {
-        self.spans[span as usize].observe(length.as_secs_f64());
-    }
-
-    /// The prompt of a request that got its first token.
-    pub fn prompt(&self, n_tokens: u64) {
-        self.prompt_tokens.inc_by(n_tokens);
-    }
-
-    /// So many tokens were generated.
-    pub fn generated(&self, n_tokens: u64) {
-        self.generation_tokens.inc_by(n_tokens);
-    }
-
-    /// A request ended.
-    pub fn request_finished(&self, why: FinishLabel) {
-        self.finished.with_label_values(&[why.as_str()]).inc();
-    }
-
-    /// The lengths of a request that ended and that its client waited for.
-    pub fn request_lengths(&self, n_prompt_tokens: u64, n_generated: u64) {
-        self.prompt_lengths.observe(n_prompt_tokens as f64);
-        self.generation_lengths.observe(n_generated as f64);
-    }
-
-    /// An HTTP request was answered. `route` is the pattern that matched, never the path itself.
-    pub fn answered(&self, route: &str, status: u16) {
-        self.http
-            .with_label_values(&[route, &status.to_string()])
-            .inc();
-    }
-
-    /// Everything in Prometheus' text format; `load` is the engine's report, once there is an engine.
-    pub fn render(&self, load: Option<&LoadReport>) -> Result<String, prometheus::Error> {
-        if let Some(load) = load {
-            self.take(load);
-        }
-        let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
-        Ok(String::from_utf8_lossy(&text).into_owned())
+        })
     }
 
     fn take(&self, load: &LoadReport) {
@@ -289,6 +266,58 @@ impl Metrics {
         let preemptions = load.preemptions.unwrap_or(0);
         self.preemptions
             .inc_by(preemptions.saturating_sub(self.preemptions.get()));
+    }
+}
+
+/// What happened to requests.
+#[derive(Debug)]
+struct RequestMetrics {
+    prompt_tokens: IntCounter,
+    generation_tokens: IntCounter,
+    finished: IntCounterVec,
+    prompt_lengths: Histogram,
+    generation_lengths: Histogram,
+    /// In the order of [`LatencyKind::ALL`].
+    latencies: Vec<Histogram>,
+}
+
+impl RequestMetrics {
+    fn new(define: &Definitions<'_>) -> Result<Self, prometheus::Error> {
+        let latency = |kind: LatencyKind| {
+            let (name, help, buckets) = kind.definition();
+            define.histogram(name, help, buckets)
+        };
+        let metrics = Self {
+            prompt_tokens: define.counter(
+                "vllm:prompt_tokens_total",
+                "Prompt tokens of requests that got a token.",
+            )?,
+            generation_tokens: define
+                .counter("vllm:generation_tokens_total", "Tokens generated.")?,
+            finished: define.counters(
+                "vllm:request_success_total",
+                "Requests that ended.",
+                &["finished_reason"],
+            )?,
+            prompt_lengths: define.histogram(
+                "vllm:request_prompt_tokens",
+                "Prompt tokens of each request that ended.",
+                LENGTH_BUCKETS,
+            )?,
+            generation_lengths: define.histogram(
+                "vllm:request_generation_tokens",
+                "Tokens generated for each request that ended.",
+                LENGTH_BUCKETS,
+            )?,
+            latencies: LatencyKind::ALL
+                .into_iter()
+                .map(latency)
+                .collect::<Result<_, _>>()?,
+        };
+        for label in FINISH_LABELS {
+            metrics.finished.with_label_values(&[label]);
+        }
+        Ok(metrics)
     }
 }
 
@@ -354,11 +383,11 @@ mod tests {
     fn a_scrape_has_the_names_and_values_that_others_read() {
         let metrics = Metrics::new("m").unwrap();
         metrics.prompt(7);
-        for (n, span) in (1..).zip(Span::ALL) {
-            (0..n).for_each(|_| metrics.observe(span, Duration::from_millis(30)));
+        for (n, kind) in (1..).zip(LatencyKind::ALL) {
+            (0..n).for_each(|_| metrics.observe(kind, Duration::from_millis(30)));
         }
         metrics.request_lengths(7, 3);
-        metrics.request_finished(FinishLabel::Length);
+        metrics.request_finished(&FinishReason::Length);
         let load = LoadReport {
             blocks: Some(BlockCounts {
                 block_size: 16,

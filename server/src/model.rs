@@ -27,7 +27,7 @@ use kvasir_kernels::shape::{Limits, ModelShape, Numerics, Precision};
 use kvasir_kernels::step::{DeviceOutput, LogitsRow, StepInput};
 use kvasir_kernels::stored::Dtype;
 
-use crate::engine::ModelFacts;
+use crate::engine::ModelInfo;
 use crate::engine::blocks::{CacheGroups, GroupKind};
 use crate::engine::executor::Executor;
 use config::ModelConfig;
@@ -70,7 +70,7 @@ pub struct LoadedModel {
     /// The model on its device, with its KV cache.
     pub executor: ModelExecutor,
     /// What is served, and its limits.
-    pub facts: ModelFacts,
+    pub info: ModelInfo,
     /// Where the memory went, once the KV cache was allocated.
     pub memory: Memory,
     /// Bytes of the KV cache.
@@ -205,7 +205,7 @@ pub fn load(
     )?;
     device.allocate_kv(n_blocks).map_err(LoadError::Device)?;
     Ok(LoadedModel {
-        facts: ModelFacts {
+        info: ModelInfo {
             vocab_size: config.decoder.vocab_size as u32,
             max_model_len,
             eos_token_ids: config.eos_token_ids,
@@ -454,12 +454,12 @@ mod tests {
             make,
             |progress| last = Some(progress),
         );
-        let facts = loaded.unwrap_or_else(|error| panic!("{error}")).facts;
+        let info = loaded.unwrap_or_else(|error| panic!("{error}")).info;
         assert_eq!(
-            (facts.n_blocks, facts.max_model_len, facts.dtype),
+            (info.n_blocks, info.max_model_len, info.dtype),
             (8, 128, Dtype::BF16)
         );
-        assert_eq!(facts.eos_token_ids.len(), 1);
+        assert_eq!(info.eos_token_ids.len(), 1);
         let progress = last.unwrap();
         assert!(
             progress.done_bytes <= progress.total_bytes

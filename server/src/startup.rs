@@ -11,16 +11,14 @@ use kvasir_kernels::shape::Precision;
 use kvasir_kernels::stored::Dtype;
 
 use crate::args::{Args, DtypeChoice, ModelSource};
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, ModelInfo};
+use crate::frontend::AsyncEngine;
+use crate::frontend::budget::ByteBudget;
 use crate::http::{Ids, SamplingDefaults, Serving, unix_time};
 use crate::metrics::Metrics;
 use crate::model::{self, LoadError, LoadOptions, ModelFiles, Progress};
-use crate::output::Outputs;
 use crate::text::tokenizer::TextFiles;
 use crate::text::{TextError, TextPool, Tokenizer};
-
-/// Texts that may wait for a tokenizer thread; their callers wait with them.
-const WAITING_TEXTS: usize = 256;
 
 /// A loaded model with its engine running.
 #[derive(Debug)]
@@ -83,63 +81,53 @@ pub fn start(
     metrics: &Arc<Metrics>,
     progress: impl FnMut(Progress),
 ) -> Result<Started, StartError> {
-    let files = match &args.model {
+    let files = match &args.model.source {
         ModelSource::Demo => ModelFiles::demo(),
         ModelSource::Directory(path) => ModelFiles::directory(path)?,
     };
     // The small files first: what is wrong with them is found before the weights are read.
-    let tokenizer_config = files.open("tokenizer_config.json")?;
-    let chat_template = files.open("chat_template.jinja")?;
-    let tokenizer = Arc::new(Tokenizer::load(TextFiles {
-        tokenizer: &files.require("tokenizer.json")?,
-        tokenizer_config: tokenizer_config.as_deref(),
-        chat_template: chat_template.as_deref(),
-    })?);
+    let tokenizer = Arc::new(load_tokenizer(&files)?);
     let (defaults, ignored) = match files.open("generation_config.json")? {
         Some(bytes) => SamplingDefaults::from_generation_config(&bytes)
             .map_err(StartError::GenerationConfig)?,
         None => (SamplingDefaults::default(), Vec::new()),
     };
 
-    let device = ChosenDevice::find(args.device).map_err(StartError::Device)?;
+    let device = ChosenDevice::find(args.model.device).map_err(StartError::Device)?;
     if let Some(why) = device.why_not_cuda() {
         tracing::info!(why, "serving on the CPU");
     }
     let options = options(args, device.preferences());
-    let n_threads = compute_threads(args.threads);
+    let n_threads = compute_threads(args.engine.threads);
     let loaded = model::load(
         &files,
         &options,
         |options| device.make(options, n_threads),
         progress,
     )?;
-    let facts = loaded.facts;
+    let info = loaded.info;
     let summary = Summary {
+        dtype: dtype_name(&info),
+        n_blocks: info.n_blocks,
+        block_size: info.groups.block_size().get(),
+        max_model_len: info.max_model_len,
         device: loaded.device,
-        dtype: match facts.dtype {
-            Dtype::F32 => "float32",
-            Dtype::F16 => "float16",
-            Dtype::BF16 => "bfloat16",
-        },
-        n_blocks: facts.n_blocks,
-        block_size: facts.groups.block_size().get(),
         kv_cache_bytes: loaded.kv_cache_bytes,
-        max_model_len: facts.max_model_len,
         can_chat: tokenizer.chat_template().is_ok(),
         ignored,
     };
-    let (engine, steps) = Engine::start(Box::new(loaded.executor), facts, args.max_waiting)?;
-    let outputs =
-        Outputs::start(engine.handle(), steps, Arc::clone(metrics)).map_err(StartError::Thread)?;
-    let waiting = NonZeroUsize::new(WAITING_TEXTS).unwrap_or(NonZeroUsize::MIN);
-    let pool = TextPool::start(text_threads(), waiting).map_err(StartError::Thread)?;
+    let max_waiting = args.engine.max_waiting;
+    let (engine, outputs) = Engine::start(Box::new(loaded.executor), info, max_waiting)?;
+    let budget = ByteBudget::new(args.limits.request_memory_bytes);
+    let async_engine = AsyncEngine::start(engine.handle(), outputs, Arc::clone(metrics), budget)
+        .map_err(StartError::Thread)?;
     let serving = Serving {
-        model_name: args.served_model_name.clone(),
+        model_name: args.model.served_name(),
         tokenizer,
-        pool,
-        outputs,
+        pool: TextPool::start(text_threads()).map_err(StartError::Thread)?,
+        engine: async_engine,
         defaults,
-        max_prompts: args.max_prompts,
+        max_prompts: args.engine.max_prompts,
         ids: Ids::default(),
         created: unix_time(),
     };
@@ -150,23 +138,42 @@ pub fn start(
     })
 }
 
+fn load_tokenizer(files: &ModelFiles) -> Result<Tokenizer, StartError> {
+    let tokenizer_config = files.open("tokenizer_config.json")?;
+    let chat_template = files.open("chat_template.jinja")?;
+    Ok(Tokenizer::load(TextFiles {
+        tokenizer: &files.require("tokenizer.json")?,
+        tokenizer_config: tokenizer_config.as_deref(),
+        chat_template: chat_template.as_deref(),
+    })?)
+}
+
+fn dtype_name(info: &ModelInfo) -> &'static str {
+    match info.dtype {
+        Dtype::F32 => "float32",
+        Dtype::F16 => "float16",
+        Dtype::BF16 => "bfloat16",
+    }
+}
+
 fn options(args: &Args, preferred: Preferences) -> LoadOptions {
     let at_least_one = |n: u32| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
-    let max_tokens = args.max_num_batched_tokens;
-    let max_sequences = args.max_num_seqs.unwrap_or_else(|| {
+    let engine = &args.engine;
+    let max_tokens = engine.max_num_batched_tokens;
+    let max_sequences = engine.max_num_seqs.unwrap_or_else(|| {
         preferred
             .max_sequences
             .min(max_tokens.unwrap_or(preferred.max_tokens))
     });
     let max_tokens = max_tokens.unwrap_or(preferred.max_tokens.max(max_sequences));
     LoadOptions {
-        block_size: at_least_one(args.block_size),
-        max_model_len: args.max_model_len.map(at_least_one),
+        block_size: at_least_one(engine.block_size),
+        max_model_len: args.model.max_model_len.map(at_least_one),
         max_num_seqs: at_least_one(max_sequences),
         max_num_batched_tokens: at_least_one(max_tokens),
-        n_blocks: args.n_blocks.map(at_least_one),
-        memory_utilization: args.memory_utilization,
-        precision: match args.dtype {
+        n_blocks: engine.n_blocks.map(at_least_one),
+        memory_utilization: engine.memory_utilization,
+        precision: match args.model.dtype {
             DtypeChoice::Auto => preferred.precision,
             DtypeChoice::BFloat16 => Some(Precision::BF16),
             DtypeChoice::Float32 => Some(Precision::F32),

@@ -3,6 +3,7 @@
 //! Everything here is pure and synchronous but [`pool`], which runs the slow part off the async threads. It knows
 //! the files of a Hugging Face directory by their content, and neither requests nor HTTP.
 
+mod bounds;
 pub mod chat_template;
 pub mod detokenize;
 pub mod pool;
@@ -48,6 +49,37 @@ pub enum TextError {
         "this model has no chat template; use /v1/completions, or add chat_template.jinja to the model"
     )]
     NoTemplate,
+    /// More whitespace in a row than the tokenizer's patterns can take.
+    #[error(
+        "the text has {found} whitespace characters in a row, at most {limit} can be tokenized"
+    )]
+    TooManyBlanks {
+        /// Characters of the longest run.
+        found: usize,
+        /// What the pattern can take.
+        limit: usize,
+    },
+    /// No prompt that fits the context has as long a text.
+    #[error(
+        "the text has {n_bytes} bytes, the longest context of {max_tokens} tokens has {limit} at most"
+    )]
+    TooLong {
+        /// Bytes of the text.
+        n_bytes: usize,
+        /// Prompt and output together.
+        max_tokens: u32,
+        /// Bytes that so many tokens may have.
+        limit: usize,
+    },
+    /// The work on a text panicked; the panic's message is on standard error.
+    #[error("the work on this text failed")]
+    Panicked,
+    /// Too many long texts wait for the tokenizer.
+    #[error("{limit} long texts wait for the tokenizer already")]
+    Busy {
+        /// Texts that may wait.
+        limit: usize,
+    },
     /// The pool is shutting down.
     #[error("the tokenizer has stopped")]
     Stopped,

@@ -4,32 +4,43 @@
 
 mod client;
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use client::{Answer, Client, send};
-use kvasir_kernels::device::{DeviceError, Dtype, Limits, Sampled, StepInput, StepOutput, Ticket};
+use kvasir_kernels::device::{DeviceError, Ticket};
+use kvasir_kernels::shape::Limits;
+use kvasir_kernels::step::{DeviceOutput, LogitsRow, Sampled, StepInput};
+use kvasir_kernels::stored::Dtype;
+use kvasir_server::engine::blocks::{CacheGroups, GroupKind};
 use kvasir_server::engine::executor::Executor;
-use kvasir_server::engine::{Engine, ModelFacts};
-use kvasir_server::http::{self, App, Ids, SamplingDefaults, Serving, serve};
+use kvasir_server::engine::{Engine, ModelInfo};
+use kvasir_server::frontend::AsyncEngine;
+use kvasir_server::frontend::budget::ByteBudget;
+use kvasir_server::http::serve::{self, Phase, PortLimits};
+use kvasir_server::http::{self, App, Ids, Routes, SamplingDefaults, Serving};
+use kvasir_server::lifecycle::{self, ServeError};
 use kvasir_server::metrics::Metrics;
 use kvasir_server::model::ModelFiles;
-use kvasir_server::output::Outputs;
 use kvasir_server::text::tokenizer::TextFiles;
 use kvasir_server::text::{TextPool, Tokenizer};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 
 /// An idle engine beats each second.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Each step waits for what it is to give: the same token in every row, or a failure.
+/// Each step says that it begins, and waits for what it is to give: the same token in every row, or a failure.
 struct Scripted {
+    begins: Sender<()>,
     script: Receiver<Result<u32, DeviceError>>,
     n_rows: usize,
+    dropped: Arc<AtomicBool>,
 }
 
 impl Executor for Scripted {
@@ -37,43 +48,117 @@ impl Executor for Scripted {
         1
     }
 
-    fn submit(&mut self, input: &StepInput) -> Result<Ticket, DeviceError> {
+    fn submit(&mut self, input: StepInput, _: &[LogitsRow]) -> Result<Ticket, DeviceError> {
         self.n_rows = input.logits.len();
+        let _ = self.begins.send(());
         Ok(Ticket(0))
     }
 
-    fn collect(&mut self, _: Ticket) -> Result<StepOutput, DeviceError> {
+    fn collect(&mut self, _: Ticket) -> Result<DeviceOutput, DeviceError> {
         // The test that is over needs no more steps.
         let token = self.script.recv().unwrap_or(Ok(5))?;
         let sampled = Sampled {
             token,
             ..Sampled::default()
         };
-        Ok(StepOutput {
+        Ok(DeviceOutput {
             sampled: vec![sampled; self.n_rows],
         })
     }
 }
 
-/// Serves with that device. The runtime serves as long as it is kept.
-fn start() -> (Runtime, Client, Sender<Result<u32, DeviceError>>) {
-    let (sender, script) = channel();
-    let facts = ModelFacts {
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        // A device takes a while to give back what it has.
+        std::thread::sleep(Duration::from_millis(300));
+        self.dropped.store(true, Ordering::Release);
+    }
+}
+
+/// What the device is told to do, and what it says.
+struct Device {
+    script: Sender<Result<u32, DeviceError>>,
+    begins: Receiver<()>,
+    dropped: Arc<AtomicBool>,
+}
+
+impl Device {
+    fn give(&self, token: u32) {
+        self.script.send(Ok(token)).unwrap();
+    }
+
+    fn fail(&self) {
+        let failed = DeviceError::Failed {
+            device: "scripted",
+            message: "on fire".to_owned(),
+        };
+        self.script.send(Err(failed)).unwrap();
+    }
+
+    /// A step began that no one waited for before.
+    fn wait_for_step(&self) {
+        self.begins.recv().unwrap();
+    }
+}
+
+/// The sizes that matter to a test.
+#[derive(Clone, Copy)]
+struct Sizes {
+    max_sequences: usize,
+    n_blocks: u32,
+    max_waiting: u32,
+}
+
+const ROOMY: Sizes = Sizes {
+    max_sequences: 4,
+    n_blocks: 16,
+    max_waiting: 10,
+};
+
+/// A server in this process. It serves as long as it is kept.
+struct Trouble {
+    client: Client,
+    device: Device,
+    app: Arc<App>,
+    engine: Engine,
+    async_engine: AsyncEngine,
+    server: JoinHandle<usize>,
+    runtime: Runtime,
+}
+
+fn start(sizes: Sizes) -> Trouble {
+    let (script, receiver) = channel();
+    let (begins, begun) = channel();
+    let device = Device {
+        script,
+        begins: begun,
+        dropped: Arc::default(),
+    };
+    let executor = Scripted {
+        begins,
+        script: receiver,
+        n_rows: 0,
+        dropped: Arc::clone(&device.dropped),
+    };
+    let info = ModelInfo {
         vocab_size: 100,
         max_model_len: 64,
         eos_token_ids: Vec::new(),
         dtype: Dtype::F32,
         limits: Limits {
             max_tokens: 64,
-            max_sequences: 4,
+            max_sequences: sizes.max_sequences,
             max_logits_rows: 64,
             max_blocks_per_sequence: 4,
         },
-        n_blocks: 16,
-        block_size: 16,
+        n_blocks: sizes.n_blocks,
+        groups: CacheGroups::new(
+            NonZeroU32::MIN.saturating_add(15),
+            64,
+            vec![GroupKind::Full],
+        ),
     };
-    let executor = Scripted { script, n_rows: 0 };
-    let (engine, steps) = Engine::start(Box::new(executor), facts, 10).unwrap();
+    let (engine, outputs) = Engine::start(Box::new(executor), info, sizes.max_waiting).unwrap();
     let metrics = Arc::new(Metrics::new("m").unwrap());
     let tokenizer_json = ModelFiles::demo().require("tokenizer.json").unwrap();
     let files = TextFiles {
@@ -81,18 +166,20 @@ fn start() -> (Runtime, Client, Sender<Result<u32, DeviceError>>) {
         tokenizer_config: None,
         chat_template: None,
     };
+    let budget = ByteBudget::new(1 << 20);
+    let async_engine =
+        AsyncEngine::start(engine.handle(), outputs, Arc::clone(&metrics), budget).unwrap();
     let serving = Serving {
         model_name: "m".to_owned(),
         tokenizer: Arc::new(Tokenizer::load(files).unwrap()),
-        pool: TextPool::start(NonZeroUsize::MIN, NonZeroUsize::MIN).unwrap(),
-        outputs: Outputs::start(engine.handle(), steps, Arc::clone(&metrics)).unwrap(),
+        pool: TextPool::start(NonZeroUsize::MIN).unwrap(),
+        engine: async_engine.clone(),
         defaults: SamplingDefaults::default(),
         max_prompts: 1,
         ids: Ids::default(),
         created: 0,
     };
     let limits = http::Limits {
-        max_connections: 16,
         max_body_bytes: 10_000,
         read_timeout: Duration::from_secs(60),
         heartbeat_timeout: HEARTBEAT_TIMEOUT,
@@ -102,18 +189,36 @@ fn start() -> (Runtime, Client, Sender<Result<u32, DeviceError>>) {
     let runtime = Runtime::new().unwrap();
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    runtime.spawn(serve::serve(listener, app, Duration::ZERO));
-    (runtime, Client { address }, sender)
+    let port_limits = PortLimits {
+        max_connections: 16,
+        read_timeout: limits.read_timeout,
+    };
+    let router = http::router(Arc::clone(&app), Routes::All);
+    let serve = serve::serve(listener, router, port_limits, app.phase(), Duration::ZERO);
+    Trouble {
+        client: Client { address },
+        device,
+        app,
+        engine,
+        async_engine,
+        server: runtime.spawn(serve),
+        runtime,
+    }
 }
 
-/// Asks for some tokens, and waits until the device has the step.
-fn ask(client: &Client, n_tokens: u32) -> Answer {
+/// Asks for some tokens, and waits until the engine has the request.
+fn ask(client: &Client, n_prompt: usize, n_tokens: u32) -> Answer {
     let mut stream = client.connect();
-    let body = json!({"prompt": [1, 2, 3], "max_tokens": n_tokens, "stream": true}).to_string();
+    let body =
+        json!({"prompt": vec![1; n_prompt], "max_tokens": n_tokens, "stream": true}).to_string();
     send(&mut stream, "POST", "/v1/completions", &body);
     let answer = Answer::read(stream);
     assert_eq!(answer.status, 200);
     answer
+}
+
+fn load(client: &Client) -> Value {
+    serde_json::from_str(&client.get("/load").1).unwrap()
 }
 
 fn is_stale(status: u16, body: &str) -> bool {
@@ -122,23 +227,28 @@ fn is_stale(status: u16, body: &str) -> bool {
 
 #[test]
 fn a_device_that_hangs_fails_the_health_until_it_goes_on() {
-    let (_runtime, client, device) = start();
+    let Trouble {
+        client,
+        device,
+        runtime: _runtime,
+        ..
+    } = start(ROOMY);
     let healthy = |status, _: &str| status == 200;
     client.wait_for("an idle engine beats", "/health", healthy);
 
-    let answer = ask(&client, 2);
+    let answer = ask(&client, 3, 2);
     client.wait_for("a step hangs", "/health", is_stale);
     // The rest is answered off the engine's thread.
-    let load: Value = serde_json::from_str(&client.get("/load").1).unwrap();
+    let load = load(&client);
     let age = load["heartbeatAgeMs"].as_u64().unwrap();
     assert!(age > HEARTBEAT_TIMEOUT.as_millis() as u64, "{load}");
     assert_eq!(client.get("/metrics").0, 200);
     assert_eq!(client.get("/ready").0, 200);
 
-    device.send(Ok(5)).unwrap();
+    device.give(5);
     client.wait_for("it beats again", "/health", healthy);
     client.wait_for("the next step hangs", "/health", is_stale);
-    device.send(Ok(6)).unwrap();
+    device.give(6);
     let last = answer.events().pop().unwrap();
     assert_eq!(
         last["choices"][0]["finish_reason"], "length",
@@ -149,14 +259,15 @@ fn a_device_that_hangs_fails_the_health_until_it_goes_on() {
 
 #[test]
 fn a_device_that_fails_ends_its_streams_with_its_words_and_fails_the_health() {
-    let (_runtime, client, device) = start();
-    let answer = ask(&client, 2);
-    device.send(Ok(5)).unwrap();
-    let failed = DeviceError::Failed {
-        device: "scripted",
-        message: "on fire".to_owned(),
-    };
-    device.send(Err(failed)).unwrap();
+    let Trouble {
+        client,
+        device,
+        runtime: _runtime,
+        ..
+    } = start(ROOMY);
+    let answer = ask(&client, 3, 2);
+    device.give(5);
+    device.fail();
     let last = answer.events().pop().unwrap();
     let error = &last["error"];
     assert_eq!(error["type"], "server_error", "{last}");
@@ -165,4 +276,106 @@ fn a_device_that_fails_ends_its_streams_with_its_words_and_fails_the_health() {
     });
     let (status, refused) = client.post("/v1/completions", &json!({"prompt": [1]}));
     assert_eq!(status, 503, "{refused}");
+}
+
+#[test]
+fn a_request_that_waits_is_counted_while_a_step_runs() {
+    let sizes = Sizes {
+        max_sequences: 1,
+        max_waiting: 1,
+        ..ROOMY
+    };
+    let Trouble {
+        client,
+        device,
+        runtime: _runtime,
+        ..
+    } = start(sizes);
+    let _first = ask(&client, 3, 9);
+    device.wait_for_step();
+    let _second = ask(&client, 20, 9);
+    // The engine takes the second request before it begins the step that hangs now.
+    device.give(5);
+    device.wait_for_step();
+    let load = load(&client);
+    assert_eq!(load["queue"]["running"], 1, "{load}");
+    assert_eq!(load["queue"]["waiting"], 1, "{load}");
+    assert_eq!(load["blocks"]["waitingNeed"], 2, "{load}");
+    assert_eq!(load["prefillBacklogTokens"], 20, "{load}");
+    let (status, refused) = client.post("/v1/completions", &json!({"prompt": [1]}));
+    assert_eq!(status, 429, "the queue is full: {refused}");
+}
+
+#[test]
+fn a_preempted_request_is_as_old_as_its_arrival() {
+    let sizes = Sizes {
+        max_sequences: 2,
+        n_blocks: 6,
+        ..ROOMY
+    };
+    let Trouble {
+        client,
+        device,
+        runtime: _runtime,
+        ..
+    } = start(sizes);
+    // Two blocks each at first; both need their fourth when none is left.
+    let _first = ask(&client, 31, 33);
+    device.wait_for_step();
+    let _second = ask(&client, 31, 33);
+    let age = Duration::from_millis(500);
+    std::thread::sleep(age);
+    let preempted = loop {
+        device.give(5);
+        device.wait_for_step();
+        let load = load(&client);
+        if load["preemptions"] == 1 {
+            break load;
+        }
+    };
+    assert_eq!(preempted["queue"]["waiting"], 1, "{preempted}");
+    let oldest = preempted["queue"]["oldestWaitingMs"].as_u64().unwrap();
+    assert!(oldest >= age.as_millis() as u64, "{preempted}");
+}
+
+#[test]
+fn a_drained_server_has_no_device_any_more() {
+    let Trouble {
+        device,
+        app,
+        engine,
+        async_engine,
+        server,
+        runtime,
+        ..
+    } = start(ROOMY);
+    app.advance(Phase::Closing);
+    let stopped = lifecycle::until_stopped(&app, server, engine, async_engine);
+    runtime.block_on(stopped).unwrap();
+    assert!(device.dropped.load(Ordering::Acquire));
+}
+
+#[test]
+fn the_last_words_of_a_failed_engine_are_sent_before_the_end() {
+    let Trouble {
+        client,
+        device,
+        app,
+        engine,
+        async_engine,
+        server,
+        runtime,
+    } = start(ROOMY);
+    let answers = [ask(&client, 3, 2), ask(&client, 3, 2), ask(&client, 3, 2)];
+    device.fail();
+    let stopped = lifecycle::until_stopped(&app, server, engine, async_engine);
+    let error = runtime.block_on(stopped).unwrap_err();
+    assert!(matches!(error, ServeError::Engine(_)), "{error}");
+    assert!(device.dropped.load(Ordering::Acquire));
+    // As when the process ends.
+    runtime.shutdown_background();
+    for answer in answers {
+        let last = answer.events().pop().unwrap();
+        assert_eq!(last["error"]["type"], "server_error", "{last}");
+    }
 }

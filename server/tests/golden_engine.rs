@@ -11,9 +11,9 @@ use std::path::Path;
 use std::sync::mpsc::Receiver;
 
 use kvasir_kernels::shape::{Limits, Precision};
-use kvasir_kernels::step::Sampled;
 use kvasir_server::engine::{
-    Counters, Engine, FinishReason, Request, RequestId, SamplingParams, StepOutputs, SubmitError,
+    Counters, Engine, EngineOutputs, FinishReason, Request, RequestId, SamplingParams, SubmitError,
+    TokenLogprobs,
 };
 use kvasir_server::model::{LoadOptions, ModelFiles, cache_groups, load};
 
@@ -44,7 +44,7 @@ const LONGEST_PROMPT: usize = 130;
 
 /// The engine over a case. `shape.n_blocks` counts blocks of a model with one cache group; another gets as many more than
 /// its longest sequence needs, for each of its groups.
-fn start(case: &Path, kind: DeviceKind, shape: Shape) -> (Engine, Receiver<StepOutputs>) {
+fn start(case: &Path, kind: DeviceKind, shape: Shape) -> (Engine, Receiver<EngineOutputs>) {
     let positive = |n| NonZeroU32::new(n).unwrap();
     let context = support::longest_context(&golden(case), LONGEST_PROMPT);
     let limits = Limits {
@@ -69,25 +69,25 @@ fn start(case: &Path, kind: DeviceKind, shape: Shape) -> (Engine, Receiver<StepO
     };
     let files = ModelFiles::directory(case).unwrap();
     let loaded = load(&files, &options, |options| kind.make(options), |_| {}).unwrap();
-    Engine::start(Box::new(loaded.executor), loaded.facts, 1000).unwrap()
+    Engine::start(Box::new(loaded.executor), loaded.info, 1000).unwrap()
 }
 
-type Answer = (Vec<Sampled>, Vec<Sampled>, FinishReason);
+type Answer = (Vec<TokenLogprobs>, Vec<TokenLogprobs>, FinishReason);
 
 /// Sends all requests at once, waits for all answers, and stops the engine.
 fn answers(
-    (engine, outputs): (Engine, Receiver<StepOutputs>),
+    (engine, outputs): (Engine, Receiver<EngineOutputs>),
     requests: &[Request],
 ) -> (BTreeMap<RequestId, Answer>, Counters) {
     let handle = engine.handle();
     for request in requests {
         handle.submit(request.clone()).unwrap();
     }
-    let mut parts: BTreeMap<RequestId, (Vec<Sampled>, Vec<Sampled>)> = BTreeMap::new();
+    let mut parts: BTreeMap<RequestId, (Vec<TokenLogprobs>, Vec<TokenLogprobs>)> = BTreeMap::new();
     let mut answers = BTreeMap::new();
     let (mut admitted, mut n_admissions) = (BTreeSet::new(), 0);
     while answers.len() < requests.len() {
-        let StepOutputs {
+        let EngineOutputs {
             admitted: new,
             outputs,
         } = outputs.recv().unwrap();

@@ -8,18 +8,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use kvasir_server::args::{Args, ArgsError, LogFormat, ModelSource};
-use kvasir_server::engine::EngineError;
-use kvasir_server::http::{App, Phase, serve};
+use kvasir_server::args::{Args, ArgsError, LogFormat, ModelSource, PortArgs};
+use kvasir_server::http::serve::{self, Phase, PortLimits};
+use kvasir_server::http::{self, App, Limits, Routes};
+use kvasir_server::lifecycle::{self, ServeError};
 use kvasir_server::metrics::Metrics;
 use kvasir_server::startup::{self, StartError, Started, Summary};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 
 /// The user can mend it.
 const MISTAKE: u8 = 2;
 const FAILED: u8 = 1;
+
+/// Listeners, event queues, the model's files, and connections that are refused.
+const FILES_BESIDE_CONNECTIONS: u64 = 512;
+
+/// The kubelet, the operator and scrapes need a few.
+const MAX_MANAGEMENT_CONNECTIONS: usize = 64;
 
 fn main() -> std::process::ExitCode {
     let args = match Args::parse_from(std::env::args_os()) {
@@ -57,90 +65,179 @@ fn main() -> std::process::ExitCode {
 type Failure = (u8, String);
 
 async fn run(args: Args) -> Result<(), Failure> {
-    let address = SocketAddr::new(args.host, args.port);
-    let listener = TcpListener::bind(address).await.map_err(|error| {
-        (MISTAKE, format!("--port: {address} can't be listened on ({error}); stop what listens there or choose another --port"))
-    })?;
-    let address = listener.local_addr().unwrap_or(address);
-    let metrics = Metrics::new(&args.served_model_name)
+    let PortArgs {
+        host,
+        port,
+        management_port,
+    } = args.ports;
+    let (listener, address) = listen("port", SocketAddr::new(host, port))?;
+    let management = management_port
+        .map(|port| listen("management-port", SocketAddr::new(host, port)))
+        .transpose()?;
+    let listener =
+        TcpListener::from_std(listener).map_err(|error| (FAILED, format!("--port: {error}")))?;
+    let metrics = Metrics::new(&args.model.served_name())
         .map(Arc::new)
         .map_err(|error| (MISTAKE, format!("--served-model-name: {error}")))?;
-    let app = App::new(Arc::clone(&metrics), args.limits);
-    follow_signals(Arc::clone(&app), args.drain_accept)?;
-    let server = tokio::spawn(serve::serve(listener, Arc::clone(&app), args.drain));
+    let limits = Limits {
+        max_body_bytes: args.limits.max_body_bytes,
+        read_timeout: args.limits.read_timeout,
+        heartbeat_timeout: args.limits.heartbeat_timeout,
+    };
+    let app = App::new(Arc::clone(&metrics), limits);
+    follow_signals(Arc::clone(&app), args.drain.accept)?;
+    let port_limits = PortLimits {
+        max_connections: args.limits.max_connections,
+        read_timeout: args.limits.read_timeout,
+    };
+    allow_open_files(port_limits.max_connections);
+    let routes = match management {
+        Some(_) => Routes::Api,
+        None => Routes::All,
+    };
+    let router = http::router(Arc::clone(&app), routes);
+    let server = serve::serve(
+        listener,
+        router,
+        port_limits,
+        app.phase(),
+        args.drain.finish,
+    );
+    let server = tokio::spawn(server);
+    let management_address = management.as_ref().map(|(_, address)| *address);
+    if let Some((listener, _)) = management {
+        serve_management(listener, Arc::clone(&app), port_limits).map_err(|error| {
+            (
+                FAILED,
+                format!("the management port can't be served: {error}"),
+            )
+        })?;
+    }
 
-    let (loaded, engine_ended) = (load(args.clone(), metrics), oneshot::channel());
-    let Started {
+    let Some(Started {
         serving,
         engine,
         summary,
-    } = loaded.await?;
-    let handle = engine.handle();
+    }) = load(&app, &args, metrics).await?
+    else {
+        return Ok(());
+    };
+    let async_engine = serving.engine.clone();
     app.ready(serving);
+    if *app.phase().borrow() >= Phase::Draining {
+        return lifecycle::stop(engine).await.map_err(failed);
+    }
     // Whoever started the server may not care to read on.
     let _ = writeln!(
         std::io::stdout(),
         "{}",
-        announcement(&args, address, &summary)
+        announcement(&args, address, management_address, &summary)
     );
-    let (ended, engine_ended) = engine_ended;
-    std::thread::spawn(move || {
-        let _ = ended.send(engine.join());
-    });
-
-    tokio::select! {
-        cut = server => {
-            let cut = cut.unwrap_or(0);
-            if cut > 0 {
-                tracing::warn!(connections = cut, "the drain's time is over, connections were cut");
-            }
-            handle.stop();
-            tracing::info!("drained");
-            Ok(())
-        }
-        result = engine_ended => {
-            let why = match result {
-                Ok(Err(error)) => describe(&error),
-                Ok(Ok(())) | Err(_) => "the engine ended".to_owned(),
-            };
-            Err((FAILED, why))
-        }
-    }
+    lifecycle::until_stopped(&app, server, engine, async_engine)
+        .await
+        .map_err(failed)?;
+    tracing::info!("drained");
+    Ok(())
 }
 
 /// An error with its causes, in one sentence.
-fn describe(error: &EngineError) -> String {
-    let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
-    causes.fold(error.to_string(), |all, cause| format!("{all}: {cause}"))
+fn failed(error: ServeError) -> Failure {
+    let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
+    let message = causes.fold(error.to_string(), |all, cause| format!("{all}: {cause}"));
+    (FAILED, message)
 }
 
-/// Loads on a thread of its own, with a progress bar where somebody watches.
-async fn load(args: Args, metrics: Arc<Metrics>) -> Result<Started, Failure> {
-    let (done, loaded) = oneshot::channel();
-    let spawned = std::thread::Builder::new()
-        .name("load".to_owned())
-        .spawn(move || {
-            let bar = progress_bar(&args);
-            let result = startup::start(&args, &metrics, |progress| {
-                bar.set_length(progress.total_bytes);
-                bar.set_position(progress.done_bytes);
-            });
-            bar.finish_and_clear();
-            let _ = done.send(result);
-        });
-    spawned.map_err(|error| (FAILED, format!("a thread could not be started: {error}")))?;
-    match loaded.await {
-        Ok(Ok(started)) => Ok(started),
-        Ok(Err(error @ (StartError::Engine(_) | StartError::Thread(_)))) => {
-            Err((FAILED, error.to_string()))
-        }
-        Ok(Err(error)) => Err((MISTAKE, error.to_string())),
-        Err(_) => Err((FAILED, "loading the model ended in a panic".to_owned())),
+/// Each connection is an open file: allows as many as the system lets this process have, and says where that is less
+/// than the flag promises, because then nobody is answered, probes neither.
+fn allow_open_files(max_connections: usize) {
+    let needed = max_connections as u64 + FILES_BESIDE_CONNECTIONS;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_none_or(|current| current >= needed) {
+        return;
+    }
+    let allowed = maximum.map_or(needed, |maximum| maximum.min(needed));
+    let limit = Rlimit {
+        current: Some(allowed),
+        maximum,
+    };
+    if setrlimit(Resource::Nofile, limit).is_err() || allowed < needed {
+        tracing::warn!(
+            max_connections,
+            open_files = allowed,
+            "--max-connections is more than the limit of open files has room for; lower it or raise the limit"
+        );
     }
 }
 
-fn progress_bar(args: &Args) -> ProgressBar {
-    let name = match &args.model {
+/// Listens at `address`, for the flag of that name; says where, because port 0 is the system's choice.
+fn listen(flag: &str, address: SocketAddr) -> Result<(std::net::TcpListener, SocketAddr), Failure> {
+    let failed = |error| {
+        (
+            MISTAKE,
+            format!(
+                "--{flag}: {address} can't be listened on ({error}); stop what listens there or choose another --{flag}"
+            ),
+        )
+    };
+    let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    Ok((listener, address))
+}
+
+/// Serves the management port until the process ends, on a thread of its own: however busy the API's threads are,
+/// probes are answered, through the whole drain.
+fn serve_management(
+    listener: std::net::TcpListener,
+    app: Arc<App>,
+    api: PortLimits,
+) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let serve = async move {
+        let listener = TcpListener::from_std(listener)?;
+        let limits = PortLimits {
+            max_connections: MAX_MANAGEMENT_CONNECTIONS,
+            ..api
+        };
+        let (_never_closing, phase) = watch::channel(Phase::Loading);
+        let router = http::router(app, Routes::Management);
+        serve::serve(listener, router, limits, phase, Duration::ZERO).await;
+        Ok::<_, std::io::Error>(())
+    };
+    std::thread::Builder::new()
+        .name("management".to_owned())
+        .spawn(move || runtime.block_on(serve))?;
+    Ok(())
+}
+
+/// Loads with a progress bar where somebody watches. `None`: the server was told to stop meanwhile.
+async fn load(app: &App, args: &Args, metrics: Arc<Metrics>) -> Result<Option<Started>, Failure> {
+    let args = args.clone();
+    let loaded = lifecycle::load_unless_stopped(app, move |check| {
+        let bar = progress_bar(&args.model.source);
+        let result = startup::start(&args, &metrics, |progress| {
+            check();
+            bar.set_length(progress.total_bytes);
+            bar.set_position(progress.done_bytes);
+        });
+        bar.finish_and_clear();
+        result
+    });
+    match loaded.await {
+        Ok(None) => Ok(None),
+        Ok(Some(Ok(started))) => Ok(Some(started)),
+        Ok(Some(Err(error @ (StartError::Engine(_) | StartError::Thread(_))))) => {
+            Err((FAILED, error.to_string()))
+        }
+        Ok(Some(Err(error))) => Err((MISTAKE, error.to_string())),
+        Err(error) => Err((FAILED, format!("a thread could not be started: {error}"))),
+    }
+}
+
+fn progress_bar(model: &ModelSource) -> ProgressBar {
+    let name = match model {
         ModelSource::Demo => "the demo model".to_owned(),
         ModelSource::Directory(path) => path.display().to_string(),
     };
@@ -156,7 +253,12 @@ fn progress_bar(args: &Args) -> ProgressBar {
 }
 
 /// What is served, how much fits, and how to ask.
-fn announcement(args: &Args, address: SocketAddr, summary: &Summary) -> String {
+fn announcement(
+    args: &Args,
+    address: SocketAddr,
+    management: Option<SocketAddr>,
+    summary: &Summary,
+) -> String {
     let Summary {
         device,
         dtype,
@@ -167,7 +269,7 @@ fn announcement(args: &Args, address: SocketAddr, summary: &Summary) -> String {
         can_chat,
         ignored,
     } = summary;
-    let name = &args.served_model_name;
+    let name = args.model.served_name();
     let slots = u64::from(*n_blocks) * u64::from(*block_size);
     let mib = kv_cache_bytes.div_ceil(1 << 20);
     let (path, body) = match can_chat {
@@ -184,8 +286,11 @@ fn announcement(args: &Args, address: SocketAddr, summary: &Summary) -> String {
             names.join(" and ")
         ),
     };
+    let management = management.map_or(String::new(), |address| {
+        format!("Health, load and metrics at http://{address}\n")
+    });
     format!(
-        "Serving {name} at http://{address} ({device}; {dtype})\n\
+        "Serving {name} at http://{address} ({device}; {dtype})\n{management}\
          KV cache: {n_blocks} blocks of {block_size} tokens = {slots} tokens in {mib} MiB; the longest context is {max_model_len} tokens{warning}\n\
          Ask it:\n  curl http://{address}/v1/{path} -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{name}\", {body}}}'"
     )
@@ -201,22 +306,20 @@ fn follow_signals(app: Arc<App>, accept: Duration) -> Result<(), Failure> {
             _ = terminate.recv() => accept,
             _ = interrupt.recv() => Duration::ZERO,
         };
-        if *app.phase().borrow() == Phase::Loading {
-            // Nothing was promised to anybody.
-            std::process::exit(0);
-        }
         tracing::info!(accept_s = accept.as_secs_f64(), "draining");
+        // A load that is under way ends by itself: nothing was promised to anybody.
         app.advance(Phase::Draining);
         let closing = async {
             tokio::time::sleep(accept).await;
             app.advance(Phase::Closing);
-            std::future::pending::<()>().await;
+            std::future::pending::<i32>().await
         };
         let code = tokio::select! {
-            () = closing => 0,
+            never = closing => never,
             _ = terminate.recv() => 128 + 15,
             _ = interrupt.recv() => 128 + 2,
         };
+        // Whoever asks twice doesn't wait for anything.
         std::process::exit(code);
     });
     Ok(())

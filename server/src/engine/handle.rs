@@ -1,7 +1,8 @@
-//! The handle to a running engine: the bounded inbox, and the report that the engine publishes each step.
+//! The handle to a running engine: the commands that wait for it, and the report that it publishes.
 //!
-//! One short lock serves both sides: neither ever waits for the other's work under it. The handle knows the clock,
-//! for ages; it knows nothing of how steps are made.
+//! One short lock serves both sides: neither ever waits for the other's work under it. A request is counted from the
+//! moment that it is submitted, wherever it is. The handle knows the clock, for ages; it knows nothing of how steps
+//! are made.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,9 +11,9 @@ use std::time::{Duration, Instant};
 use kvasir_crds::LoadReport;
 use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA};
 
-use super::blocks::PoolCounts;
+use super::blocks::{CacheGroups, PoolCounts};
 use super::scheduler::Load;
-use super::{ModelFacts, Request, RequestId, SubmitError};
+use super::{ModelInfo, Request, RequestId, SubmitError};
 
 /// How often an idle engine says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -30,7 +31,7 @@ pub struct Counters {
     pub preemptions: u64,
 }
 
-/// What the engine publishes after each step.
+/// What the engine publishes, at the beginning and the end of each step.
 #[derive(Clone, Debug)]
 pub(super) struct Snapshot {
     pub(super) blocks: PoolCounts,
@@ -39,35 +40,47 @@ pub(super) struct Snapshot {
     pub(super) counters: Counters,
 }
 
-/// What the handles have sent since the engine last looked.
-#[derive(Debug, Default)]
-pub(super) struct Mail {
-    pub(super) submitted: VecDeque<(Request, Instant)>,
-    pub(super) aborted: Vec<RequestId>,
-    pub(super) stop: bool,
+impl Snapshot {
+    /// Counts a request that waits and that the scheduler hasn't reported.
+    fn add_waiting(&mut self, request: &Request, arrived: Instant, groups: &CacheGroups) {
+        let n_tokens = request.prompt.len() as u64;
+        self.load.n_waiting += 1;
+        self.load.waiting_blocks += u64::from(groups.blocks_for(request.prompt.len() as u32));
+        self.load.prefill_backlog_tokens += n_tokens;
+        self.oldest_waiting = self.oldest_waiting.into_iter().chain([arrived]).min();
+    }
 }
 
-impl Mail {
-    fn is_empty(&self) -> bool {
-        self.submitted.is_empty() && self.aborted.is_empty() && !self.stop
-    }
+/// What a handle asks of the engine.
+#[derive(Debug)]
+pub(super) enum Command {
+    Submit {
+        request: Box<Request>,
+        arrived: Instant,
+    },
+    Abort(RequestId),
+    Stop,
 }
 
 #[derive(Debug)]
 struct State {
-    mail: Mail,
+    /// Sent since the engine last looked.
+    commands: VecDeque<Command>,
+    /// What the engine published last, and the requests that it has taken since.
     snapshot: Snapshot,
     sequence: u64,
     heartbeat: Instant,
+    /// A stop is among the commands, or was.
+    stopping: bool,
     stopped: bool,
 }
 
 #[derive(Debug)]
 struct Shared {
-    facts: ModelFacts,
+    info: ModelInfo,
     max_waiting: u32,
     state: Mutex<State>,
-    mail_arrived: Condvar,
+    command_arrived: Condvar,
 }
 
 /// Sends requests to the engine and reads its load; cheap to clone, and never blocks on a step.
@@ -75,8 +88,8 @@ struct Shared {
 pub struct EngineHandle(Arc<Shared>);
 
 impl EngineHandle {
-    pub(super) fn new(facts: ModelFacts, max_waiting: u32) -> Self {
-        let total = facts.n_blocks;
+    pub(super) fn new(info: ModelInfo, max_waiting: u32) -> Self {
+        let total = info.n_blocks;
         let snapshot = Snapshot {
             blocks: PoolCounts {
                 total,
@@ -89,40 +102,44 @@ impl EngineHandle {
             counters: Counters::default(),
         };
         let state = State {
-            mail: Mail::default(),
+            commands: VecDeque::new(),
             snapshot,
             sequence: 0,
             heartbeat: Instant::now(),
+            stopping: false,
             stopped: false,
         };
         Self(Arc::new(Shared {
-            facts,
+            info,
             max_waiting,
             state: Mutex::new(state),
-            mail_arrived: Condvar::new(),
+            command_arrived: Condvar::new(),
         }))
     }
 
     /// What is served, and its limits.
-    pub fn facts(&self) -> &ModelFacts {
-        &self.0.facts
+    pub fn model_info(&self) -> &ModelInfo {
+        &self.0.info
     }
 
     /// Queues a request. Its outputs go to the receiver that [`Engine::start`](super::Engine::start) returned.
     pub fn submit(&self, request: Request) -> Result<(), SubmitError> {
         self.check_fits(&request)?;
         let mut state = self.state();
-        if state.stopped || state.mail.stop {
+        if state.stopped || state.stopping {
             return Err(SubmitError::Stopped);
         }
-        let waiting = state.mail.submitted.len() as u64 + u64::from(state.snapshot.load.n_waiting);
+        let waiting = u64::from(state.snapshot_now(&self.0.info).load.n_waiting);
         let limit = u64::from(self.0.max_waiting);
         if waiting >= limit {
             return Err(SubmitError::QueueFull { waiting, limit });
         }
-        state.mail.submitted.push_back((request, Instant::now()));
+        state.commands.push_back(Command::Submit {
+            request: Box::new(request),
+            arrived: Instant::now(),
+        });
         drop(state);
-        self.0.mail_arrived.notify_one();
+        self.0.command_arrived.notify_one();
         Ok(())
     }
 
@@ -130,20 +147,25 @@ impl EngineHandle {
     /// step. No output follows but those already sent. Unknown ids are no mistake: the request may just have ended.
     pub fn abort(&self, id: RequestId) {
         let mut state = self.state();
-        let n_before = state.mail.submitted.len();
-        state.mail.submitted.retain(|(request, _)| request.id != id);
-        if state.mail.submitted.len() == n_before && !state.stopped {
-            state.mail.aborted.push(id);
+        let n_before = state.commands.len();
+        state.commands.retain(
+            |command| !matches!(command, Command::Submit { request, .. } if request.id == id),
+        );
+        if state.commands.len() == n_before && !state.stopped {
+            state.commands.push_back(Command::Abort(id));
             drop(state);
-            self.0.mail_arrived.notify_one();
+            self.0.command_arrived.notify_one();
         }
     }
 
     /// Tells the engine to end after the step under way. Requests that are left get a last output with
     /// [`FinishReason::Error`](super::FinishReason::Error); a drain therefore waits until none is left.
     pub fn stop(&self) {
-        self.state().mail.stop = true;
-        self.0.mail_arrived.notify_one();
+        let mut state = self.state();
+        state.stopping = true;
+        state.commands.push_back(Command::Stop);
+        drop(state);
+        self.0.command_arrived.notify_one();
     }
 
     /// The load at this moment, never waiting for a step. `boot_id` and `draining` are the caller's to fill in.
@@ -155,38 +177,29 @@ impl EngineHandle {
             load,
             oldest_waiting,
             counters,
-        } = state.snapshot;
-        let submitted = || state.mail.submitted.iter();
-        let prompts = || submitted().map(|(request, _)| request.prompt.len() as u64);
-        let groups = &self.0.facts.groups;
-        let oldest = oldest_waiting
-            .into_iter()
-            .chain(submitted().map(|(_, at)| *at))
-            .min();
+        } = state.snapshot_now(&self.0.info);
+        let age = |at| millis(now.saturating_duration_since(at));
         LoadReport {
             schema: Some(SCHEMA),
             boot_id: None,
             sequence: Some(state.sequence),
-            heartbeat_age_ms: Some(millis(now.saturating_duration_since(state.heartbeat))),
+            heartbeat_age_ms: Some(age(state.heartbeat)),
             draining: None,
             blocks: Some(BlockCounts {
-                block_size: groups.block_size().get(),
+                block_size: self.0.info.groups.block_size().get(),
                 total: blocks.total.into(),
                 active: blocks.active.into(),
                 cached: blocks.cached.into(),
                 free: blocks.free.into(),
-                waiting_need: load.waiting_blocks
-                    + prompts()
-                        .map(|n| u64::from(groups.blocks_for(n as u32)))
-                        .sum::<u64>(),
+                waiting_need: load.waiting_blocks,
             }),
             queue: Some(QueueCounts {
                 running: load.n_running.into(),
-                waiting: u64::from(load.n_waiting) + submitted().len() as u64,
+                waiting: load.n_waiting.into(),
                 waiting_limit: self.0.max_waiting.into(),
-                oldest_waiting_ms: oldest.map_or(0, |at| millis(now.saturating_duration_since(at))),
+                oldest_waiting_ms: oldest_waiting.map_or(0, age),
             }),
-            prefill_backlog_tokens: Some(load.prefill_backlog_tokens + prompts().sum::<u64>()),
+            prefill_backlog_tokens: Some(load.prefill_backlog_tokens),
             preemptions: Some(counters.preemptions),
         }
     }
@@ -202,38 +215,40 @@ impl EngineHandle {
     }
 
     fn check_fits(&self, request: &Request) -> Result<(), SubmitError> {
-        let facts = self.facts();
+        let info = self.model_info();
         let prompt_tokens = request.prompt.len() as u64;
-        if prompt_tokens > u64::from(facts.max_model_len) {
+        if prompt_tokens > u64::from(info.max_model_len) {
             return Err(SubmitError::PromptTooLong {
                 prompt_tokens,
-                max_model_len: facts.max_model_len,
+                max_model_len: info.max_model_len,
             });
         }
         let n_tokens =
-            (prompt_tokens + u64::from(request.max_tokens)).min(facts.max_model_len.into());
-        let needed_blocks = u64::from(facts.groups.blocks_for(n_tokens as u32));
-        let total_blocks = u64::from(facts.n_blocks);
+            (prompt_tokens + u64::from(request.max_tokens)).min(info.max_model_len.into());
+        let needed_blocks = u64::from(info.groups.blocks_for(n_tokens as u32));
+        let total_blocks = u64::from(info.n_blocks);
         if needed_blocks > total_blocks {
             return Err(SubmitError::NeverFits {
                 needed_blocks,
                 total_blocks,
-                block_size: facts.groups.block_size().get(),
+                block_size: info.groups.block_size().get(),
             });
         }
         Ok(())
     }
 
-    /// The engine's side: takes the mail at once, or when `idle` waits for it, beating meanwhile.
-    pub(super) fn take_mail(&self, idle: bool) -> Mail {
+    /// The engine's side: takes the commands at once, or when `idle` waits for one, beating meanwhile. Requests among
+    /// them stay counted until the engine publishes again.
+    pub(super) fn take_commands(&self, idle: bool) -> VecDeque<Command> {
         let mut state = self.state();
         state.heartbeat = Instant::now();
-        while idle && state.mail.is_empty() {
-            let waited = self.0.mail_arrived.wait_timeout(state, HEARTBEAT);
+        while idle && state.commands.is_empty() {
+            let waited = self.0.command_arrived.wait_timeout(state, HEARTBEAT);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
             state.heartbeat = Instant::now();
         }
-        std::mem::take(&mut state.mail)
+        state.snapshot = state.snapshot_now(&self.0.info);
+        std::mem::take(&mut state.commands)
     }
 
     /// The engine's side: publishes the state after a step.
@@ -248,17 +263,32 @@ impl EngineHandle {
     pub(super) fn close(&self) -> Vec<RequestId> {
         let mut state = self.state();
         state.stopped = true;
-        state
-            .mail
-            .submitted
+        let left = state
+            .commands
             .drain(..)
-            .map(|(request, _)| request.id)
-            .collect()
+            .filter_map(|command| match command {
+                Command::Submit { request, .. } => Some(request.id),
+                Command::Abort(_) | Command::Stop => None,
+            });
+        left.collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         // Each change under the lock is whole, so that a panic elsewhere leaves nothing half done.
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// What was published last, and every request that waits since.
+    fn snapshot_now(&self, info: &ModelInfo) -> Snapshot {
+        let mut snapshot = self.snapshot.clone();
+        for command in &self.commands {
+            if let Command::Submit { request, arrived } = command {
+                snapshot.add_waiting(request, *arrived, &info.groups);
+            }
+        }
+        snapshot
     }
 }
 

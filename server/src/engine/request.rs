@@ -30,29 +30,60 @@ pub struct Request {
     pub prompt_logprobs: Option<u8>,
 }
 
-/// Why a request came to its end.
+/// Why a sequence came to its end: the one way to say it, from the scheduler to the API. The scheduler never gives a
+/// stop string, because it knows no text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FinishReason {
     /// A stop token was generated: this one.
     Stop(u32),
-    /// `max_tokens`, or the longest context ([`ModelFacts::max_model_len`](super::ModelFacts)), was reached.
+    /// The text came to this stop string.
+    StopString(String),
+    /// `max_tokens`, or the longest context ([`ModelInfo::max_model_len`](super::ModelInfo)), was reached.
     Length,
+    /// The client left, or its request was given up.
+    Abort,
     /// The engine failed; in words.
     Error(String),
 }
 
-/// What a step gave one request.
+/// A token with its log-probabilities, where those were asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token that was sampled, or that stands in the prompt.
+    pub token: u32,
+    /// Its natural log-probability under the model's own distribution (before temperature, top-p and top-k).
+    pub logprob: Option<f32>,
+    /// The most likely tokens and their log-probabilities, most likely first, ties by lowest id.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl From<Sampled> for TokenLogprobs {
+    fn from(sampled: Sampled) -> Self {
+        let Sampled {
+            token,
+            logprob,
+            top,
+        } = sampled;
+        Self {
+            token,
+            logprob,
+            top,
+        }
+    }
+}
+
+/// What a step gave one sequence of a request.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Output {
+pub struct RequestOutput {
     /// Whose.
     pub id: RequestId,
-    /// Which of the request's sequences.
+    /// Which of the request's sequences; 0 where it has one only.
     pub sequence: u32,
     /// Log-probabilities of further prompt tokens, in order (only where asked for).
-    pub prompt_logprobs: Vec<Sampled>,
+    pub prompt_logprobs: Vec<TokenLogprobs>,
     /// New tokens.
-    pub tokens: Vec<Sampled>,
-    /// Set on the last output of the sequence, whose blocks are free by then.
+    pub tokens: Vec<TokenLogprobs>,
+    /// Set on the last output of a sequence, whose blocks are free by then.
     pub finished: Option<FinishReason>,
 }
 
@@ -67,12 +98,12 @@ pub struct Admission {
 
 /// What one step brought, sent in one message.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct StepOutputs {
+pub struct EngineOutputs {
     /// Requests that began to run since the message before; one that was preempted begins again. They stand in no
     /// later message than the request's first output.
     pub admitted: Vec<Admission>,
     /// What requests got.
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<RequestOutput>,
 }
 
 /// Why a request is not accepted. Nothing changed.

@@ -18,7 +18,7 @@ use kvasir_kernels::shape::Limits;
 use kvasir_kernels::step::{DeviceOutput, LogitsRow, Span, StepInput, TableRow, TableUpdate};
 
 use super::blocks::{Appended, BlockPool, BlockTable};
-use super::{FinishReason, Output, Request, RequestId};
+use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
 use sequence::{PendingSample, Sequence};
 
 /// The order of service: groups with a smaller key run first and are preempted last.
@@ -203,12 +203,12 @@ impl Scheduler {
     }
 
     /// Takes what the oldest step under way gave: appends outputs, ends sequences and requests, frees their blocks.
-    pub fn commit(&mut self, blocks: &mut BlockPool, output: DeviceOutput) -> Vec<Output> {
+    pub fn commit(&mut self, blocks: &mut BlockPool, output: DeviceOutput) -> Vec<RequestOutput> {
         let expected = self
             .in_flight
             .pop_front()
             .expect("a step that is committed was scheduled");
-        let mut sampled = output.sampled.into_iter();
+        let mut sampled = output.sampled.into_iter().map(TokenLogprobs::from);
         let mut outputs = Vec::with_capacity(expected.len());
         for Expected {
             id,
@@ -219,7 +219,7 @@ impl Scheduler {
             ends,
         } in expected
         {
-            let mut output = Output {
+            let mut output = RequestOutput {
                 id,
                 sequence: index,
                 prompt_logprobs: sampled.by_ref().take(n_scores as usize).collect(),
@@ -235,7 +235,7 @@ impl Scheduler {
                 continue;
             };
             if let Some(token) = output.tokens.first() {
-                output.finished = sequence.commit(token);
+                output.finished = sequence.commit(token.token);
             }
             if output.finished.is_some() {
                 self.end(blocks, id, index);

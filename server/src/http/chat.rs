@@ -1,195 +1,62 @@
-//! `POST /v1/chat/completions`: messages through the model's chat template, whole or streamed. And `POST /tokenize`,
-//! which shares its reading of messages.
+//! `POST /v1/chat/completions`: messages through the model's chat template, whole or streamed.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use axum::Json;
-use axum::response::{IntoResponse, Response};
-use minijinja::Value;
-use serde::{Deserialize, Serialize};
+use axum::response::Response;
 
 use super::Serving;
+use super::conversation::Conversation;
 use super::error::ApiError;
-use super::fields::Fields;
-use super::generate::{ChunkWriter, Frames, Prepared, collect, event_stream};
+use super::fields::{Fields, Interface};
+use super::generate::{
+    ChunkWriter, Frames, Prepared, collect, engine_gone, event_stream, json_response,
+};
 use super::incoming::Incoming;
 use super::logprobs::ChatLogprobs;
-use super::params::{MAX_LOGPROBS, Params, take_n_logprobs};
-use super::wire::{Chat, ChatChoice, ChatDelta, Delta, Message, Usage, reasons};
-use crate::output::Event;
-use crate::text::chat_template::RenderArgs;
-use crate::text::{Detokenizer, TextError, Tokenizer};
+use super::params::{MAX_LOGPROBS, Params, StreamUsage, take_n_logprobs};
+use super::wire::{Chat, ChatChoice, ChatDelta, Delta, Message, Usage, chunk_usage, reasons};
+use crate::engine::TokenLogprobs;
+use crate::frontend::RequestEvent;
+use crate::text::Detokenizer;
 
-/// A conversation as a template takes it.
-struct Conversation {
-    messages: Value,
-    args: RenderArgs,
-    add_special_tokens: bool,
-}
-
-impl Conversation {
-    fn take(fields: &mut Fields) -> Result<Self, ApiError> {
-        let messages: Vec<Value> = fields.require("messages")?;
-        if messages.is_empty() {
-            return Err(ApiError::field(
-                "messages",
-                "empty; at least one message is needed",
-            ));
-        }
-        let messages = messages
-            .into_iter()
-            .enumerate()
-            .map(|(i, message)| check_message(i, message));
-        let messages = Value::from(messages.collect::<Result<Vec<_>, _>>()?);
-        let continue_final_message = fields.take("continue_final_message")?.unwrap_or(false);
-        let add_generation_prompt: Option<bool> = fields.take("add_generation_prompt")?;
-        if continue_final_message && add_generation_prompt == Some(true) {
-            return Err(ApiError::field(
-                "continue_final_message",
-                "contradicts add_generation_prompt; set one of them only",
-            ));
-        }
-        let kwargs: BTreeMap<String, Value> =
-            fields.take("chat_template_kwargs")?.unwrap_or_default();
-        Ok(Self {
-            messages,
-            args: RenderArgs {
-                add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
-                continue_final_message,
-                kwargs,
-                now: jiff::Zoned::now().datetime(),
-            },
-            add_special_tokens: fields.take("add_special_tokens")?.unwrap_or(false),
-        })
-    }
-
-    fn encode(self, tokenizer: &Tokenizer) -> Result<Vec<u32>, TextError> {
-        let text = tokenizer
-            .chat_template()?
-            .render(self.messages, self.args)?;
-        tokenizer.encode(&text, self.add_special_tokens)
-    }
-}
-
-/// Checks role and content, and joins the text parts of a content that comes in parts.
-fn check_message(i: usize, message: Value) -> Result<Value, ApiError> {
-    let wrong = |part: &str, why: &str| ApiError::field(format!("messages[{i}]{part}"), why);
-    if message.kind() != minijinja::value::ValueKind::Map {
-        return Err(wrong("", "not an object with role and content"));
-    }
-    if message
-        .get_attr("role")
-        .ok()
-        .as_ref()
-        .and_then(Value::as_str)
-        .is_none()
-    {
-        return Err(wrong(".role", "missing or not a string"));
-    }
-    for name in ["tool_calls", "function_call", "audio"] {
-        let value = message.get_attr(name).unwrap_or_default();
-        if !value.is_undefined() && !value.is_none() && value.len() != Some(0) {
-            return Err(wrong(
-                &format!(".{name}"),
-                "not supported by this server; leave it out",
-            ));
-        }
-    }
-    let content = message.get_attr("content").unwrap_or_default();
-    if content.as_str().is_some() {
-        return Ok(message);
-    }
-    if content.kind() != minijinja::value::ValueKind::Seq {
-        return Err(wrong(
-            ".content",
-            "missing or neither a string nor a list of text parts",
-        ));
-    }
-    let mut texts = Vec::new();
-    for (j, part) in content
-        .try_iter()
-        .map_err(|e| wrong(".content", &e.to_string()))?
-        .enumerate()
-    {
-        let is_text = part.get_attr("type").ok().as_ref().and_then(Value::as_str) == Some("text");
-        let text = part.get_attr("text").unwrap_or_default();
-        match text.as_str() {
-            Some(text) if is_text => texts.push(text.to_owned()),
-            _ => {
-                return Err(wrong(
-                    &format!(".content[{j}]"),
-                    "only parts of type \"text\" are supported",
-                ));
-            }
-        }
-    }
-    let joined = Value::from(texts.join("\n"));
-    let keys = message.try_iter().map_err(|e| wrong("", &e.to_string()))?;
-    let entries = keys.map(|key| {
-        let value = if key.as_str() == Some("content") {
-            joined.clone()
-        } else {
-            message.get_item(&key).unwrap_or_default()
-        };
-        (key, value)
-    });
-    Ok(Value::from_pairs(entries))
-}
-
-struct Asked {
+/// What a body asks for.
+struct ChatRequest {
     params: Params,
     conversation: Conversation,
+    /// `None`: as many as the model's defaults and the context have room for.
     max_tokens: Option<u32>,
     logprobs: Option<u8>,
 }
 
-fn parse(serving: &Serving, body: &[u8]) -> Result<Asked, ApiError> {
-    let mut fields = Fields::parse(body)?;
-    let params = Params::take(&mut fields, &serving.defaults)?;
-    serving.check_model(params.model.as_deref())?;
-    let max_tokens: Option<u32> = fields.take("max_tokens")?;
-    let max_completion_tokens: Option<u32> = fields.take("max_completion_tokens")?;
-    let max_tokens = max_completion_tokens.or(max_tokens);
-    if max_tokens == Some(0) {
-        return Err(ApiError::field(
-            "max_tokens",
-            "0; at least 1 token must be allowed",
-        ));
+impl ChatRequest {
+    fn parse(serving: &Serving, body: &[u8]) -> Result<Self, ApiError> {
+        let mut fields = Fields::parse(body)?;
+        let params = Params::take(&mut fields, &serving.defaults)?;
+        serving.check_model(params.model.as_deref())?;
+        let max_tokens: Option<u32> = fields.take("max_tokens")?;
+        let max_completion_tokens: Option<u32> = fields.take("max_completion_tokens")?;
+        let max_tokens = max_completion_tokens.or(max_tokens);
+        if max_tokens == Some(0) {
+            return Err(ApiError::field(
+                "max_tokens",
+                "0; at least 1 token must be allowed",
+            ));
+        }
+        let logprobs = fields.take("logprobs")?.unwrap_or(false);
+        let top_logprobs = take_n_logprobs(&mut fields, "top_logprobs")?;
+        if !logprobs && top_logprobs.is_some_and(|n| n > 0) {
+            let message = format!("allowed only with \"logprobs\": true (0 to {MAX_LOGPROBS})");
+            return Err(ApiError::field("top_logprobs", message));
+        }
+        let conversation = Conversation::take(&mut fields)?;
+        fields.finish(Interface::Chat)?;
+        Ok(Self {
+            params,
+            conversation,
+            max_tokens,
+            logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)),
+        })
     }
-    let logprobs = fields.take("logprobs")?.unwrap_or(false);
-    let top_logprobs = take_n_logprobs(&mut fields, "top_logprobs")?;
-    if !logprobs && top_logprobs.is_some_and(|n| n > 0) {
-        let message = format!("allowed only with \"logprobs\": true (0 to {MAX_LOGPROBS})");
-        return Err(ApiError::field("top_logprobs", message));
-    }
-    let conversation = Conversation::take(&mut fields)?;
-    for (name, neutral) in [
-        ("tools", &["[]"] as &[&str]),
-        ("tool_choice", &["\"none\"", "\"auto\""]),
-        ("parallel_tool_calls", &["true", "false"]),
-        ("functions", &["[]"]),
-        ("function_call", &["\"none\"", "\"auto\""]),
-        ("modalities", &["[\"text\"]"]),
-        ("audio", &[]),
-        ("prediction", &[]),
-        ("reasoning_effort", &[]),
-        ("verbosity", &[]),
-        ("web_search_options", &[]),
-        ("chat_template", &[]),
-        ("documents", &["[]"]),
-        ("echo", &["false"]),
-        ("best_of", &["1"]),
-    ] {
-        fields.neutral(name, neutral)?;
-    }
-    fields.finish()?;
-    Ok(Asked {
-        params,
-        conversation,
-        max_tokens,
-        logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)),
-    })
 }
 
 /// Answers one call.
@@ -197,19 +64,24 @@ pub(super) async fn chat(
     Incoming {
         serving,
         body,
+        lease,
         arrived,
     }: Incoming,
 ) -> Result<Response, ApiError> {
-    let Asked {
+    let ChatRequest {
         params,
         conversation,
         max_tokens,
         logprobs,
-    } = parse(&serving, &body)?;
+    } = ChatRequest::parse(&serving, &body)?;
+    drop(body);
     let tokenizer = Arc::clone(&serving.tokenizer);
+    let max_model_len = serving.engine.engine().model_info().max_model_len;
     let prompt = serving
         .pool
-        .run(move || conversation.encode(&tokenizer))
+        .run(conversation.n_bytes, move || {
+            conversation.encode(&tokenizer, Some(max_model_len))
+        })
         .await??;
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
     let mut call = Call {
@@ -233,14 +105,14 @@ pub(super) async fn chat(
         logprobs,
         prompt_logprobs: None,
     };
-    let mut running = serving.submit(vec![prepared], &call.params, arrived)?;
+    let mut streams = serving.submit(vec![prepared], &call.params, arrived)?;
+    drop(lease);
     if call.params.stream.is_some() {
-        return Ok(event_stream(running, call));
+        return Ok(event_stream(streams, call));
     }
-    let running = running.pop().ok_or_else(super::generate::engine_gone)?;
-    let answer = collect(running).await?;
-    let (finish_reason, stop_reason) =
-        reasons(answer.finish, &call.params.stop_token_ids).map_err(ApiError::internal)?;
+    let stream = streams.pop().ok_or_else(engine_gone)?;
+    let answer = collect(&serving, stream).await?;
+    let (finish_reason, stop_reason) = reasons(answer.reason, &call.params.stop_token_ids)?;
     let choice = ChatChoice {
         index: 0,
         message: Message {
@@ -252,15 +124,16 @@ pub(super) async fn chat(
         stop_reason,
         token_ids: call.ids_of(&answer.tokens),
     };
-    let usage = Usage::new(call.n_prompt, answer.tokens.len());
+    call.n_completion = answer.tokens.len();
+    let usage = call.usage();
     let prompt_token_ids = call.prompt.take();
-    Ok(Json(call.object(
+    let whole = call.object(
         "chat.completion",
         vec![choice],
         Some(Some(usage)),
         prompt_token_ids,
-    ))
-    .into_response())
+    );
+    json_response(&whole, answer.lease)
 }
 
 /// A call under way.
@@ -307,24 +180,26 @@ impl Call {
         out.json(&self.object(
             "chat.completion.chunk",
             vec![choice],
-            self.null_usage(),
+            chunk_usage(self.params.stream_usage(), || self.usage()),
             prompt_token_ids,
         ));
     }
 
-    fn null_usage(&self) -> Option<Option<Usage>> {
-        self.params
-            .stream
-            .is_some_and(|s| s.include_usage)
-            .then_some(None)
+    fn usage(&self) -> Usage {
+        Usage::new(self.n_prompt, self.n_completion)
     }
 
-    fn logprobs(&self, tokens: &[kvasir_kernels::step::Sampled]) -> Option<ChatLogprobs> {
-        self.with_logprobs
-            .then(|| ChatLogprobs::new(self.serving.tokenizer.vocabulary(), tokens))
+    fn logprobs(&self, tokens: &[TokenLogprobs]) -> Option<ChatLogprobs> {
+        self.with_logprobs.then(|| {
+            ChatLogprobs::new(
+                self.serving.tokenizer.vocabulary(),
+                self.params.token_names,
+                tokens,
+            )
+        })
     }
 
-    fn ids_of(&self, tokens: &[kvasir_kernels::step::Sampled]) -> Option<Vec<u32>> {
+    fn ids_of(&self, tokens: &[TokenLogprobs]) -> Option<Vec<u32>> {
         self.params
             .return_token_ids
             .then(|| tokens.iter().map(|t| t.token).collect())
@@ -332,7 +207,12 @@ impl Call {
 }
 
 impl ChunkWriter for Call {
-    fn event(&mut self, index: usize, event: Event, out: &mut Frames) -> Result<(), ApiError> {
+    fn event(
+        &mut self,
+        index: usize,
+        event: RequestEvent,
+        out: &mut Frames,
+    ) -> Result<(), ApiError> {
         if !std::mem::replace(&mut self.started, true) {
             let delta = Delta {
                 role: Some("assistant"),
@@ -356,9 +236,8 @@ impl ChunkWriter for Call {
         }
         let (finish_reason, stop_reason) = match event.finished {
             None => (None, None),
-            Some(finish) => {
-                let (finish, stop) =
-                    reasons(finish, &self.params.stop_token_ids).map_err(ApiError::internal)?;
+            Some(reason) => {
+                let (finish, stop) = reasons(reason, &self.params.stop_token_ids)?;
                 (Some(finish), stop)
             }
         };
@@ -383,67 +262,10 @@ impl ChunkWriter for Call {
     }
 
     fn end(&mut self, out: &mut Frames) {
-        if self.null_usage().is_some() {
-            let usage = Usage::new(self.n_prompt, self.n_completion);
+        if self.params.stream_usage() != StreamUsage::None {
+            let usage = self.usage();
             let choices = Vec::<ChatDelta>::new();
             out.json(&self.object("chat.completion.chunk", choices, Some(Some(usage)), None));
         }
     }
-}
-
-#[derive(Serialize)]
-struct Tokens {
-    count: usize,
-    max_model_len: u32,
-    tokens: Vec<u32>,
-    token_strs: Option<Vec<String>>,
-}
-
-/// Answers `POST /tokenize`: a `prompt`, or `messages` through the chat template.
-pub(super) async fn tokenize(
-    Incoming { serving, body, .. }: Incoming,
-) -> Result<Response, ApiError> {
-    #[derive(Deserialize)]
-    #[serde(transparent)]
-    struct Text(String);
-
-    let mut fields = Fields::parse(&body)?;
-    let model: Option<String> = fields.take("model")?;
-    serving.check_model(model.as_deref())?;
-    let with_strings = fields.take("return_token_strs")?.unwrap_or(false);
-    let tokenizer = Arc::clone(&serving.tokenizer);
-    let tokens = match fields.take::<Text>("prompt")? {
-        Some(Text(text)) => {
-            let special = fields.take("add_special_tokens")?.unwrap_or(true);
-            fields.finish()?;
-            serving
-                .pool
-                .run(move || tokenizer.encode(&text, special))
-                .await??
-        }
-        None => {
-            let conversation = Conversation::take(&mut fields).map_err(|e| {
-                match e.message.starts_with("messages: missing") {
-                    true => ApiError::field("prompt", "missing; give a prompt or messages"),
-                    false => e,
-                }
-            })?;
-            fields.finish()?;
-            serving
-                .pool
-                .run(move || conversation.encode(&tokenizer))
-                .await??
-        }
-    };
-    let vocabulary = serving.tokenizer.vocabulary();
-    let text_of = |id: &u32| String::from_utf8_lossy(&vocabulary.bytes(*id)).into_owned();
-    let token_strs = with_strings.then(|| tokens.iter().map(text_of).collect());
-    let max_model_len = serving.outputs.engine().facts().max_model_len;
-    Ok(Json(Tokens {
-        count: tokens.len(),
-        max_model_len,
-        tokens,
-        token_strs,
-    })
-    .into_response())
 }

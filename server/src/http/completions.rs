@@ -2,96 +2,82 @@
 
 use std::sync::Arc;
 
-use axum::Json;
-use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
+use axum::response::Response;
 
 use super::Serving;
 use super::error::ApiError;
-use super::fields::Fields;
-use super::generate::{Answer, ChunkWriter, Frames, Prepared, collect, event_stream};
+use super::fields::{Fields, Interface};
+use super::generate::{
+    Answer, ChunkWriter, Frames, Prepared, collect, event_stream, finished_stream, json_response,
+};
 use super::incoming::Incoming;
-use super::logprobs::CompletionLogprobs;
-use super::params::{Params, take_n_logprobs};
-use super::wire::{Completion, CompletionChoice, Usage, reasons};
-use crate::output::{Event, Finish};
+use super::logprobs::{CompletionScorer, TextOffsets};
+use super::params::{Params, StreamUsage, take_n_logprobs};
+use super::prompts::{Prompt, PromptLimits, take_prompts};
+use super::wire::{Completion, CompletionChoice, Usage, chunk_usage, reasons};
+use crate::engine::FinishReason;
+use crate::frontend::RequestEvent;
+use crate::frontend::budget::{Lease, Purpose};
 use crate::text::{Detokenizer, TextError, Tokenizer};
 
 /// As in OpenAI's interface.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Prompts {
-    Text(String),
-    Texts(Vec<String>),
-    Ids(Vec<u32>),
-    IdLists(Vec<Vec<u32>>),
-}
-
-#[derive(Clone, Debug)]
-enum Prompt {
-    Text(String),
-    Ids(Vec<u32>),
-}
-
-impl Prompts {
-    fn into_list(self) -> Vec<Prompt> {
-        match self {
-            Self::Text(text) => vec![Prompt::Text(text)],
-            Self::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
-            Self::Ids(ids) => vec![Prompt::Ids(ids)],
-            Self::IdLists(lists) => lists.into_iter().map(Prompt::Ids).collect(),
-        }
-    }
-}
-
-struct Asked {
+/// What a body asks for.
+struct CompletionRequest {
     prompts: Vec<Prompt>,
+    options: Options,
+}
+
+struct Options {
     params: Params,
-    max_tokens: u32,
+    /// `None`: as many as the model's defaults and the context have room for.
+    max_tokens: Option<u32>,
     logprobs: Option<u8>,
     echo: bool,
     add_special_tokens: bool,
 }
 
-fn parse(serving: &Serving, body: &[u8]) -> Result<Asked, ApiError> {
-    let mut fields = Fields::parse(body)?;
-    let params = Params::take(&mut fields, &serving.defaults)?;
-    serving.check_model(params.model.as_deref())?;
-    let prompts = match fields.take::<Prompts>("prompt") {
-        Ok(Some(prompts)) => prompts,
-        Ok(None) => return Err(ApiError::field("prompt", "missing; the field is required")),
-        Err(_) => {
-            let expected = "expected a string, a list of strings, a list of token ids, or a list of such lists";
-            return Err(ApiError::field("prompt", expected));
+impl CompletionRequest {
+    fn parse(serving: &Serving, body: &[u8]) -> Result<Self, ApiError> {
+        let mut fields = Fields::parse(body)?;
+        let params = Params::take(&mut fields, &serving.defaults)?;
+        serving.check_model(params.model.as_deref())?;
+        let max_model_len = serving.engine.engine().model_info().max_model_len;
+        let limits = PromptLimits {
+            max_prompts: serving.max_prompts,
+            max_tokens: max_model_len,
+        };
+        let prompts = take_prompts(&mut fields, limits)?;
+        let options = Options {
+            params,
+            // Left out, it is OpenAI's default; null is no limit, as in vLLM.
+            max_tokens: match fields.is_null("max_tokens") {
+                true => None,
+                false => Some(fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS)),
+            },
+            logprobs: take_n_logprobs(&mut fields, "logprobs")?,
+            echo: fields.take("echo")?.unwrap_or(false),
+            add_special_tokens: fields.take("add_special_tokens")?.unwrap_or(true),
+        };
+        fields.finish(Interface::Completions)?;
+        if options.max_tokens == Some(0) && !options.echo {
+            return Err(ApiError::field(
+                "max_tokens",
+                "0 is allowed only with \"echo\": true",
+            ));
         }
-    };
-    let asked = Asked {
-        prompts: prompts.into_list(),
-        max_tokens: fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS),
-        logprobs: take_n_logprobs(&mut fields, "logprobs")?,
-        echo: fields.take("echo")?.unwrap_or(false),
-        add_special_tokens: fields.take("add_special_tokens")?.unwrap_or(true),
-        params,
-    };
-    fields.neutral("best_of", &["1"])?;
-    fields.neutral("suffix", &["\"\""])?;
-    fields.finish()?;
-    let (n, most) = (asked.prompts.len(), serving.max_prompts);
-    if n == 0 || n > most {
-        return Err(ApiError::field(
-            "prompt",
-            format!("{n} prompts; 1 to {most} are allowed in one call"),
-        ));
+        // What is wrong for certain is known before any work.
+        for prompt in &prompts {
+            match prompt {
+                Prompt::Text(text) => serving.tokenizer.check_length(text, max_model_len)?,
+                Prompt::Ids(ids) => {
+                    serving.check_prompt(ids, options.max_tokens, "prompt")?;
+                }
+            }
+        }
+        Ok(Self { prompts, options })
     }
-    if asked.max_tokens == 0 && !asked.echo {
-        return Err(ApiError::field(
-            "max_tokens",
-            "0 is allowed only with \"echo\": true",
-        ));
-    }
-    Ok(asked)
 }
 
 /// Answers one call.
@@ -99,66 +85,50 @@ pub(super) async fn completions(
     Incoming {
         serving,
         body,
+        lease,
         arrived,
     }: Incoming,
 ) -> Result<Response, ApiError> {
-    let asked = parse(&serving, &body)?;
-    let prompts = asked.prompts.clone();
-    let (tokenizer, add_special_tokens) =
-        (Arc::clone(&serving.tokenizer), asked.add_special_tokens);
-    let skip_special_tokens = asked.params.skip_special_tokens;
-    let encoded = serving.pool.run(move || {
-        let encode = |prompt| encode(&tokenizer, prompt, add_special_tokens, skip_special_tokens);
-        prompts
-            .into_iter()
-            .map(encode)
-            .collect::<Result<Vec<_>, TextError>>()
-    });
-    let encoded = encoded.await??;
+    let CompletionRequest { prompts, options } = CompletionRequest::parse(&serving, &body)?;
+    drop(body);
+    let encoded = encode_all(&serving, prompts, &options).await?;
 
-    let (mut prepared, mut heads) = (Vec::new(), Vec::new());
+    let (mut prepared, mut choices) = (Vec::new(), Vec::new());
     for Encoded {
         prompt,
         text,
         detokenizer,
     } in encoded
     {
-        let max_tokens = serving.check_prompt(&prompt, Some(asked.max_tokens), "prompt")?;
-        let prompt_logprobs = if asked.echo { asked.logprobs } else { None };
-        heads.push(Head {
-            prompt: prompt.clone(),
-            text,
-        });
+        let max_tokens = serving.check_prompt(&prompt, options.max_tokens, "prompt")?;
+        choices.push(Choice::new(&serving, &options, &prompt, text, &detokenizer));
         prepared.push(Prepared {
             prompt,
             detokenizer,
             max_tokens,
-            logprobs: asked.logprobs,
-            prompt_logprobs,
+            logprobs: options.logprobs,
+            prompt_logprobs: if options.echo { options.logprobs } else { None },
         });
     }
     let call = Call {
         id: format!("cmpl-{}", serving.ids.call()),
         created: super::unix_time(),
-        offsets: vec![0; heads.len()],
-        n_prompt: heads.iter().map(|h| h.prompt.len()).sum(),
-        n_completion: 0,
-        started: vec![false; heads.len()],
-        heads,
-        asked,
+        choices,
+        options,
         serving: Arc::clone(&serving),
     };
-    if call.asked.max_tokens == 0 && call.asked.logprobs.is_none() {
+    if call.options.max_tokens == Some(0) && call.options.logprobs.is_none() {
         // An echo alone needs no engine.
-        return Ok(call.echo_only());
+        return call.echo_only(lease);
     }
-    let running = serving.submit(prepared, &call.asked.params, arrived)?;
-    if call.asked.params.stream.is_some() {
-        return Ok(event_stream(running, call));
+    let streams = serving.submit(prepared, &call.options.params, arrived)?;
+    drop(lease);
+    if call.options.params.stream.is_some() {
+        return Ok(event_stream(streams, call));
     }
-    let mut answers = Vec::with_capacity(running.len());
-    for one in running {
-        answers.push(collect(one).await?);
+    let mut answers = Vec::with_capacity(streams.len());
+    for one in streams {
+        answers.push(collect(&serving, one).await?);
     }
     call.whole(answers)
 }
@@ -167,6 +137,29 @@ struct Encoded {
     prompt: Vec<u32>,
     text: String,
     detokenizer: Detokenizer,
+}
+
+async fn encode_all(
+    serving: &Serving,
+    prompts: Vec<Prompt>,
+    options: &Options,
+) -> Result<Vec<Encoded>, ApiError> {
+    let tokenizer = Arc::clone(&serving.tokenizer);
+    let add_special_tokens = options.add_special_tokens;
+    let skip_special_tokens = options.params.skip_special_tokens;
+    let n_bytes = prompts.iter().map(|prompt| match prompt {
+        Prompt::Text(text) => text.len(),
+        // Tokens are turned into text only, which is far less work.
+        Prompt::Ids(ids) => ids.len() / 8,
+    });
+    let encoded = serving.pool.run(n_bytes.sum(), move || {
+        let encode = |prompt| encode(&tokenizer, prompt, add_special_tokens, skip_special_tokens);
+        prompts
+            .into_iter()
+            .map(encode)
+            .collect::<Result<Vec<_>, TextError>>()
+    });
+    Ok(encoded.await??)
 }
 
 fn encode(
@@ -194,24 +187,64 @@ fn encode(
     })
 }
 
-/// What an echo repeats.
-struct Head {
-    prompt: Vec<u32>,
-    text: String,
+/// The answer to one prompt, as far as it has come.
+struct Choice {
+    /// What comes before the first generated text; taken when that is sent.
+    echo: String,
+    /// Where log-probabilities are asked for: the first token of an echoed prompt, which has none.
+    unscored: Option<u32>,
+    scorer: Option<CompletionScorer>,
+    /// Where asked for, until it is sent.
+    prompt_token_ids: Option<Vec<u32>>,
+    started: bool,
+    n_prompt: usize,
+    n_completion: usize,
+}
+
+impl Choice {
+    /// `detokenizer` has seen the prompt.
+    fn new(
+        serving: &Serving,
+        options: &Options,
+        prompt: &[u32],
+        text: String,
+        detokenizer: &Detokenizer,
+    ) -> Self {
+        let vocabulary = serving.tokenizer.vocabulary();
+        let params = &options.params;
+        let offsets = || match options.echo {
+            true => {
+                let vocabulary = Arc::clone(vocabulary);
+                TextOffsets::new(Detokenizer::new(vocabulary, params.skip_special_tokens), 0)
+            }
+            false => TextOffsets::new(detokenizer.clone(), text.chars().count()),
+        };
+        let scorer = options
+            .logprobs
+            .map(|_| CompletionScorer::new(vocabulary, params.token_names, offsets()));
+        Self {
+            scorer,
+            unscored: prompt.first().copied().filter(|_| options.echo),
+            echo: if options.echo { text } else { String::new() },
+            prompt_token_ids: params.return_token_ids.then(|| prompt.to_vec()),
+            started: false,
+            n_prompt: prompt.len(),
+            n_completion: 0,
+        }
+    }
+
+    fn usage(&self) -> Usage {
+        Usage::new(self.n_prompt, self.n_completion)
+    }
 }
 
 /// A call under way.
 struct Call {
     id: String,
     created: u64,
-    asked: Asked,
-    heads: Vec<Head>,
-    /// Where the next token's text begins, by prompt (for `text_offset`).
-    offsets: Vec<usize>,
-    /// Whether anything was sent for a prompt.
-    started: Vec<bool>,
-    n_prompt: usize,
-    n_completion: usize,
+    options: Options,
+    /// By prompt.
+    choices: Vec<Choice>,
     serving: Arc<Serving>,
 }
 
@@ -237,125 +270,109 @@ impl Call {
         }
     }
 
+    /// Of all prompts.
     fn usage(&self) -> Usage {
-        Usage::new(self.n_prompt, self.n_completion)
+        let sum = |n: fn(&Choice) -> usize| self.choices.iter().map(n).sum();
+        Usage::new(sum(|c| c.n_prompt), sum(|c| c.n_completion))
     }
 
     /// The part of one prompt's answer that `event` brings.
-    fn choice(&mut self, index: usize, event: Event) -> Result<CompletionChoice, ApiError> {
-        let first = !std::mem::replace(&mut self.started[index], true);
-        let head = &self.heads[index];
-        let vocabulary = self.serving.tokenizer.vocabulary();
-        let offset = &mut self.offsets[index];
-        self.n_completion += event.tokens.len();
-        let logprobs = self.asked.logprobs.map(|_| {
-            let mut logprobs = CompletionLogprobs::default();
-            if first {
-                match self.asked.echo {
-                    true => head
-                        .prompt
-                        .iter()
-                        .take(1)
-                        .for_each(|id| logprobs.push_unscored(vocabulary, *id, offset)),
-                    false => *offset = head.text.chars().count(),
-                }
-            }
-            for token in event.prompt_logprobs.iter().chain(&event.tokens) {
-                logprobs.push(vocabulary, token, offset);
-            }
-            logprobs
+    fn choice(&mut self, index: usize, event: RequestEvent) -> Result<CompletionChoice, ApiError> {
+        let params = &self.options.params;
+        let choice = &mut self.choices[index];
+        choice.started = true;
+        choice.n_completion += event.tokens.len();
+        let unscored = choice.unscored.take();
+        let logprobs = choice.scorer.as_mut().map(|scorer| {
+            let tokens = event.prompt_logprobs.iter().chain(&event.tokens);
+            scorer.score(unscored, tokens)
         });
-        let text = match first && self.asked.echo {
-            true => format!("{}{}", head.text, event.text),
-            false => event.text,
-        };
         let (finish_reason, stop_reason) = match event.finished {
             None => (None, None),
-            Some(finish) => {
-                let (finish, stop) = reasons(finish, &self.asked.params.stop_token_ids)
-                    .map_err(ApiError::internal)?;
+            Some(reason) => {
+                let (finish, stop) = reasons(reason, &params.stop_token_ids)?;
                 (Some(finish), stop)
             }
         };
-        let with_ids = self.asked.params.return_token_ids;
         Ok(CompletionChoice {
             index,
-            text,
+            text: std::mem::take(&mut choice.echo) + &event.text,
             logprobs,
             finish_reason,
             stop_reason,
-            prompt_token_ids: (with_ids && first).then(|| head.prompt.clone()),
-            token_ids: with_ids.then(|| event.tokens.iter().map(|t| t.token).collect()),
+            prompt_token_ids: choice.prompt_token_ids.take(),
+            token_ids: params
+                .return_token_ids
+                .then(|| event.tokens.iter().map(|t| t.token).collect()),
         })
     }
 
     fn whole(mut self, answers: Vec<Answer>) -> Result<Response, ApiError> {
+        let mut lease = self.serving.engine.budget().lease(Purpose::Answer);
         let mut choices = Vec::with_capacity(answers.len());
         for (index, answer) in answers.into_iter().enumerate() {
-            let Answer {
-                text,
-                tokens,
-                prompt_logprobs,
-                finish,
-            } = answer;
-            choices.push(self.choice(
-                index,
-                Event {
-                    text,
-                    tokens,
-                    prompt_logprobs,
-                    finished: Some(finish),
-                },
-            )?);
+            lease.absorb(answer.lease);
+            let event = RequestEvent {
+                text: answer.text,
+                tokens: answer.tokens,
+                prompt_logprobs: answer.prompt_logprobs,
+                finished: Some(answer.reason),
+                lease: None,
+            };
+            choices.push(self.choice(index, event)?);
         }
         let usage = self.usage();
-        Ok(Json(self.object(choices, Some(Some(usage)))).into_response())
+        json_response(&self.object(choices, Some(Some(usage))), lease)
     }
 
-    fn echo_only(mut self) -> Response {
-        let finished = || Event {
-            finished: Some(Finish::Length),
-            ..Event::default()
+    fn echo_only(mut self, lease: Lease) -> Result<Response, ApiError> {
+        let finished = || RequestEvent {
+            finished: Some(FinishReason::Length),
+            ..RequestEvent::default()
         };
-        let choices: Vec<_> = (0..self.heads.len())
-            .filter_map(|i| self.choice(i, finished()).ok())
-            .collect();
+        let choices = (0..self.choices.len()).map(|i| self.choice(i, finished()));
+        let choices = choices.collect::<Result<Vec<_>, _>>()?;
         let usage = self.usage();
-        if self.asked.params.stream.is_none() {
-            return Json(self.object(choices, Some(Some(usage)))).into_response();
+        if self.options.params.stream.is_none() {
+            return json_response(&self.object(choices, Some(Some(usage))), lease);
         }
         let mut echoed = Frames::default();
-        echoed.json(&self.object(choices, self.null_usage()));
-        super::generate::finished_stream(echoed, self)
-    }
-
-    fn null_usage(&self) -> Option<Option<Usage>> {
-        self.asked
-            .params
-            .stream
-            .is_some_and(|s| s.include_usage)
-            .then_some(None)
+        let chunk_usage = chunk_usage(self.options.params.stream_usage(), || usage);
+        echoed.json(&self.object(choices, chunk_usage));
+        Ok(finished_stream(echoed, self))
     }
 }
 
 impl ChunkWriter for Call {
-    fn event(&mut self, index: usize, event: Event, out: &mut Frames) -> Result<(), ApiError> {
-        let first = !self.started[index];
+    fn event(
+        &mut self,
+        index: usize,
+        event: RequestEvent,
+        out: &mut Frames,
+    ) -> Result<(), ApiError> {
+        let Options {
+            params,
+            logprobs,
+            echo,
+            ..
+        } = &self.options;
+        let choice = &mut self.choices[index];
         // Text that is held back is sent with what follows; tokens only where somebody asked for them.
-        let wanted = self.asked.params.return_token_ids
-            || self.asked.logprobs.is_some()
-            || (first && self.asked.echo);
+        let wanted = params.return_token_ids || logprobs.is_some() || (!choice.started && *echo);
         if event.text.is_empty() && event.finished.is_none() && !wanted {
-            self.n_completion += event.tokens.len();
+            choice.n_completion += event.tokens.len();
             return Ok(());
         }
-        let choice = self.choice(index, event)?;
-        out.json(&self.object(vec![choice], self.null_usage()));
+        let part = self.choice(index, event)?;
+        let usage = chunk_usage(self.options.params.stream_usage(), || {
+            self.choices[index].usage()
+        });
+        out.json(&self.object(vec![part], usage));
         Ok(())
     }
 
     fn end(&mut self, out: &mut Frames) {
-        if self.null_usage().is_some() {
+        if self.options.params.stream_usage() != StreamUsage::None {
             out.json(&self.object(Vec::new(), Some(Some(self.usage()))));
         }
     }

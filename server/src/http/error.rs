@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use crate::engine::SubmitError;
+use crate::frontend::budget::BudgetExhausted;
 use crate::text::TextError;
 
 /// A refusal: one sentence, and the field that it is about.
@@ -67,6 +68,18 @@ impl ApiError {
         }
     }
 
+    /// 429: there is more to do than fits.
+    pub fn busy(code: &'static str, message: impl std::fmt::Display) -> Self {
+        Self {
+            code: Some(code),
+            retry_after_s: Some(1),
+            ..Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                format!("{message}; try again later"),
+            )
+        }
+    }
+
     /// 500.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
@@ -120,14 +133,7 @@ impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         let message = error.to_string();
         match error {
-            SubmitError::QueueFull { .. } => Self {
-                code: Some("queue_full"),
-                retry_after_s: Some(1),
-                ..Self::new(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    format!("{message}; try again later"),
-                )
-            },
+            SubmitError::QueueFull { .. } => Self::busy("queue_full", message),
             SubmitError::PromptTooLong { .. } | SubmitError::NeverFits { .. } => Self {
                 code: Some("context_length_exceeded"),
                 ..Self::new(
@@ -140,6 +146,12 @@ impl From<SubmitError> for ApiError {
     }
 }
 
+impl From<BudgetExhausted> for ApiError {
+    fn from(exhausted: BudgetExhausted) -> Self {
+        Self::busy("memory_full", exhausted.to_string())
+    }
+}
+
 impl From<TextError> for ApiError {
     fn from(error: TextError) -> Self {
         let message = error.to_string();
@@ -148,10 +160,20 @@ impl From<TextError> for ApiError {
                 param: Some("messages".into()),
                 ..Self::new(StatusCode::BAD_REQUEST, message)
             },
+            TextError::TooManyBlanks { .. } => Self::new(StatusCode::BAD_REQUEST, message),
+            TextError::TooLong { .. } => Self {
+                code: Some("context_length_exceeded"),
+                ..Self::new(
+                    StatusCode::BAD_REQUEST,
+                    format!("{message}; shorten the prompt"),
+                )
+            },
+            TextError::Busy { .. } => Self::busy("tokenizer_busy", message),
             TextError::Stopped => Self::unavailable(message),
-            TextError::Encode(_) | TextError::File { .. } | TextError::Decoder { .. } => {
-                Self::internal(message)
-            }
+            TextError::Panicked
+            | TextError::Encode(_)
+            | TextError::File { .. }
+            | TextError::Decoder { .. } => Self::internal(message),
         }
     }
 }

@@ -1,23 +1,119 @@
 //! Reads a request's JSON object field by field, so that every mistake names its field.
 //!
 //! A field that is `null` counts as not given. A field that nobody has taken at the end is refused by name, because
-//! it might have changed the answer. It knows JSON, and no field's meaning.
+//! it might have changed the answer, unless [`NO_EFFECT`] says that this value changes nothing. Memory is bounded: a
+//! field's text is not copied, and how many values it has is counted before any is made.
 
 use std::collections::BTreeMap;
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, DeserializeSeed, Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::error::ApiError;
 
+/// More fields than any interface has.
+const MAX_FIELDS: usize = 256;
+
+/// Values in one field at most, inner ones included; each takes about a hundred bytes.
+const MAX_VALUES: usize = 1 << 16;
+
+/// Who may send a field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Interface {
+    /// `/v1/completions`.
+    Completions,
+    /// `/v1/chat/completions`.
+    Chat,
+}
+
+/// Which values of a field change nothing.
+#[derive(Clone, Copy, Debug)]
+enum NoEffect {
+    /// All of them.
+    Any,
+    /// These, in JSON.
+    Only(&'static [&'static str]),
+}
+use Interface::{Chat, Completions};
+use NoEffect::{Any, Only};
+
+/// Fields of OpenAI's and vLLM's interfaces that aren't built, and the values with which they change no answer.
+/// Others are refused.
+const NO_EFFECT: &[(&str, &[Interface], NoEffect)] = &[
+    // Notes of the caller's.
+    ("user", BOTH, Any),
+    ("metadata", BOTH, Any),
+    ("store", BOTH, Any),
+    ("service_tier", BOTH, Any),
+    ("safety_identifier", BOTH, Any),
+    ("request_id", BOTH, Any),
+    // There is no prefix cache, and no parser that takes reasoning apart.
+    ("prompt_cache_key", BOTH, Any),
+    ("prompt_cache_retention", BOTH, Any),
+    ("cache_salt", BOTH, Any),
+    ("include_reasoning", BOTH, Any),
+    // Sampling and beams.
+    ("n", BOTH, Only(&["1"])),
+    ("best_of", BOTH, Only(&["1"])),
+    ("use_beam_search", BOTH, Only(&["false"])),
+    ("length_penalty", BOTH, Any),
+    ("early_stopping", BOTH, Any),
+    ("presence_penalty", BOTH, Only(&["0"])),
+    ("frequency_penalty", BOTH, Only(&["0"])),
+    ("repetition_penalty", BOTH, Only(&["1"])),
+    ("min_p", BOTH, Only(&["0"])),
+    ("typical_p", BOTH, Only(&["1"])),
+    ("min_tokens", BOTH, Only(&["0"])),
+    ("logit_bias", BOTH, Only(&["{}"])),
+    ("logits_processors", BOTH, Only(&["[]"])),
+    ("bad_words", BOTH, Only(&["[]"])),
+    ("allowed_token_ids", BOTH, Only(&["[]"])),
+    // Prompt and text.
+    ("truncate_prompt_tokens", BOTH, Only(&[])),
+    ("prompt_logprobs", BOTH, Only(&[])),
+    ("detokenize", BOTH, Only(&["true"])),
+    ("include_stop_str_in_output", BOTH, Only(&["false"])),
+    ("spaces_between_special_tokens", BOTH, Only(&["true"])),
+    ("priority", BOTH, Only(&["0"])),
+    ("response_format", BOTH, Only(&[r#"{"type":"text"}"#])),
+    ("structured_outputs", BOTH, Only(&["{}"])),
+    ("guided_json", BOTH, Only(&[])),
+    ("guided_regex", BOTH, Only(&[])),
+    ("guided_choice", BOTH, Only(&["[]"])),
+    ("guided_grammar", BOTH, Only(&[])),
+    ("guided_decoding_backend", BOTH, Any),
+    ("guided_whitespace_pattern", BOTH, Any),
+    ("kv_transfer_params", BOTH, Only(&["{}"])),
+    ("vllm_xargs", BOTH, Only(&["{}"])),
+    ("suffix", &[Completions], Only(&["\"\""])),
+    ("tools", &[Chat], Only(&["[]"])),
+    ("tool_choice", &[Chat], Only(&["\"none\"", "\"auto\""])),
+    ("parallel_tool_calls", &[Chat], Any),
+    ("functions", &[Chat], Only(&["[]"])),
+    ("function_call", &[Chat], Only(&["\"none\"", "\"auto\""])),
+    ("modalities", &[Chat], Only(&["[\"text\"]"])),
+    ("audio", &[Chat], Only(&[])),
+    ("prediction", &[Chat], Only(&[])),
+    ("reasoning_effort", &[Chat], Only(&[])),
+    ("verbosity", &[Chat], Only(&["\"medium\""])),
+    ("web_search_options", &[Chat], Only(&[])),
+    ("chat_template", &[Chat], Only(&[])),
+    ("documents", &[Chat], Only(&["[]"])),
+    ("mm_processor_kwargs", &[Chat], Only(&["{}"])),
+    ("media_io_kwargs", &[Chat], Only(&["{}"])),
+    ("echo", &[Chat], Only(&["false"])),
+];
+const BOTH: &[Interface] = &[Completions, Chat];
+
 /// The fields that are not taken yet.
 #[derive(Debug)]
-pub(super) struct Fields(BTreeMap<String, Box<RawValue>>);
+pub(super) struct Fields<'a>(BTreeMap<String, &'a RawValue>);
 
-impl Fields {
+impl<'a> Fields<'a> {
     /// Splits an object into its fields.
-    pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        serde_json::from_slice(body).map(Self).map_err(|e| {
+    pub(super) fn parse(body: &'a [u8]) -> Result<Self, ApiError> {
+        serde_json::from_slice(body).map_err(|e| {
             ApiError::new(
                 axum::http::StatusCode::BAD_REQUEST,
                 format!("the body is not a JSON object: {e}"),
@@ -27,18 +123,41 @@ impl Fields {
 
     /// Takes a field, if given.
     pub(super) fn take<T: DeserializeOwned>(&mut self, name: &str) -> Result<Option<T>, ApiError> {
-        match self.0.remove(name) {
-            Some(raw) if raw.get() != "null" => serde_json::from_str(raw.get())
-                .map(Some)
-                .map_err(|e| ApiError::field(name, without_position(&e.to_string()))),
-            _ => Ok(None),
+        let Some(raw) = self.take_raw(name) else {
+            return Ok(None);
+        };
+        if n_values(raw.get()) > MAX_VALUES {
+            let message = format!("more than {MAX_VALUES} values");
+            return Err(ApiError::field(name, message));
         }
+        serde_json::from_str(raw.get())
+            .map(Some)
+            .map_err(|e| ApiError::field(name, without_position(&e.to_string())))
     }
 
     /// Takes a field that must be given.
     pub(super) fn require<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, ApiError> {
-        self.take(name)?
-            .ok_or_else(|| ApiError::field(name, "missing; the field is required"))
+        self.take(name)?.ok_or_else(|| missing(name))
+    }
+
+    /// Takes a field that must be given and whose reader bounds its size itself.
+    pub(super) fn require_with<S: DeserializeSeed<'a>>(
+        &mut self,
+        name: &str,
+        seed: S,
+    ) -> Result<Result<S::Value, serde_json::Error>, ApiError> {
+        let raw = self.take_raw(name).ok_or_else(|| missing(name))?;
+        Ok(seed.deserialize(&mut serde_json::Deserializer::from_str(raw.get())))
+    }
+
+    /// Whether a field is `null` in so many words.
+    pub(super) fn is_null(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|raw| raw.get() == "null")
+    }
+
+    /// Bytes of a field as it was sent.
+    pub(super) fn n_bytes(&self, name: &str) -> usize {
+        self.0.get(name).map_or(0, |raw| raw.get().len())
     }
 
     /// Takes a number and checks its range.
@@ -61,32 +180,52 @@ impl Fields {
         }
     }
 
-    /// Drops a field whatever it says: it changes no answer.
-    pub(super) fn ignore(&mut self, name: &str) {
-        self.0.remove(name);
+    /// Refuses what is left, unless it is known to change nothing.
+    pub(super) fn finish(mut self, interface: Interface) -> Result<(), ApiError> {
+        for (name, interfaces, no_effect) in NO_EFFECT {
+            if !interfaces.contains(&interface) {
+                continue;
+            }
+            match no_effect {
+                Any => drop(self.take_raw(name)),
+                Only(values) => self.take_without_effect(name, values)?,
+            }
+        }
+        self.finish_all()
     }
 
-    /// Drops a field that isn't built, where it says what happens anyway; otherwise refuses it by name.
-    pub(super) fn neutral(&mut self, name: &str, neutral: &[&str]) -> Result<(), ApiError> {
+    /// Refuses what is left.
+    pub(super) fn finish_all(self) -> Result<(), ApiError> {
+        match self.0.into_keys().next() {
+            None => Ok(()),
+            Some(name) => Err(ApiError::field(name, "unknown field; leave it out")),
+        }
+    }
+
+    fn take_raw(&mut self, name: &str) -> Option<&'a RawValue> {
+        self.0.remove(name).filter(|raw| raw.get() != "null")
+    }
+
+    fn take_without_effect(&mut self, name: &str, values: &[&str]) -> Result<(), ApiError> {
         let Some(value) = self.take::<serde_json::Value>(name)? else {
             return Ok(());
         };
-        let is_neutral = neutral.iter().any(|text| {
-            serde_json::from_str::<serde_json::Value>(text).is_ok_and(|n| {
-                match (n.as_f64(), value.as_f64()) {
+        let equals = |text: &&str| {
+            serde_json::from_str::<serde_json::Value>(text).is_ok_and(|other| {
+                match (other.as_f64(), value.as_f64()) {
                     (Some(a), Some(b)) => a == b,
-                    _ => n == value,
+                    _ => other == value,
                 }
             })
-        });
-        match (is_neutral, neutral) {
-            (true, _) => Ok(()),
-            (false, []) => Err(ApiError::field(
+        };
+        match values {
+            _ if values.iter().any(equals) => Ok(()),
+            [] => Err(ApiError::field(
                 name,
                 "not supported by this server; leave it out",
             )),
-            (false, _) => {
-                let allowed = neutral.join(" or ");
+            _ => {
+                let allowed = values.join(" or ");
                 Err(ApiError::field(
                     name,
                     format!("not supported by this server; leave it out or set it to {allowed}"),
@@ -94,14 +233,52 @@ impl Fields {
             }
         }
     }
+}
 
-    /// Refuses what is left.
-    pub(super) fn finish(self) -> Result<(), ApiError> {
-        match self.0.into_keys().next() {
-            None => Ok(()),
-            Some(name) => Err(ApiError::field(name, "unknown field; leave it out")),
+impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+
+        impl<'de> Visitor<'de> for Object {
+            type Value = BTreeMap<String, &'de RawValue>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a map")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut fields = BTreeMap::new();
+                while let Some((name, value)) = map.next_entry()? {
+                    fields.insert(name, value);
+                    if fields.len() > MAX_FIELDS {
+                        return Err(A::Error::custom(format!("more than {MAX_FIELDS} fields")));
+                    }
+                }
+                Ok(fields)
+            }
+        }
+
+        deserializer.deserialize_map(Object).map(Self)
+    }
+}
+
+fn missing(name: &str) -> ApiError {
+    ApiError::field(name, "missing; the field is required")
+}
+
+/// How many values a JSON text has, at most.
+fn n_values(json: &str) -> usize {
+    let (mut n, mut in_string, mut escaped) = (1, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => n += 1,
+            _ => {}
         }
     }
+    n
 }
 
 /// The place inside a field's text means nothing to the client.
@@ -121,10 +298,8 @@ mod tests {
 
     #[test]
     fn every_mistake_names_its_field() {
-        let mut fields = Fields::parse(
-            br#"{"a": "x", "t": 3, "n": 2, "p": 0.0, "b": {}, "g": "re", "null": null, "u": 1}"#,
-        )
-        .unwrap();
+        let mut fields =
+            Fields::parse(br#"{"a": "x", "t": 3, "null": null, "many": [0], "u": 1}"#).unwrap();
         assert_eq!(
             message(fields.take::<f32>("a")),
             "a: invalid type: string \"x\", expected f32"
@@ -133,21 +308,98 @@ mod tests {
             message(fields.number("t", 0.0, 2.0)),
             "t: 3 is not between 0 and 2"
         );
-        assert_eq!(
-            message(fields.neutral("n", &["1"])),
-            "n: not supported by this server; leave it out or set it to 1"
-        );
-        assert_eq!(
-            message(fields.neutral("g", &[])),
-            "g: not supported by this server; leave it out"
-        );
-        fields.neutral("p", &["0"]).unwrap();
-        fields.neutral("b", &["{}"]).unwrap();
+        assert!(fields.is_null("null") && !fields.is_null("u") && !fields.is_null("none"));
         assert_eq!(
             message(fields.require::<String>("null")),
             "null: missing; the field is required"
         );
-        assert_eq!(message(fields.finish()), "u: unknown field; leave it out");
+        fields.take::<Vec<u32>>("many").unwrap();
+        assert_eq!(
+            message(fields.finish(Chat)),
+            "u: unknown field; leave it out"
+        );
         assert!(message(Fields::parse(b"[1]")).starts_with("the body is not a JSON object: "));
+    }
+
+    #[test]
+    fn what_a_body_may_hold_is_bounded() {
+        let body = format!("{{\"a\": [{}0]}}", "0,".repeat(MAX_VALUES));
+        let mut fields = Fields::parse(body.as_bytes()).unwrap();
+        assert_eq!(
+            message(fields.take::<Vec<u8>>("a")),
+            "a: more than 65536 values"
+        );
+        let fields: Vec<String> = (0..=MAX_FIELDS).map(|i| format!("\"{i}\": 0")).collect();
+        let body = format!("{{{}}}", fields.join(","));
+        assert!(message(Fields::parse(body.as_bytes())).contains("more than 256 fields"));
+        for (json, n) in [
+            ("3", 1),
+            (r#""a,b[\",{""#, 1),
+            ("[1, 2]", 3),
+            (r#"{"a": ["\\", {}]}"#, 5),
+        ] {
+            assert_eq!(n_values(json), n, "{json}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_changes_nothing_is_accepted_and_no_other() {
+        for (field, values, refused) in [
+            (
+                "include_reasoning",
+                &["true", "false"] as &[&str],
+                &[] as &[&str],
+            ),
+            ("prompt_cache_retention", &["\"24h\"", "null"], &[]),
+            ("user", &["\"me\""], &[]),
+            ("metadata", &[r#"{"a": "b"}"#], &[]),
+            ("store", &["false", "true"], &[]),
+            ("service_tier", &["\"auto\""], &[]),
+            ("n", &["1", "null"], &["2", "0"]),
+            ("best_of", &["1"], &["2"]),
+            ("use_beam_search", &["false"], &["true"]),
+            ("presence_penalty", &["0", "0.0"], &["0.1"]),
+            ("frequency_penalty", &["0", "-0.0"], &["1"]),
+            ("repetition_penalty", &["1", "1.0"], &["1.1"]),
+            ("min_p", &["0", "0.0"], &["0.05"]),
+            ("min_tokens", &["0"], &["1"]),
+            ("logit_bias", &["{}", "null"], &[r#"{"5": 1}"#]),
+            ("allowed_token_ids", &["[]", "null"], &["[5]"]),
+            ("bad_words", &["[]"], &[r#"["a"]"#]),
+            (
+                "response_format",
+                &[r#"{"type": "text"}"#],
+                &[r#"{"type": "json_object"}"#],
+            ),
+            ("tools", &["[]", "null"], &[r#"[{"type": "function"}]"#]),
+            ("tool_choice", &["\"none\"", "null"], &["\"required\""]),
+            ("parallel_tool_calls", &["true", "false"], &[]),
+            ("modalities", &[r#"["text"]"#], &[r#"["text", "audio"]"#]),
+            ("verbosity", &["\"medium\""], &["\"low\""]),
+            ("guided_json", &["null"], &["{}"]),
+            ("echo", &["false"], &["true"]),
+        ] {
+            let finish = |value: &str| {
+                let body = format!("{{\"{field}\": {value}}}");
+                Fields::parse(body.as_bytes()).unwrap().finish(Chat)
+            };
+            for value in values {
+                assert_eq!(finish(value), Ok(()), "{field}: {value}");
+            }
+            for value in refused {
+                let error = finish(value).unwrap_err();
+                assert_eq!(error.param.as_deref(), Some(field), "{value}");
+                assert!(
+                    error.message.contains("not supported by this server"),
+                    "{field}: {value}: {}",
+                    error.message
+                );
+            }
+        }
+        let fields = Fields::parse(br#"{"tools": []}"#).unwrap();
+        assert_eq!(
+            message(fields.finish(Completions)),
+            "tools: unknown field; leave it out"
+        );
     }
 }

@@ -7,16 +7,16 @@ use std::time::Instant;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use futures::stream::{SelectAll, StreamExt};
-use kvasir_kernels::step::Sampled;
 use serde::Serialize;
 
 use super::Serving;
 use super::error::ApiError;
 use super::params::Params;
-use crate::engine::{Request, RequestId, SamplingParams};
-use crate::output::{Event, Finish, Generation, Running};
+use crate::engine::{FinishReason, TokenLogprobs};
+use crate::frontend::budget::{Lease, Purpose};
+use crate::frontend::{GenerationRequest, RequestEvent, RequestStream};
 use crate::text::Detokenizer;
 
 /// One prompt, ready to run.
@@ -30,32 +30,34 @@ pub(super) struct Prepared {
 }
 
 impl Serving {
-    /// Checks a prompt and settles how many tokens it may get: what is asked for, or what the context has room for.
+    /// Checks a prompt and settles how many tokens it may get: what is asked for, or else what the model's defaults
+    /// and the context have room for.
     pub(super) fn check_prompt(
         &self,
         prompt: &[u32],
         asked: Option<u32>,
         field: &str,
     ) -> Result<u32, ApiError> {
-        let facts = self.outputs.engine().facts();
+        let info = self.engine.engine().model_info();
         if prompt.is_empty() {
             return Err(ApiError::field(
                 field,
                 "empty; at least one token is needed",
             ));
         }
-        if let Some(id) = prompt.iter().find(|id| **id >= facts.vocab_size) {
+        if let Some(id) = prompt.iter().find(|id| **id >= info.vocab_size) {
             return Err(ApiError::field(
                 field,
                 format!(
                     "token {id} is not below the vocabulary's size, {}",
-                    facts.vocab_size
+                    info.vocab_size
                 ),
             ));
         }
-        let longest = facts.max_model_len as usize;
-        let room = longest.saturating_sub(prompt.len());
-        let max_tokens = asked.map_or(room, |n| n as usize);
+        let longest = info.max_model_len;
+        let room = longest.saturating_sub(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
+        let default = self.defaults.max_tokens.map_or(room, |n| n.min(room));
+        let max_tokens = asked.unwrap_or(default);
         if max_tokens > room || (asked.is_none() && room == 0) {
             let asked = asked.map_or(String::new(), |n| format!(" and max_tokens is {n}"));
             return Err(ApiError {
@@ -69,7 +71,7 @@ impl Serving {
                 )
             });
         }
-        Ok(max_tokens as u32)
+        Ok(max_tokens)
     }
 
     /// Submits every prompt, or none: the first refusal takes the others back.
@@ -78,32 +80,22 @@ impl Serving {
         prepared: Vec<Prepared>,
         params: &Params,
         arrived: Instant,
-    ) -> Result<Vec<Running>, ApiError> {
-        let facts = self.outputs.engine().facts();
+    ) -> Result<Vec<RequestStream>, ApiError> {
+        let info = self.engine.engine().model_info();
         let mut stop_token_ids = params.stop_token_ids.clone();
         if !params.ignore_eos {
-            stop_token_ids.extend(&facts.eos_token_ids);
+            stop_token_ids.extend(&info.eos_token_ids);
         }
         let submit = |one: Prepared| {
-            let request = Request {
-                id: RequestId(self.ids.next()),
+            self.engine.generate(GenerationRequest {
                 prompt: one.prompt,
                 max_tokens: one.max_tokens,
+                sampling: params.sampling(|| self.ids.seed()),
                 stop_token_ids: stop_token_ids.clone(),
-                sampling: SamplingParams {
-                    temperature: params.temperature,
-                    top_p: params.top_p,
-                    top_k: params.top_k,
-                    seed: params.seed.unwrap_or_else(|| self.ids.seed()),
-                },
+                stop: params.stop.clone(),
                 logprobs: one.logprobs,
                 prompt_logprobs: one.prompt_logprobs,
-            };
-            let stop = params.stop.clone();
-            self.outputs.submit(Generation {
-                request,
                 detokenizer: one.detokenizer,
-                stop,
                 arrived,
             })
         };
@@ -119,24 +111,34 @@ impl Serving {
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) text: String,
-    pub(super) tokens: Vec<Sampled>,
-    pub(super) prompt_logprobs: Vec<Sampled>,
-    pub(super) finish: Finish,
+    pub(super) tokens: Vec<TokenLogprobs>,
+    pub(super) prompt_logprobs: Vec<TokenLogprobs>,
+    pub(super) reason: FinishReason,
+    /// Its bytes in the budget.
+    pub(super) lease: Lease,
 }
 
 /// Waits for the end of one request.
-pub(super) async fn collect(mut running: Running) -> Result<Answer, ApiError> {
+pub(super) async fn collect(
+    serving: &Serving,
+    mut stream: RequestStream,
+) -> Result<Answer, ApiError> {
     let (mut text, mut tokens, mut prompt_logprobs) = (String::new(), Vec::new(), Vec::new());
-    while let Some(event) = running.next().await {
+    let mut lease = serving.engine.budget().lease(Purpose::Answer);
+    while let Some(event) = stream.next().await {
         text.push_str(&event.text);
         tokens.extend(event.tokens);
         prompt_logprobs.extend(event.prompt_logprobs);
-        if let Some(finish) = event.finished {
+        if let Some(more) = event.lease {
+            lease.absorb(more);
+        }
+        if let Some(reason) = event.finished {
             return Ok(Answer {
                 text,
                 tokens,
                 prompt_logprobs,
-                finish,
+                reason,
+                lease,
             });
         }
     }
@@ -148,10 +150,40 @@ pub(super) fn engine_gone() -> ApiError {
     ApiError::internal("the engine has stopped")
 }
 
+/// An answer in JSON. `lease` is what it was made of; from now on it holds the text, until the client has taken it.
+pub(super) fn json_response(
+    answer: &impl Serialize,
+    mut lease: Lease,
+) -> Result<Response, ApiError> {
+    let json = serde_json::to_vec(answer).map_err(|e| ApiError::internal(e.to_string()))?;
+    lease.resize(json.len())?;
+    let body = Body::from(Bytes::from_owner(Leased { bytes: json, lease }));
+    let content_type = HeaderValue::from_static("application/json");
+    Ok(([(header::CONTENT_TYPE, content_type)], body).into_response())
+}
+
+/// Bytes that are counted as long as they are there.
+struct Leased<L> {
+    bytes: Vec<u8>,
+    #[expect(dead_code, reason = "kept for its drop")]
+    lease: L,
+}
+
+impl<L> AsRef<[u8]> for Leased<L> {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 /// Writes the chunks of one call.
 pub(super) trait ChunkWriter: Send + 'static {
     /// An event of the request with this index. `Err` ends the stream with that error.
-    fn event(&mut self, index: usize, event: Event, out: &mut Frames) -> Result<(), ApiError>;
+    fn event(
+        &mut self,
+        index: usize,
+        event: RequestEvent,
+        out: &mut Frames,
+    ) -> Result<(), ApiError>;
     /// All requests have ended.
     fn end(&mut self, out: &mut Frames);
 }
@@ -175,15 +207,22 @@ impl Frames {
     fn done(&mut self) {
         self.0.extend_from_slice(b"data: [DONE]\n\n");
     }
+
+    fn into_bytes(self, lease: Option<Lease>) -> Bytes {
+        Bytes::from_owner(Leased {
+            bytes: self.0,
+            lease,
+        })
+    }
 }
 
 /// An event stream of all requests of a call. Its drop, when the client leaves, ends them.
-pub(super) fn event_stream(running: Vec<Running>, writer: impl ChunkWriter) -> Response {
-    let n_left = running.len();
-    let events: SelectAll<_> = running
+pub(super) fn event_stream(streams: Vec<RequestStream>, writer: impl ChunkWriter) -> Response {
+    let n_left = streams.len();
+    let events: SelectAll<_> = streams
         .into_iter()
         .enumerate()
-        .map(|(i, running)| running.map(move |event| (i, event)))
+        .map(|(i, stream)| stream.map(move |event| (i, event)))
         .collect();
     let state = Some((events, writer, n_left));
     let frames = futures::stream::unfold(state, |state| async move {
@@ -193,11 +232,13 @@ pub(super) fn event_stream(running: Vec<Running>, writer: impl ChunkWriter) -> R
             if n_left == 0 {
                 writer.end(&mut out);
                 out.done();
-                return Some((Ok::<_, Infallible>(Bytes::from(out.0)), None));
+                return Some((Ok::<_, Infallible>(out.into_bytes(None)), None));
             }
+            let mut lease = None;
             let result = match events.next().await {
-                Some((index, event)) => {
+                Some((index, mut event)) => {
                     n_left -= usize::from(event.finished.is_some());
+                    lease = event.lease.take();
                     writer.event(index, event, &mut out)
                 }
                 None => Err(engine_gone()),
@@ -205,10 +246,11 @@ pub(super) fn event_stream(running: Vec<Running>, writer: impl ChunkWriter) -> R
             if let Err(error) = result {
                 out.json(&error.body());
                 out.done();
-                return Some((Ok(Bytes::from(out.0)), None));
+                return Some((Ok(out.into_bytes(lease)), None));
             }
             if !out.0.is_empty() {
-                return Some((Ok(Bytes::from(out.0)), Some((events, writer, n_left))));
+                let frame = out.into_bytes(lease);
+                return Some((Ok(frame), Some((events, writer, n_left))));
             }
         }
     });
@@ -223,10 +265,10 @@ pub(super) fn event_stream(running: Vec<Running>, writer: impl ChunkWriter) -> R
 }
 
 /// An event stream that needs no engine: `first`, and the writer's end.
-pub(super) fn finished_stream(mut first: Frames, writer: impl ChunkWriter) -> Response {
+pub(super) fn finished_stream(first: Frames, writer: impl ChunkWriter) -> Response {
     let mut rest = event_stream(Vec::new(), writer);
     let end = std::mem::take(rest.body_mut()).into_data_stream();
-    let head = Bytes::from(std::mem::take(&mut first.0));
+    let head = first.into_bytes(None);
     *rest.body_mut() = Body::from_stream(futures::stream::once(async { Ok(head) }).chain(end));
     rest
 }

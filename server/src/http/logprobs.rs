@@ -1,13 +1,57 @@
 //! Log-probabilities in the forms of the two interfaces. The text of a token is the vocabulary's, so that tokens
-//! that are a part of a character only are told apart.
+//! that are a part of a character only are told apart, or its id, where the caller wants that.
 
-use kvasir_kernels::step::Sampled;
+use std::sync::Arc;
+
 use serde::Serialize;
 
-use crate::text::Vocabulary;
+use crate::engine::TokenLogprobs;
+use crate::text::{Detokenizer, Vocabulary};
 
 /// JSON has no infinities; this stands for "impossible", as in vLLM.
 const LEAST: f32 = -9999.0;
+
+/// How a token is named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TokenNames {
+    /// By its text.
+    Text,
+    /// `token_id:123` (`return_tokens_as_token_ids`).
+    Ids,
+}
+
+impl TokenNames {
+    /// The name, or `None` where it is the token's text.
+    fn id(self, id: u32) -> Option<String> {
+        (self == Self::Ids).then(|| format!("token_id:{id}"))
+    }
+}
+
+/// Where each token's text begins in the whole, in characters. Several tokens of one character begin where it does.
+#[derive(Clone, Debug)]
+pub(super) struct TextOffsets {
+    detokenizer: Detokenizer,
+    n_chars: usize,
+}
+
+impl TextOffsets {
+    /// `detokenizer` has seen the tokens of a text of `n_chars` characters.
+    pub(super) fn new(detokenizer: Detokenizer, n_chars: usize) -> Self {
+        Self {
+            detokenizer,
+            n_chars,
+        }
+    }
+
+    /// Where the text of the next token, `id`, begins.
+    fn next(&mut self, id: u32) -> usize {
+        let offset = self.n_chars + self.detokenizer.n_held_chars();
+        let mut text = String::new();
+        self.detokenizer.push(id, &mut text);
+        self.n_chars += text.chars().count();
+        offset
+    }
+}
 
 /// `choices[].logprobs` of completions.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -29,47 +73,75 @@ impl Serialize for TopLogprobs {
     }
 }
 
-impl CompletionLogprobs {
-    /// A token without a log-probability: the first of a prompt.
-    pub(super) fn push_unscored(&mut self, vocabulary: &Vocabulary, id: u32, offset: &mut usize) {
-        self.push_token(vocabulary, id, offset);
-        self.token_logprobs.push(None);
-        self.top_logprobs.push(None);
-    }
-
-    /// A token; `offset` is where its text begins, in characters, and is moved on.
-    pub(super) fn push(&mut self, vocabulary: &Vocabulary, sampled: &Sampled, offset: &mut usize) {
-        self.push_token(vocabulary, sampled.token, offset);
-        let logprob = sampled.logprob.map(|p| p.max(LEAST));
-        self.token_logprobs.push(logprob);
-        let own = logprob.map(|p| (sampled.token, p));
-        let mut top = TopLogprobs(Vec::with_capacity(sampled.top.len() + 1));
-        for (id, logprob) in sampled.top.iter().copied().chain(own) {
-            // The token itself may be among the most likely ones, and two ids may have one text.
-            let text = legacy_text(vocabulary, id);
-            if top.0.iter().all(|(other, _)| *other != text) {
-                top.0.push((text, logprob.max(LEAST)));
-            }
-        }
-        self.top_logprobs.push(Some(top));
-    }
-
-    fn push_token(&mut self, vocabulary: &Vocabulary, id: u32, offset: &mut usize) {
-        let text = legacy_text(vocabulary, id);
-        self.text_offset.push(*offset);
-        *offset += String::from_utf8_lossy(&vocabulary.bytes(id))
-            .chars()
-            .count();
-        self.tokens.push(text);
-    }
+/// Writes the log-probabilities of one completion.
+#[derive(Debug)]
+pub(super) struct CompletionScorer {
+    vocabulary: Arc<Vocabulary>,
+    names: TokenNames,
+    offsets: TextOffsets,
 }
 
-/// A token that isn't whole characters is written `bytes:\xe2\x82`, as OpenAI does.
-fn legacy_text(vocabulary: &Vocabulary, id: u32) -> String {
-    String::from_utf8(vocabulary.bytes(id)).unwrap_or_else(|e| {
-        let digits: String = e.as_bytes().iter().map(|b| format!("\\x{b:02x}")).collect();
-        format!("bytes:{digits}")
-    })
+impl CompletionScorer {
+    pub(super) fn new(
+        vocabulary: &Arc<Vocabulary>,
+        names: TokenNames,
+        offsets: TextOffsets,
+    ) -> Self {
+        Self {
+            vocabulary: Arc::clone(vocabulary),
+            names,
+            offsets,
+        }
+    }
+
+    /// `unscored` is a token without a log-probability, the first of a prompt.
+    pub(super) fn score<'a>(
+        &mut self,
+        unscored: Option<u32>,
+        tokens: impl Iterator<Item = &'a TokenLogprobs>,
+    ) -> CompletionLogprobs {
+        let mut scores = CompletionLogprobs::default();
+        if let Some(id) = unscored {
+            self.push(id, None, None, &mut scores);
+        }
+        for token in tokens {
+            let logprob = token.logprob.map(|p| p.max(LEAST));
+            let own = logprob.map(|p| (token.token, p));
+            let mut top = TopLogprobs(Vec::with_capacity(token.top.len() + 1));
+            for (id, logprob) in token.top.iter().copied().chain(own) {
+                // The token itself may be among the most likely ones, and two ids may have one text.
+                let name = self.name(id);
+                if top.0.iter().all(|(other, _)| *other != name) {
+                    top.0.push((name, logprob.max(LEAST)));
+                }
+            }
+            self.push(token.token, logprob, Some(top), &mut scores);
+        }
+        scores
+    }
+
+    fn push(
+        &mut self,
+        id: u32,
+        logprob: Option<f32>,
+        top: Option<TopLogprobs>,
+        scores: &mut CompletionLogprobs,
+    ) {
+        scores.text_offset.push(self.offsets.next(id));
+        scores.tokens.push(self.name(id));
+        scores.token_logprobs.push(logprob);
+        scores.top_logprobs.push(top);
+    }
+
+    /// A token that isn't whole characters is written `bytes:\xe2\x82`, as OpenAI does.
+    fn name(&self, id: u32) -> String {
+        self.names.id(id).unwrap_or_else(|| {
+            String::from_utf8(self.vocabulary.bytes(id)).unwrap_or_else(|e| {
+                let digits: String = e.as_bytes().iter().map(|b| format!("\\x{b:02x}")).collect();
+                format!("bytes:{digits}")
+            })
+        })
+    }
 }
 
 /// `choices[].logprobs` of chat.
@@ -93,21 +165,103 @@ struct ScoredToken {
 }
 
 impl ChatLogprobs {
-    pub(super) fn new(vocabulary: &Vocabulary, tokens: &[Sampled]) -> Self {
+    pub(super) fn new(
+        vocabulary: &Vocabulary,
+        names: TokenNames,
+        tokens: &[TokenLogprobs],
+    ) -> Self {
         let scored = |id: u32, logprob: f32| {
             let bytes = vocabulary.bytes(id);
+            let text = || String::from_utf8_lossy(&bytes).into_owned();
             ScoredToken {
-                token: String::from_utf8_lossy(&bytes).into_owned(),
+                token: names.id(id).unwrap_or_else(text),
                 logprob: logprob.max(LEAST),
                 bytes,
             }
         };
-        let content = tokens.iter().map(|sampled| ChatToken {
-            token: scored(sampled.token, sampled.logprob.unwrap_or(LEAST)),
-            top_logprobs: sampled.top.iter().map(|(id, p)| scored(*id, *p)).collect(),
+        let content = tokens.iter().map(|token| ChatToken {
+            token: scored(token.token, token.logprob.unwrap_or(LEAST)),
+            top_logprobs: token.top.iter().map(|(id, p)| scored(*id, *p)).collect(),
         });
         Self {
             content: content.collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::tokenizer::{TextFiles, Tokenizer};
+
+    fn tokenizer(name: &str) -> Tokenizer {
+        let path = format!(
+            "{}/tests/golden/tokenizers/{name}/tokenizer.json",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        let files = TextFiles {
+            tokenizer: &std::fs::read(path).unwrap(),
+            tokenizer_config: None,
+            chat_template: None,
+        };
+        Tokenizer::load(files).unwrap()
+    }
+
+    /// `text_offset` of these tokens, from the start of a text.
+    fn offsets(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<usize> {
+        let detokenizer = Detokenizer::new(Arc::clone(tokenizer.vocabulary()), true);
+        let mut offsets = TextOffsets::new(detokenizer, 0);
+        ids.iter().map(|id| offsets.next(*id)).collect()
+    }
+
+    #[test]
+    fn offsets_do_not_drift_after_a_character_of_several_tokens() {
+        let byte_level = tokenizer("byte_level");
+        let encode = |text| byte_level.encode(text, false).unwrap();
+        assert_eq!((encode("𐍈").len(), encode("x").len()), (4, 1));
+        assert_eq!(
+            offsets(&byte_level, &encode("x𐍈x𐍈x")),
+            [0, 1, 1, 1, 1, 2, 3, 3, 3, 3, 4]
+        );
+
+        // Bytes are held back as long as a run of them goes on, and specials have no text.
+        let byte_fallback = tokenizer("byte_fallback");
+        let ids = byte_fallback.encode("𐍈𐍈a", true).unwrap();
+        assert_eq!(
+            ids.len(),
+            11,
+            "BOS, a blank that is stripped, two times four bytes, a"
+        );
+        assert_eq!(
+            offsets(&byte_fallback, &ids),
+            [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2]
+        );
+    }
+
+    #[test]
+    fn tokens_are_named_by_their_ids_where_asked() {
+        let tokenizer = tokenizer("byte_level");
+        let vocabulary = tokenizer.vocabulary();
+        let tokens = [TokenLogprobs {
+            token: 7,
+            logprob: Some(-0.5),
+            top: vec![(9, -0.25), (7, -0.5)],
+        }];
+        let detokenizer = Detokenizer::new(Arc::clone(vocabulary), true);
+        let offsets = TextOffsets::new(detokenizer, 0);
+        let mut scorer = CompletionScorer::new(vocabulary, TokenNames::Ids, offsets);
+        let json = serde_json::to_value(scorer.score(Some(3), tokens.iter())).unwrap();
+        assert_eq!(
+            json["tokens"],
+            serde_json::json!(["token_id:3", "token_id:7"])
+        );
+        assert_eq!(
+            json["top_logprobs"][1],
+            serde_json::json!({"token_id:9": -0.25, "token_id:7": -0.5})
+        );
+        let chat = ChatLogprobs::new(vocabulary, TokenNames::Ids, &tokens);
+        let json = serde_json::to_value(chat).unwrap();
+        assert_eq!(json["content"][0]["token"], "token_id:7");
+        assert_eq!(json["content"][0]["top_logprobs"][0]["token"], "token_id:9");
     }
 }

@@ -1,7 +1,7 @@
 //! Connections: a loop of our own over hyper, for the limits that a public port needs, and the drain.
 //!
-//! Connections beyond the limit are still answered, but only probes get more than a 503, so that a crowd can't make
-//! the kubelet kill the server. It knows phases and sockets, no routes.
+//! A few connections beyond the limit are still answered, marked with [`OverLimit`], so that the routes can refuse
+//! them in words; even more are closed at once. It knows sockets and phases, no routes and no model.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -15,27 +15,70 @@ use axum::response::Response;
 use http_body_util::BodyExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
 use super::write_timeout::WriteTimeout;
-use super::{App, OverLimit, Phase, WRITE_TIMEOUT, router};
 
-/// Connections beyond the limit, for probes. Even more are closed at once.
+/// Connections beyond the limit that get an answer. Even more are closed at once.
 const RESERVE: usize = 64;
 
 /// A connection that is to close still waits so long for a request. A client whose answer began before SIGTERM was not
 /// told to leave, and may send its next request the moment that the answer ends: closed then, it would lose that one.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// Accepts connections until the app is closing, then lets answers under way finish for at most `drain`. Returns how
-/// many connections were cut.
-pub async fn serve(listener: TcpListener, app: Arc<App>, drain: Duration) -> usize {
-    let most = app.limits.max_connections + RESERVE;
+/// A client that keeps the server waiting for so long in all is gone: its connection is closed, and what it runs ends.
+/// Long enough for any hiccup of a network; a client that takes its time takes something meanwhile.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Bytes that one connection may buffer on each side, beyond a single frame; and again in the kernel, which would hold
+/// megabytes for a client that doesn't read.
+const MAX_BUFFER_BYTES: usize = 64 << 10;
+
+/// Where a server stands. It only ever moves forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// It has nothing to serve yet: probes are answered, requests are not.
+    Loading,
+    /// Everything is answered.
+    Ready,
+    /// Told to stop: `/ready` says so, and requests are still accepted, because who sends them learns it late.
+    Draining,
+    /// No more connections; answers under way are finished, and so is one more request of a client that was not told
+    /// to leave, because its answer had begun before.
+    Closing,
+}
+
+/// Marks requests of connections beyond the limit.
+#[derive(Clone, Copy, Debug)]
+pub struct OverLimit;
+
+/// What one port may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortLimits {
+    /// Connections served at once.
+    pub max_connections: usize,
+    /// Time for the head of a request.
+    pub read_timeout: Duration,
+}
+
+/// Accepts connections until the phase is [`Phase::Closing`], then lets answers under way finish for at most `drain`.
+/// Returns how many connections were cut.
+pub async fn serve(
+    listener: TcpListener,
+    routes: axum::Router,
+    limits: PortLimits,
+    mut phase: watch::Receiver<Phase>,
+    drain: Duration,
+) -> usize {
+    let most = limits.max_connections + RESERVE;
     let open = Arc::new(Semaphore::new(most));
-    let routes = router(Arc::clone(&app));
-    let for_probes = routes.clone().layer(Extension(OverLimit));
-    let mut phase = app.phase();
+    let over_limit = routes.clone().layer(Extension(OverLimit));
+    let timeouts = Timeouts {
+        read: limits.read_timeout,
+        write: WRITE_TIMEOUT,
+    };
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -52,16 +95,11 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, drain: Duration) -> usi
         let Ok(permit) = Arc::clone(&open).try_acquire_owned() else {
             continue;
         };
-        let routes = if open.available_permits() < RESERVE {
-            &for_probes
-        } else {
-            &routes
+        let routes = match open.available_permits() < RESERVE {
+            true => &over_limit,
+            false => &routes,
         };
-        let timeouts = Timeouts {
-            read: app.limits.read_timeout,
-            write: WRITE_TIMEOUT,
-        };
-        let connection = connection(stream, routes.clone(), timeouts, app.phase());
+        let connection = connection(stream, routes.clone(), timeouts, phase.clone());
         tokio::spawn(async move {
             connection.await;
             drop(permit);
@@ -90,6 +128,7 @@ async fn connection(
 ) {
     // Small pieces of a stream go out at once.
     let _ = stream.set_nodelay(true);
+    let _ = set_socket_send_buffer_size(&stream, MAX_BUFFER_BYTES);
     let stream = WriteTimeout::new(stream, timeouts.write);
     let under_way = Arc::new(watch::Sender::new(0));
     let mut answers = under_way.subscribe();
@@ -97,6 +136,7 @@ async fn connection(
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeouts.read)
+        .max_buf_size(MAX_BUFFER_BYTES)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
     let mut connection = pin!(connection);
     let leaving = async {
@@ -110,7 +150,7 @@ async fn connection(
     log(connection.await);
 }
 
-/// Counts a request from its head to the end of its answer's body.
+/// Middleware: counts a request from its head to the end of its answer's body.
 async fn count(
     State(under_way): State<Arc<watch::Sender<usize>>>,
     request: Request,

@@ -2,8 +2,10 @@
 
 use serde::Serialize;
 
+use super::error::ApiError;
 use super::logprobs::{ChatLogprobs, CompletionLogprobs};
-use crate::output::Finish;
+use super::params::StreamUsage;
+use crate::engine::FinishReason;
 
 /// Tokens of a whole call.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -23,6 +25,19 @@ impl Usage {
     }
 }
 
+/// The `usage` of a chunk that is not the last: left out unless asked for, null where it comes at the end, or what the
+/// chunk's choice has used so far.
+pub(super) fn chunk_usage(
+    wanted: StreamUsage,
+    so_far: impl FnOnce() -> Usage,
+) -> Option<Option<Usage>> {
+    match wanted {
+        StreamUsage::None => None,
+        StreamUsage::Last => Some(None),
+        StreamUsage::Each => Some(Some(so_far())),
+    }
+}
+
 /// `/v1/completions`, whole and as a chunk.
 #[derive(Debug, Serialize)]
 pub(super) struct Completion<'a> {
@@ -31,7 +46,7 @@ pub(super) struct Completion<'a> {
     pub(super) created: u64,
     pub(super) model: &'a str,
     pub(super) choices: Vec<CompletionChoice>,
-    /// In a stream: left out unless asked for, then null but in the last chunk.
+    /// In a stream: see [`chunk_usage`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) usage: Option<Option<Usage>>,
 }
@@ -110,16 +125,17 @@ pub(super) enum StopReason {
 
 /// `finish_reason` and `stop_reason`. The end of sequence is no stop token of the caller's.
 pub(super) fn reasons(
-    finish: Finish,
+    reason: FinishReason,
     stop_token_ids: &[u32],
-) -> Result<(&'static str, Option<StopReason>), String> {
-    match finish {
-        Finish::Length => Ok(("length", None)),
-        Finish::StopString(text) => Ok(("stop", Some(StopReason::Text(text)))),
-        Finish::StopToken(id) if stop_token_ids.contains(&id) => {
+) -> Result<(&'static str, Option<StopReason>), ApiError> {
+    match reason {
+        FinishReason::Length => Ok(("length", None)),
+        FinishReason::StopString(text) => Ok(("stop", Some(StopReason::Text(text)))),
+        FinishReason::Stop(id) if stop_token_ids.contains(&id) => {
             Ok(("stop", Some(StopReason::Token(id))))
         }
-        Finish::StopToken(_) => Ok(("stop", None)),
-        Finish::Error(why) => Err(why),
+        FinishReason::Stop(_) => Ok(("stop", None)),
+        FinishReason::Abort => Ok(("abort", None)),
+        FinishReason::Error(why) => Err(ApiError::internal(why)),
     }
 }

@@ -82,6 +82,12 @@ impl Detokenizer {
         }
     }
 
+    /// Whole characters that are held back because the run of byte tokens that they belong to goes on.
+    pub fn n_held_chars(&self) -> usize {
+        let whole = std::str::from_utf8(&self.run.bytes[..self.run.valid]);
+        whole.map_or(0, |text| text.chars().count())
+    }
+
     /// Ends the stream: appends what was held back.
     pub fn finish(&mut self, out: &mut String) {
         self.end_run(out);

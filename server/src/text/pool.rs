@@ -1,92 +1,254 @@
-//! A few threads for the work on whole texts: tokenizing and rendering take time in proportion to the prompt, and
-//! an async thread must not. The queue is bounded: callers wait for room. It knows nothing of the work itself.
+//! A few threads for the work on whole texts: tokenizing and rendering take time and memory in proportion to the text,
+//! and an async thread must not.
+//!
+//! Short texts have threads of their own, which no long text can take. Long ones share a single thread, the shortest
+//! first, so that they take the memory of one at a time; few of them may wait. A job that panics fails alone. It knows
+//! nothing of the work itself.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use super::TextError;
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Texts above this many bytes are long. One of this size takes some 20 ms.
+pub const SHORT_BYTES: usize = 64 << 10;
+
+/// Long texts that may wait: each is seconds of work in the worst case.
+const MAX_WAITING_LONG: usize = 8;
 
 /// The threads end when the last clone is dropped.
 #[derive(Clone, Debug)]
-pub struct TextPool(mpsc::Sender<Job>);
+pub struct TextPool {
+    short: Lane,
+    long: Lane,
+}
 
 impl TextPool {
-    /// Starts `n_threads`, with room for `capacity` jobs that wait.
-    pub fn start(n_threads: NonZeroUsize, capacity: NonZeroUsize) -> std::io::Result<Self> {
-        let (sender, receiver) = mpsc::channel::<Job>(capacity.get());
-        let receiver = Arc::new(Mutex::new(receiver));
-        for i in 0..n_threads.get() {
-            let receiver = Arc::clone(&receiver);
-            std::thread::Builder::new()
-                .name(format!("text-{i}"))
-                .spawn(move || {
-                    // One thread waits inside the lock, the others for it; a job runs outside.
-                    while let Some(job) = next(&receiver) {
-                        job();
-                    }
-                })?;
-        }
-        Ok(Self(sender))
+    /// Starts `n_threads` for short texts and one for long ones. Callers bound how many short texts wait: each
+    /// connection has one at most.
+    pub fn start(n_threads: NonZeroUsize) -> std::io::Result<Self> {
+        Ok(Self {
+            short: Lane::start("text", n_threads, usize::MAX)?,
+            long: Lane::start("long-text", NonZeroUsize::MIN, MAX_WAITING_LONG)?,
+        })
     }
 
-    /// Runs `work` on one of the threads. Where the caller has left by the time its turn comes, it isn't run.
+    /// Runs `work` on a text of `n_bytes` on one of the threads. Where the caller has left by the time its turn comes,
+    /// it isn't run. [`TextError::Busy`] comes at once, before any work.
     pub async fn run<T: Send + 'static>(
         &self,
+        n_bytes: usize,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, TextError> {
         let (done, result) = oneshot::channel();
         let job = Box::new(move || {
             if !done.is_closed() {
-                let _ = done.send(work());
+                // What the work has of shared state is not changed by it, so that a panic leaves nothing half done.
+                let result = catch_unwind(AssertUnwindSafe(work));
+                let _ = done.send(result.map_err(|_| TextError::Panicked));
             }
         });
-        self.0.send(job).await.map_err(|_| TextError::Stopped)?;
-        result.await.map_err(|_| TextError::Stopped)
+        match n_bytes <= SHORT_BYTES {
+            // All alike: in the order of their arrival.
+            true => self.short.push(0, job)?,
+            false => self.long.push(n_bytes, job)?,
+        }
+        result.await.map_err(|_| TextError::Stopped)?
     }
 }
 
-fn next(receiver: &Mutex<mpsc::Receiver<Job>>) -> Option<Job> {
-    // A lock is poisoned only by a panic inside `blocking_recv`, which has none.
-    receiver.lock().ok()?.blocking_recv()
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads with a queue of their own.
+#[derive(Clone, Debug)]
+struct Lane(Arc<Owner>);
+
+/// Its drop ends the threads.
+#[derive(Debug)]
+struct Owner(Arc<Queue>);
+
+#[derive(Debug)]
+struct Queue {
+    state: Mutex<State>,
+    changed: Condvar,
+    capacity: usize,
+}
+
+#[derive(Default)]
+struct State {
+    /// By bytes, then by arrival: the first is next.
+    waiting: BTreeMap<(usize, u64), Job>,
+    n_arrived: u64,
+    closed: bool,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} texts wait", self.waiting.len())
+    }
+}
+
+impl Lane {
+    fn start(name: &str, n_threads: NonZeroUsize, capacity: usize) -> std::io::Result<Self> {
+        let queue = Arc::new(Queue {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            capacity,
+        });
+        let lane = Self(Arc::new(Owner(Arc::clone(&queue))));
+        for i in 0..n_threads.get() {
+            let queue = Arc::clone(&queue);
+            std::thread::Builder::new()
+                .name(format!("{name}-{i}"))
+                .spawn(move || {
+                    while let Some(job) = queue.next() {
+                        job();
+                    }
+                })?;
+        }
+        Ok(lane)
+    }
+
+    fn push(&self, n_bytes: usize, job: Job) -> Result<(), TextError> {
+        let queue = &self.0.0;
+        let mut state = queue.state();
+        if state.waiting.len() >= queue.capacity {
+            return Err(TextError::Busy {
+                limit: queue.capacity,
+            });
+        }
+        state.n_arrived += 1;
+        let key = (n_bytes, state.n_arrived);
+        state.waiting.insert(key, job);
+        drop(state);
+        queue.changed.notify_one();
+        Ok(())
+    }
+}
+
+impl Queue {
+    /// Waits for a job; `None` when there will be no more.
+    fn next(&self) -> Option<Job> {
+        let mut state = self.state();
+        loop {
+            if let Some((_, job)) = state.waiting.pop_first() {
+                return Some(job);
+            }
+            if state.closed {
+                return None;
+            }
+            let waited = self.changed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No job runs under the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.0.state().closed = true;
+        self.0.changed.notify_all();
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
+
+    const LONG_BYTES: usize = SHORT_BYTES + 1;
+
+    fn pool() -> TextPool {
+        TextPool::start(NonZeroUsize::MIN).unwrap()
+    }
 
     #[tokio::test]
     async fn all_work_is_done_through_few_threads() {
-        let one = NonZeroUsize::MIN;
-        let pool = TextPool::start(NonZeroUsize::new(2).unwrap(), one).unwrap();
-        let results = futures::future::join_all((0..100).map(|i| pool.run(move || i * i))).await;
+        let pool = TextPool::start(NonZeroUsize::new(2).unwrap()).unwrap();
+        let results = (0..100).map(|i| pool.run(1, move || i * i));
+        let results = futures::future::join_all(results).await;
         let results: Vec<i32> = results.into_iter().map(Result::unwrap).collect();
         assert_eq!(results, (0..100).map(|i| i * i).collect::<Vec<i32>>());
     }
 
     #[tokio::test]
     async fn work_of_a_caller_that_left_is_not_run() {
-        let pool = TextPool::start(NonZeroUsize::MIN, NonZeroUsize::MIN).unwrap();
-        let (go, wait) = std::sync::mpsc::channel::<()>();
-        let (ran, mut was_run) = mpsc::channel::<()>(1);
-        let blocker = pool.run(move || wait.recv().is_ok());
+        let pool = pool();
+        let (go, wait) = mpsc::channel::<()>();
+        let (ran, was_run) = mpsc::channel::<()>();
+        let blocker = pool.run(1, move || wait.recv().is_ok());
         futures::pin_mut!(blocker);
         assert!(futures::poll!(blocker.as_mut()).is_pending());
         {
-            // Queued behind the blocker (or waiting for room), then given up.
-            let left = pool.run(move || ran.try_send(()));
+            // Queued behind the blocker, then given up.
+            let left = pool.run(1, move || ran.send(()));
             futures::pin_mut!(left);
             assert!(futures::poll!(left.as_mut()).is_pending());
         }
         go.send(()).unwrap();
         assert!(blocker.await.unwrap());
-        pool.run(|| ()).await.unwrap();
-        assert!(
-            was_run.recv().await.is_none(),
-            "its channel was dropped unused"
-        );
+        pool.run(1, || ()).await.unwrap();
+        assert!(was_run.recv().is_err(), "its channel was dropped unused");
+    }
+
+    #[tokio::test]
+    async fn a_panic_fails_its_own_work_only() {
+        let pool = pool();
+        let panicked = pool.run(1, || panic!("a tokenizer's mistake")).await;
+        assert!(matches!(panicked, Err(TextError::Panicked)));
+        assert_eq!(pool.run(1, || 7).await.unwrap(), 7, "the thread goes on");
+    }
+
+    #[tokio::test]
+    async fn long_texts_hold_up_no_short_one_and_are_refused_when_many_wait() {
+        let pool = pool();
+        let (go, wait) = mpsc::channel::<()>();
+        let (began, begun) = oneshot::channel();
+        let long = tokio::spawn({
+            let pool = pool.clone();
+            async move {
+                pool.run(LONG_BYTES, move || {
+                    let _ = began.send(());
+                    wait.recv().is_ok()
+                })
+                .await
+            }
+        });
+        begun.await.unwrap();
+        let (order, done) = mpsc::channel();
+        let mut waiting: Vec<_> = (0..MAX_WAITING_LONG)
+            .map(|i| {
+                let order = order.clone();
+                Box::pin(pool.run(LONG_BYTES + 100 - i, move || order.send(i).unwrap()))
+            })
+            .collect();
+        for one in &mut waiting {
+            assert!(futures::poll!(one).is_pending());
+        }
+        let refused = pool.run(LONG_BYTES, || ()).await;
+        assert!(matches!(
+            refused,
+            Err(TextError::Busy {
+                limit: MAX_WAITING_LONG
+            })
+        ));
+        assert_eq!(pool.run(SHORT_BYTES, || 7).await.unwrap(), 7);
+        go.send(()).unwrap();
+        assert!(long.await.unwrap().unwrap());
+        for one in waiting {
+            one.await.unwrap();
+        }
+        let done: Vec<usize> = done.try_iter().collect();
+        let shortest_first: Vec<usize> = (0..MAX_WAITING_LONG).rev().collect();
+        assert_eq!(done, shortest_first);
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::bounds::TextBounds;
 use super::{ChatTemplate, TextError, Vocabulary};
 
 /// The text files of a model directory.
@@ -23,6 +24,7 @@ pub struct TextFiles<'a> {
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    bounds: TextBounds,
     vocabulary: Arc<Vocabulary>,
     chat_template: Option<ChatTemplate>,
 }
@@ -50,6 +52,7 @@ impl Tokenizer {
             .map(|(file, source)| ChatTemplate::new(file, &source, special_tokens_of(&config)))
             .transpose()?;
         Ok(Self {
+            bounds: TextBounds::new(&inner, &vocabulary),
             inner,
             vocabulary,
             chat_template,
@@ -58,11 +61,17 @@ impl Tokenizer {
 
     /// Text to token ids; `add_special_tokens` adds what the model expects around a text (a BOS token).
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
+        self.bounds.check_blanks(text)?;
         let encoding = self
             .inner
             .encode_fast(text, add_special_tokens)
             .map_err(|e| TextError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Refuses a text that has more than `max_tokens` tokens for certain, by its length alone.
+    pub fn check_length(&self, text: &str, max_tokens: u32) -> Result<(), TextError> {
+        self.bounds.check_length(text, max_tokens)
     }
 
     /// What each id stands for.
@@ -259,6 +268,63 @@ pub(super) mod tests {
                 ("eos_token".into(), "</s>".into())
             ]
         );
+    }
+
+    fn load(name: &str) -> Tokenizer {
+        let files = TextFiles {
+            tokenizer: &golden(name, "tokenizer.json"),
+            tokenizer_config: None,
+            chat_template: None,
+        };
+        Tokenizer::load(files).unwrap()
+    }
+
+    #[test]
+    fn blanks_in_a_row_are_tokenized_as_a_whole_or_refused() {
+        use crate::text::bounds::MAX_BLANKS;
+        let tokenizer = load("byte_level");
+        let encode = |text: &str| tokenizer.encode(text, false);
+        // The pattern leaves the last blank to the word behind it.
+        let most = format!("{}x", " ".repeat(MAX_BLANKS));
+        let mut want = encode(&" ".repeat(MAX_BLANKS - 1)).unwrap();
+        want.extend(encode(" x").unwrap());
+        assert!(encode(&most).unwrap() == want, "as far as it is allowed");
+        let refused = encode(&format!(
+            "a{} {}b",
+            "\n".repeat(500_000),
+            " ".repeat(500_000)
+        ));
+        assert_eq!(
+            refused.unwrap_err().to_string(),
+            "the text has 1000001 whitespace characters in a row, at most 900000 can be tokenized"
+        );
+        // Without a pattern there is no limit.
+        let text = " ".repeat(MAX_BLANKS + 1);
+        assert!(load("byte_fallback").encode(&text, false).is_ok());
+    }
+
+    #[test]
+    fn a_text_that_is_too_long_for_certain_is_known_by_its_bytes() {
+        for name in ["byte_level", "byte_fallback"] {
+            let tokenizer = load(name);
+            let longest = tokenizer.vocabulary().longest_token_bytes();
+            assert!((4..100).contains(&longest), "{name}: {longest}");
+            let golden: Golden = serde_json::from_slice(&golden(name, "golden.json")).unwrap();
+            for case in golden.encodings {
+                let n_tokens = case.ids.len() as u32;
+                assert!(
+                    tokenizer.check_length(&case.text, n_tokens).is_ok(),
+                    "{name}: {:?}",
+                    case.text
+                );
+            }
+            let text = "a".repeat(4 * longest * 10 + 1);
+            let error = tokenizer.check_length(&text, 10).unwrap_err().to_string();
+            assert!(
+                error.contains("the longest context of 10 tokens"),
+                "{name}: {error}"
+            );
+        }
     }
 
     #[test]

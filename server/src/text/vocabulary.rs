@@ -119,6 +119,18 @@ impl Vocabulary {
         }
     }
 
+    /// Bytes of the longest token.
+    pub fn longest_token_bytes(&self) -> usize {
+        let n_bytes = |piece| match piece {
+            Piece::Missing => 0,
+            Piece::Byte(_) => 1,
+            Piece::Text { start, end } => (end - start) as usize,
+        };
+        let entries = self.entries.iter();
+        let longest = entries.map(|e| n_bytes(e.first).max(n_bytes(e.later)));
+        longest.max().unwrap_or(0)
+    }
+
     /// Whether `skip_special_tokens` leaves this one out.
     pub fn is_special(&self, id: u32) -> bool {
         self.entries.get(id as usize).is_some_and(|e| e.special)
@@ -300,7 +312,7 @@ fn fallback_byte(token: &str) -> Option<u8> {
 
 /// The characters that byte-level vocabularies write bytes with (GPT-2): printable Latin-1 stands for itself, the
 /// other bytes, in order, for the characters from U+0100 on.
-fn byte_level_alphabet() -> HashMap<char, u8> {
+pub(super) fn byte_level_alphabet() -> HashMap<char, u8> {
     let mut next = 0x100;
     (0..=u8::MAX)
         .map(|byte| match byte {

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use kvasir_kernels::step::{LogitsRequest, LogitsRow, Sampled, SamplingParams, TokenInput};
+use kvasir_kernels::step::{LogitsRequest, LogitsRow, SamplingParams, TokenInput};
 
 use crate::engine::{FinishReason, Request};
 
@@ -186,14 +186,14 @@ impl Sequence {
     }
 
     /// Appends an output that was under way, and says whether it is the last.
-    pub(super) fn commit(&mut self, sampled: &Sampled) -> Option<FinishReason> {
+    pub(super) fn commit(&mut self, token: u32) -> Option<FinishReason> {
         self.n_pending = self
             .n_pending
             .checked_sub(1)
             .expect("an output is committed once");
-        self.tokens.push(sampled.token);
-        if self.stop_token_ids.contains(&sampled.token) {
-            Some(FinishReason::Stop(sampled.token))
+        self.tokens.push(token);
+        if self.stop_token_ids.contains(&token) {
+            Some(FinishReason::Stop(token))
         } else if self.n_known() - self.n_prompt == self.max_outputs {
             Some(FinishReason::Length)
         } else {

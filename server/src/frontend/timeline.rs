@@ -1,9 +1,9 @@
-//! When things happened to one request, and which spans of its life that ends. Each is reported once: a request that is
+//! When things happened to one request, and which latencies that completes. Each is reported once: a request that is
 //! preempted is admitted again, but it has left the queue only once. Pure: it is told what time it is.
 
 use std::time::{Duration, Instant};
 
-use crate::metrics::Span;
+use crate::metrics::LatencyKind;
 
 /// One request's life so far.
 #[derive(Clone, Debug)]
@@ -27,36 +27,36 @@ impl Timeline {
     }
 
     /// The engine runs it, for the first time or again.
-    pub(super) fn admitted(&mut self, at: Instant, mut over: impl FnMut(Span, Duration)) {
+    pub(super) fn admitted(&mut self, at: Instant, mut observe: impl FnMut(LatencyKind, Duration)) {
         if self.admitted.is_none() {
             self.admitted = Some(at);
-            over(Span::Queue, since(self.queued, at));
+            observe(LatencyKind::Queue, since(self.queued, at));
         }
     }
 
     /// It got one token, or several at once.
-    pub(super) fn token(&mut self, at: Instant, mut over: impl FnMut(Span, Duration)) {
+    pub(super) fn token(&mut self, at: Instant, mut observe: impl FnMut(LatencyKind, Duration)) {
         match &mut self.tokens {
             None => {
                 self.tokens = Some((at, at));
-                over(Span::FirstToken, since(self.arrived, at));
+                observe(LatencyKind::FirstToken, since(self.arrived, at));
                 // The engine reports an admission before what it brought.
                 if let Some(admitted) = self.admitted {
-                    over(Span::Prefill, since(admitted, at));
+                    observe(LatencyKind::Prefill, since(admitted, at));
                 }
             }
             Some((_, newest)) => {
-                over(Span::InterToken, since(*newest, at));
+                observe(LatencyKind::InterToken, since(*newest, at));
                 *newest = at;
             }
         }
     }
 
     /// It ended. Called once.
-    pub(super) fn ended(&self, at: Instant, mut over: impl FnMut(Span, Duration)) {
-        over(Span::Whole, since(self.arrived, at));
+    pub(super) fn ended(&self, at: Instant, mut observe: impl FnMut(LatencyKind, Duration)) {
+        observe(LatencyKind::EndToEnd, since(self.arrived, at));
         if let Some((first, newest)) = self.tokens {
-            over(Span::Decode, since(first, newest));
+            observe(LatencyKind::Decode, since(first, newest));
         }
     }
 }
@@ -71,33 +71,34 @@ mod tests {
     use proptest::prelude::*;
 
     #[derive(Clone, Copy, Debug)]
-    enum Happens {
+    enum Moment {
         Admitted,
         Token,
         Ended,
     }
-    use Happens::{Admitted, Ended, Token};
+    use Moment::{Admitted, Ended, Token};
 
     /// Arrives at 0 ms, is queued at 10 ms.
-    fn spans(events: &[(u64, Happens)]) -> Vec<(Span, u64)> {
+    fn latencies(events: &[(u64, Moment)]) -> Vec<(LatencyKind, u64)> {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut timeline = Timeline::new(start, at(10));
-        let mut spans = Vec::new();
-        let mut over = |span, length: Duration| spans.push((span, length.as_millis() as u64));
+        let mut latencies = Vec::new();
+        let mut observe =
+            |kind, length: Duration| latencies.push((kind, length.as_millis() as u64));
         for &(ms, event) in events {
             match event {
-                Admitted => timeline.admitted(at(ms), &mut over),
-                Token => timeline.token(at(ms), &mut over),
-                Ended => timeline.ended(at(ms), &mut over),
+                Admitted => timeline.admitted(at(ms), &mut observe),
+                Token => timeline.token(at(ms), &mut observe),
+                Ended => timeline.ended(at(ms), &mut observe),
             }
         }
-        spans
+        latencies
     }
 
     #[test]
-    fn each_span_is_measured_from_its_own_beginning() {
-        use Span::{Decode, FirstToken, InterToken, Prefill, Queue, Whole};
+    fn each_latency_is_measured_from_its_own_beginning() {
+        use LatencyKind::{Decode, EndToEnd, FirstToken, InterToken, Prefill, Queue};
         for (why, events, want) in [
             (
                 "one token",
@@ -106,7 +107,7 @@ mod tests {
                     (Queue, 20),
                     (FirstToken, 70),
                     (Prefill, 40),
-                    (Whole, 70),
+                    (EndToEnd, 70),
                     (Decode, 0),
                 ],
             ),
@@ -127,22 +128,22 @@ mod tests {
                     (Prefill, 40),
                     (InterToken, 30),
                     (InterToken, 5),
-                    (Whole, 110),
+                    (EndToEnd, 110),
                     (Decode, 35),
                 ],
             ),
             (
                 "a prompt that is only scored",
                 vec![(30, Admitted), (60, Ended)],
-                vec![(Queue, 20), (Whole, 60)],
+                vec![(Queue, 20), (EndToEnd, 60)],
             ),
             (
                 "the engine fails before it runs",
                 vec![(60, Ended)],
-                vec![(Whole, 60)],
+                vec![(EndToEnd, 60)],
             ),
         ] {
-            assert_eq!(spans(&events), want, "{why}");
+            assert_eq!(latencies(&events), want, "{why}");
         }
     }
 
@@ -160,20 +161,20 @@ mod tests {
             }
             let n_tokens = events.iter().filter(|(_, e)| matches!(e, Token)).count();
             events.push((now, Ended));
-            let spans = spans(&events);
-            let count = |wanted| spans.iter().filter(|(span, _)| *span == wanted).count();
+            let latencies = latencies(&events);
+            let count = |wanted| latencies.iter().filter(|(kind, _)| *kind == wanted).count();
             let once = usize::from(n_tokens > 0);
-            prop_assert_eq!(count(Span::Queue), 1);
-            prop_assert_eq!(count(Span::FirstToken), once);
-            prop_assert_eq!(count(Span::Prefill), once);
-            prop_assert_eq!(count(Span::Decode), once);
-            prop_assert_eq!(count(Span::InterToken), n_tokens.saturating_sub(1));
-            prop_assert_eq!(count(Span::Whole), 1);
+            prop_assert_eq!(count(LatencyKind::Queue), 1);
+            prop_assert_eq!(count(LatencyKind::FirstToken), once);
+            prop_assert_eq!(count(LatencyKind::Prefill), once);
+            prop_assert_eq!(count(LatencyKind::Decode), once);
+            prop_assert_eq!(count(LatencyKind::InterToken), n_tokens.saturating_sub(1));
+            prop_assert_eq!(count(LatencyKind::EndToEnd), 1);
             // Queue, prefill and decode follow each other; nothing is counted twice or left out.
-            let sum = |wanted: &[Span]| spans.iter().filter(|(s, _)| wanted.contains(s)).map(|(_, ms)| ms).sum::<u64>();
-            prop_assert_eq!(sum(&[Span::Decode]), sum(&[Span::InterToken]));
+            let sum = |wanted: &[LatencyKind]| latencies.iter().filter(|(kind, _)| wanted.contains(kind)).map(|(_, ms)| ms).sum::<u64>();
+            prop_assert_eq!(sum(&[LatencyKind::Decode]), sum(&[LatencyKind::InterToken]));
             if n_tokens > 0 {
-                prop_assert_eq!(sum(&[Span::FirstToken]), 10 + sum(&[Span::Queue, Span::Prefill]));
+                prop_assert_eq!(sum(&[LatencyKind::FirstToken]), 10 + sum(&[LatencyKind::Queue, LatencyKind::Prefill]));
             }
         }
     }

@@ -1,0 +1,67 @@
+//! A request on its way in: what the engine needs, and what its tokens become on the way out.
+
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::outputs::RequestState;
+use super::stream::RequestEvent;
+use crate::engine::{Request, RequestId, SamplingParams};
+use crate::text::Detokenizer;
+use crate::text::stop::StopStrings;
+
+/// One prompt, ready to run.
+#[derive(Debug)]
+pub struct GenerationRequest {
+    /// Not empty; ids below the vocabulary's size.
+    pub prompt: Vec<u32>,
+    /// Tokens to generate at most.
+    pub max_tokens: u32,
+    /// How tokens are sampled.
+    pub sampling: SamplingParams,
+    /// Tokens that end the text, the model's own included unless they are ignored.
+    pub stop_token_ids: Vec<u32>,
+    /// Strings that end the text and aren't part of it.
+    pub stop: StopStrings,
+    /// Report log-probabilities of the generated tokens, and of this many alternatives.
+    pub logprobs: Option<u8>,
+    /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
+    pub prompt_logprobs: Option<u8>,
+    /// Ready to take the first generated token.
+    pub detokenizer: Detokenizer,
+    /// When the client's call came.
+    pub arrived: Instant,
+}
+
+impl GenerationRequest {
+    /// One for each generated token and prefill step at most, and one at the end.
+    pub(super) fn max_events(&self, max_model_len: u32) -> usize {
+        self.max_tokens.min(max_model_len) as usize + self.prompt.len() + 1
+    }
+
+    /// The engine's part and the output thread's part.
+    pub(super) fn split(
+        self,
+        id: RequestId,
+        events: mpsc::Sender<RequestEvent>,
+        queued: Instant,
+    ) -> (Request, RequestState) {
+        let state = RequestState::new(
+            events,
+            self.detokenizer,
+            self.stop,
+            self.prompt.len() as u64,
+            (self.arrived, queued),
+        );
+        let request = Request {
+            id,
+            prompt: self.prompt,
+            max_tokens: self.max_tokens,
+            stop_token_ids: self.stop_token_ids,
+            sampling: self.sampling,
+            logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
+        };
+        (request, state)
+    }
+}
