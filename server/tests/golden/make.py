@@ -62,9 +62,16 @@ GEMMA3_ROPE = {
 }
 GEMMA3_LINEAR_ROPE = {**GEMMA3_ROPE, "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}}
 
+PHI3_LONG_ROPE = {
+    "short_factor": [1.0, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75],
+    "long_factor": [1.0, 1.1, 1.9, 2.5, 3.75, 5.5, 7.0, 8.0],
+}
+
 # Each case: the model's type (Llama where none is said), its shape, the dtype that is stored, and how the directory is
 # written. `old_config` writes the field names of Transformers 4 (rope_theta, rope_scaling, torch_dtype), which most
-# published models carry; `drop` and `add` say what else the published config.json of that family lacks or has.
+# published models carry; `drop` and `add` say what else the published config.json of that family lacks or has. `std`,
+# `embed_std` and `norm_std` scale the weights, `routed` how far apart a token's experts are from the others, and
+# `distinct` is the least median of different tokens in an answer.
 CASES = {
     "gqa-5-1": dict(
         config=dict(hidden_size=52, num_attention_heads=5, num_key_value_heads=1, head_dim=14, intermediate_size=77,
@@ -155,6 +162,24 @@ CASES = {
                     sliding_window=16, sliding_window_pattern=3, rope_parameters=GEMMA3_LINEAR_ROPE),
         dtype="bfloat16", old_config=True, drop=["layer_types"], add={"sliding_window_pattern": 3},
         lengths=(1, 17, 33, 130, 300), std=0.2, embed_std=0.08, norm_std=0.3, distinct=7),
+    "gemma3-head-256": dict(
+        type="gemma3_text",
+        config=dict(hidden_size=20, num_attention_heads=2, num_key_value_heads=1, head_dim=256, intermediate_size=34,
+                    vocab_size=211, num_hidden_layers=3, rms_norm_eps=1e-6, query_pre_attn_scalar=256,
+                    sliding_window=32, sliding_window_pattern=3, rope_parameters=GEMMA3_ROPE),
+        dtype="bfloat16", lengths=(1, 17, 33, 130, 300), std=0.2, embed_std=0.08, norm_std=0.3, distinct=6),
+    # Gemma 3 with a picture tower, as its larger models are published; only text is run.
+    "gemma3-conditional": dict(
+        type="gemma3",
+        config=dict(hidden_size=22, num_attention_heads=2, num_key_value_heads=1, head_dim=12, intermediate_size=27,
+                    vocab_size=137, num_hidden_layers=7, rms_norm_eps=1e-6, query_pre_attn_scalar=12, sliding_window=11,
+                    rope_parameters=GEMMA3_LINEAR_ROPE),
+        vision=dict(eos_token_id=[1, 106], image_token_index=136, boi_token_index=134, eoi_token_index=135,
+                    mm_tokens_per_image=4, vision_config=dict(
+                        hidden_size=8, intermediate_size=9, num_hidden_layers=1, num_attention_heads=1, image_size=28,
+                        patch_size=14, vision_use_head=False)),
+        dtype="bfloat16", old_config=True, drop_text=["layer_types", "_sliding_window_pattern"], std=0.2,
+        embed_std=0.08, norm_std=0.3, distinct=6),
     # Mixtral: a router and experts in place of the MLP.
     "mixtral-head-64": dict(
         type="mixtral",
@@ -174,7 +199,8 @@ CASES = {
         config=dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=37,
                     moe_intermediate_size=18, vocab_size=251, num_hidden_layers=3, rms_norm_eps=1e-6, rope_theta=1e6,
                     num_experts=8, num_experts_per_tok=3, norm_topk_prob=True, mlp_only_layers=[1]),
-        dtype="bfloat16", old_config=True, routed=5, std=0.1, distinct=5),
+        dtype="bfloat16", old_config=True, drop=["num_local_experts"], add={"num_experts": 8}, routed=5, std=0.1,
+        distinct=5),
     "qwen3-moe-sparse-step-2": dict(
         type="qwen3_moe",
         config=dict(hidden_size=31, num_attention_heads=3, num_key_value_heads=1, head_dim=12, intermediate_size=41,
@@ -217,9 +243,10 @@ CASES = {
         config=dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=2, intermediate_size=26,
                     vocab_size=127, num_hidden_layers=1, rms_norm_eps=1e-5, partial_rotary_factor=0.25,
                     original_max_position_embeddings=64,
-                    rope=dict(rope_type="longrope", short_factor=[1.0, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75],
-                              long_factor=[1.0, 1.1, 1.9, 2.5, 3.75, 5.5, 7.0, 8.0])),
-        dtype="bfloat16", old_config=True, add={"partial_rotary_factor": 0.25}, lengths=(65, 66, 97, 130, 300)),
+                    rope=dict(rope_type="longrope", **PHI3_LONG_ROPE)),
+        dtype="bfloat16", old_config=True, add={
+            "partial_rotary_factor": 0.25, "rope_scaling": {"type": "longrope", **PHI3_LONG_ROPE}},
+        lengths=(65, 66, 97, 130, 300)),
 }
 
 
@@ -298,6 +325,8 @@ def write(model, case, directory):
         config["torch_dtype"] = config.pop("dtype")
     for field in case.get("drop", []):
         del config[field]
+    for field in case.get("drop_text", []):
+        del config["text_config"][field]
     config.update(case.get("add", {}))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -399,7 +428,8 @@ def make(name, case):
         distinct = sorted(len(set(r["greedy"])) for r in runs)[len(runs) // 2]
         decided = sum(m > golden["margin_bound"] for r in runs for m in r["margins"]) / (STEPS * len(runs))
         routing = golden.get("routing_margin", math.inf) > 2 * golden.get("routing_error", 0.0)
-        if routing and closest > 1e-3 and distinct >= min(case.get("distinct", 10), case["config"]["vocab_size"] // 3) and decided > 0.35:
+        varied = distinct >= min(case.get("distinct", 10), case["config"]["vocab_size"] // 3)
+        if routing and closest > 1e-3 and varied and decided > 0.35:
             break
     else:
         raise SystemExit(f"{name}: no seed of 100 gave varied and well-separated tokens; change `std`")

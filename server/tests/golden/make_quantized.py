@@ -249,7 +249,9 @@ def dequantize(name, stored, settings):
         rows, columns = part["weight_shape"].tolist()
         integers = nibbles(part["weight_packed"], 1)[:, :columns]
         scales = part["weight_scale"].double()
-        zeros = nibbles(part["weight_zero_point"], 0)[:rows] if "weight_zero_point" in part else torch.full_like(scales, 8)
+        zeros = torch.full_like(scales, 8)
+        if "weight_zero_point" in part:
+            zeros = nibbles(part["weight_zero_point"], 0)[:rows]
         group = torch.arange(columns) // (columns // scales.shape[1])
         return (integers - zeros[:, group]) * scales[:, group]
     weight = part["weight"].double()
