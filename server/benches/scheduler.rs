@@ -51,7 +51,7 @@ fn main() {
     let mut times = Vec::with_capacity(N_STEPS);
     for _ in 0..N_STEPS {
         let start = Instant::now();
-        let schedule = scheduler.schedule(&mut blocks);
+        let schedule = scheduler.schedule(&mut blocks, limits.max_tokens as u32);
         let scheduled = start.elapsed();
         let sampled = schedule
             .requests

@@ -5,11 +5,13 @@
 //!
 //! - [`blocks`]: pure: the block pool and block tables.
 //! - [`scheduler`]: pure: continuous batching, preemption.
+//! - [`pacer`]: pure: how many prompt tokens may run beside decodes.
 //! - [`executor`]: what it needs of a model on a device.
 
 pub mod blocks;
 pub mod executor;
 mod handle;
+pub mod pacer;
 mod request;
 pub mod scheduler;
 
@@ -26,6 +28,7 @@ use blocks::{BlockPool, CacheGroups};
 use executor::Executor;
 use handle::{Command, Snapshot};
 pub use handle::{Counters, EngineHandle};
+use pacer::{PrefillPacer, StepSize};
 pub use request::{
     Admission, EngineOutputs, FinishReason, Request, RequestId, RequestOutput, SamplingParams,
     SubmitError, TokenLogprobs,
@@ -115,6 +118,13 @@ enum Next {
     Stop,
 }
 
+/// A step under way.
+struct InFlight {
+    ticket: Ticket,
+    size: StepSize,
+    submitted: Instant,
+}
+
 /// The engine's thread: owns the device, the pool and the scheduler.
 struct EngineLoop {
     executor: Box<dyn Executor>,
@@ -122,7 +132,10 @@ struct EngineLoop {
     outputs: SyncSender<EngineOutputs>,
     blocks: BlockPool,
     scheduler: Scheduler,
-    in_flight: VecDeque<Ticket>,
+    in_flight: VecDeque<InFlight>,
+    pacer: PrefillPacer,
+    /// When the newest step ended that was collected.
+    collected: Option<Instant>,
     /// When each request came that has not ended: its age in the queue counts from there, a preemption or not.
     arrived: HashMap<RequestId, Instant>,
     /// Not sent yet.
@@ -150,6 +163,8 @@ impl EngineLoop {
             executor,
             outputs,
             in_flight: VecDeque::new(),
+            pacer: PrefillPacer::default(),
+            collected: None,
             arrived: HashMap::new(),
             admitted: Vec::new(),
             counters: Counters::default(),
@@ -179,24 +194,43 @@ impl EngineLoop {
     /// One step: schedules a batch, starts it, and takes the results of the oldest under way when the device has as
     /// many as it can run at once.
     fn step(&mut self) -> Result<(), EngineError> {
-        let schedule = self.scheduler.schedule(&mut self.blocks);
+        let prompt_tokens = self.pacer.budget(self.max_tokens());
+        let schedule = self.scheduler.schedule(&mut self.blocks, prompt_tokens);
         self.count(&schedule);
         // A step may take long: who reads the load meanwhile sees what runs in it.
         self.publish();
-        let runs = !schedule.input.tokens.is_empty();
-        if runs {
-            self.counters.computed_tokens += schedule.input.tokens.len() as u64;
+        let n_tokens = schedule.input.tokens.len() as u32;
+        if n_tokens > 0 {
+            self.counters.computed_tokens += u64::from(n_tokens);
+            let submitted = Instant::now();
             let ticket = self.executor.submit(schedule.input, &schedule.requests);
-            self.in_flight
-                .push_back(ticket.map_err(EngineError::Device)?);
+            self.in_flight.push_back(InFlight {
+                ticket: ticket.map_err(EngineError::Device)?,
+                size: StepSize {
+                    n_decodes: schedule.n_decodes,
+                    n_prompt: n_tokens - schedule.n_decodes,
+                },
+                submitted,
+            });
         }
-        if runs && self.in_flight.len() < self.executor.depth() {
+        if n_tokens > 0 && self.in_flight.len() < self.executor.depth() {
             return Ok(());
         }
-        let Some(ticket) = self.in_flight.pop_front() else {
+        let Some(step) = self.in_flight.pop_front() else {
             return Ok(());
         };
-        let sampled = self.executor.collect(ticket).map_err(EngineError::Device)?;
+        let sampled = self
+            .executor
+            .collect(step.ticket)
+            .map_err(EngineError::Device)?;
+        // Its device was busy with the step before it until that ended.
+        let now = Instant::now();
+        let began = self
+            .collected
+            .map_or(step.submitted, |at| at.max(step.submitted));
+        self.pacer
+            .observe(step.size, now.saturating_duration_since(began));
+        self.collected = Some(now);
         let outputs = self.scheduler.commit(&mut self.blocks, sampled);
         self.counters.steps += 1;
         self.counters.generated_tokens += outputs
@@ -207,6 +241,10 @@ impl EngineLoop {
             self.arrived.remove(&ended.id);
         }
         self.send(outputs)
+    }
+
+    fn max_tokens(&self) -> u32 {
+        self.handle.model_info().limits.max_tokens as u32
     }
 
     /// Counts preemptions, and keeps when requests were admitted until it is sent.

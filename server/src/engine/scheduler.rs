@@ -21,6 +21,9 @@ use super::blocks::{Appended, BlockPool, BlockTable};
 use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
 use sequence::{PendingSample, Sequence};
 
+/// Groups at the head of the queue among which short prompts are looked for.
+const MOST_OVERTAKEN: usize = 256;
+
 /// The order of service: groups with a smaller key run first and are preempted last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct ServiceKey {
@@ -39,6 +42,15 @@ impl SequenceGroup {
     /// Some token is under way whose value the host doesn't know.
     fn is_pending(&self) -> bool {
         self.sequences.iter().any(Sequence::is_pending)
+    }
+
+    /// Tokens to compute before all sequences decode.
+    fn n_tokens(&self) -> usize {
+        let known = self
+            .sequences
+            .iter()
+            .map(|sequence| sequence.n_known() as usize);
+        known.sum()
     }
 
     /// Blocks that all sequences need to run.
@@ -66,6 +78,8 @@ struct RunningSequence {
     table: BlockTable,
     /// Tokens that are in the cache or under way there.
     n_scheduled: u32,
+    /// The newest step that it is in.
+    last_step: Option<u64>,
 }
 
 /// What a span of a step will report, in the order of the rows of logits.
@@ -87,6 +101,8 @@ pub struct Schedule {
     pub input: StepInput,
     /// What is wanted of each of its rows of logits.
     pub requests: Vec<LogitsRow>,
+    /// Its tokens that are decodes; the others are prompts'.
+    pub n_decodes: u32,
     /// Requests that start to run.
     pub admitted: Vec<RequestId>,
     /// Requests that wait again.
@@ -182,10 +198,21 @@ impl Scheduler {
         keys.into_iter().map(|(_, id)| id).collect()
     }
 
-    /// Decides the next batch, who is admitted to it and who is preempted for it.
-    pub fn schedule(&mut self, blocks: &mut BlockPool) -> Schedule {
-        let mut batch = Batch::default();
+    /// Decides the next batch, who is admitted to it and who is preempted for it. Where sequences decode, at most
+    /// `prompt_tokens` tokens of prompts run beside them.
+    pub fn schedule(&mut self, blocks: &mut BlockPool, prompt_tokens: u32) -> Schedule {
+        let mut batch = Batch {
+            schedule: Schedule::default(),
+            expected: Vec::new(),
+            most_tokens: self.limits.max_tokens,
+        };
         self.schedule_decodes(blocks, &mut batch);
+        let n_decodes = batch.n_tokens();
+        batch.most_tokens = match n_decodes {
+            0 => self.limits.max_tokens,
+            n => self.limits.max_tokens.min(n + prompt_tokens as usize),
+        };
+        self.schedule_short_prompts(blocks, &mut batch);
         let rows: Vec<TableRow> = self.rows_in_order().collect();
         for row in rows {
             if self.at(row).n_ready() > 1 {
@@ -195,7 +222,8 @@ impl Scheduler {
         if batch.schedule.preempted.is_empty() {
             self.admit(blocks, &mut batch);
         }
-        if !batch.schedule.input.tokens.is_empty() {
+        batch.schedule.n_decodes = n_decodes as u32;
+        if batch.n_tokens() > 0 {
             self.n_steps += 1;
             self.in_flight.push_back(batch.expected);
         }
@@ -308,38 +336,63 @@ impl Scheduler {
         }
     }
 
-    /// Admits from the head of the queue while there is room for all known tokens of the next, and beyond that a
-    /// block of each cache group for each sequence that runs: without it a group would be admitted only to be preempted
-    /// a few steps later.
-    fn admit(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
-        while let Some((&key, next)) = self.waiting.first_key_value()
-            && !next.is_pending()
-            && batch.schedule.input.tokens.len() < self.limits.max_tokens
-            && self.free_rows.len() >= next.sequences.len()
-        {
-            let n_running = (self.rows.len() - self.free_rows.len()) as u64;
-            let headroom = match n_running {
-                0 => 0,
-                n => (n + 1) * u64::from(blocks.n_groups()),
-            };
-            if next.blocks(blocks) + headroom > u64::from(blocks.n_free()) {
-                return;
+    /// Prompts that end within a quarter of the step's room go first, running ones and waiting ones, so that a short
+    /// one isn't held up behind long ones; the other three quarters are theirs, so that nobody starves.
+    fn schedule_short_prompts(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
+        let room = batch.most_tokens.saturating_sub(batch.n_tokens());
+        let most = batch.n_tokens() + room / 4;
+        let rows: Vec<TableRow> = self.rows_in_order().collect();
+        for row in rows {
+            let n_ready = self.at(row).n_ready() as usize;
+            if n_ready > 1 && batch.n_tokens() + n_ready <= most {
+                self.schedule_span(blocks, row, batch);
             }
-            let Some(group) = self.waiting.remove(&key) else {
-                return;
-            };
-            batch.schedule.admitted.push(group.id);
-            self.start_running(blocks, key, group, batch);
+        }
+        // While the head of the queue waits for blocks, whoever overtakes it would take them.
+        let head_fits = (self.waiting.values().next()).is_some_and(|head| self.fits(blocks, head));
+        if !head_fits || !batch.schedule.preempted.is_empty() {
+            return;
+        }
+        let waiting = self.waiting.iter().take(MOST_OVERTAKEN);
+        let short = waiting.filter(|(_, group)| group.n_tokens() <= room / 4);
+        let keys: Vec<ServiceKey> = short.map(|(&key, _)| key).collect();
+        for key in keys {
+            let group = &self.waiting[&key];
+            if !group.is_pending()
+                && batch.n_tokens() + group.n_tokens() <= most
+                && self.fits(blocks, group)
+            {
+                self.start_running(blocks, key, batch);
+            }
         }
     }
 
-    fn start_running(
-        &mut self,
-        blocks: &mut BlockPool,
-        key: ServiceKey,
-        group: SequenceGroup,
-        batch: &mut Batch,
-    ) {
+    /// Admits from the head of the queue while there is room for all known tokens of the next.
+    fn admit(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
+        while let Some((&key, next)) = self.waiting.first_key_value()
+            && !next.is_pending()
+            && batch.n_tokens() < batch.most_tokens
+            && self.fits(blocks, next)
+        {
+            self.start_running(blocks, key, batch);
+        }
+    }
+
+    /// There are rows and blocks for a group, and beyond that a block of each cache group for each sequence that runs:
+    /// without it a group would be admitted only to be preempted a few steps later.
+    fn fits(&self, blocks: &BlockPool, group: &SequenceGroup) -> bool {
+        let n_running = (self.rows.len() - self.free_rows.len()) as u64;
+        let headroom = match n_running {
+            0 => 0,
+            n => (n + 1) * u64::from(blocks.n_groups()),
+        };
+        self.free_rows.len() >= group.sequences.len()
+            && group.blocks(blocks) + headroom <= u64::from(blocks.n_free())
+    }
+
+    fn start_running(&mut self, blocks: &mut BlockPool, key: ServiceKey, batch: &mut Batch) {
+        let group = self.waiting.remove(&key).expect("a group that waits");
+        batch.schedule.admitted.push(group.id);
         let mut rows = Vec::with_capacity(group.sequences.len());
         for sequence in group.sequences {
             let (table, new) = blocks
@@ -355,6 +408,7 @@ impl Scheduler {
                 sequence,
                 table,
                 n_scheduled: 0,
+                last_step: None,
             });
             rows.push(row);
         }
@@ -367,10 +421,11 @@ impl Scheduler {
 
     /// Adds the next tokens of a sequence whose prompt is being computed.
     fn schedule_span(&mut self, blocks: &mut BlockPool, row: TableRow, batch: &mut Batch) {
-        if batch.schedule.input.tokens.len() >= self.limits.max_tokens {
+        let running = self.rows[row.0 as usize].as_mut().expect("a running row");
+        // In this step already, or no room is left in it.
+        if running.last_step == Some(self.n_steps) || batch.n_tokens() >= batch.most_tokens {
             return;
         }
-        let running = self.rows[row.0 as usize].as_mut().expect("a running row");
         let n_known = running.sequence.n_known();
         let new = blocks
             .extend(&mut running.table, running.n_scheduled, n_known)
@@ -384,13 +439,14 @@ impl Scheduler {
         let running = self.rows[row.0 as usize].as_mut().expect("a running row");
         let sequence = &mut running.sequence;
         let input = &mut batch.schedule.input;
-        let n_tokens = (self.limits.max_tokens - input.tokens.len()) as u32;
+        let n_tokens = batch.most_tokens.saturating_sub(input.tokens.len()) as u32;
         let n_rows = (self.limits.max_logits_rows - input.logits.len()) as u32;
         let chunk = sequence.chunk(running.n_scheduled, n_tokens, n_rows);
         if chunk.is_empty() {
             return;
         }
         running.n_scheduled = chunk.end;
+        running.last_step = Some(self.n_steps);
 
         let previous_step = self.n_steps.checked_sub(1);
         let first_token = input.tokens.len() as u32;
@@ -512,13 +568,18 @@ impl RunningSequence {
 }
 
 /// A step being put together.
-#[derive(Default)]
 struct Batch {
     schedule: Schedule,
     expected: Vec<Expected>,
+    /// Decodes and prompts together.
+    most_tokens: usize,
 }
 
 impl Batch {
+    fn n_tokens(&self) -> usize {
+        self.schedule.input.tokens.len()
+    }
+
     fn update_tables(&mut self, row: TableRow, appended: Vec<Appended>) {
         let updates = appended.into_iter().map(|new| TableUpdate {
             group: new.group,

@@ -281,3 +281,6 @@ fn sliding_layers(config: &Fields, n_layers: usize) -> Result<Option<Vec<bool>>,
 fn nothing() -> [Value; 2] {
     [Value::Null, Value::Bool(false)]
 }
+
+#[cfg(test)]
+mod tests;

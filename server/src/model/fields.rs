@@ -54,6 +54,11 @@ impl Fields {
         self.map.get(name).filter(|value| !value.is_null())
     }
 
+    /// The field is present, if only as null.
+    pub fn has(&self, name: &str) -> bool {
+        self.map.contains_key(name)
+    }
+
     /// The names of all fields.
     pub fn names(&self) -> Vec<&str> {
         self.map.keys().map(String::as_str).collect()

@@ -12,8 +12,8 @@ const BUILT: &str = "\"fp8\", \"gptq\", \"awq\" or \"compressed-tensors\"";
 pub enum Quantization {
     /// Floating-point numbers of at least 16 bits.
     None,
-    /// E4M3 with one scale for each block of rows and columns, named `weight_scale_inv` (DeepSeek's form), or one for
-    /// each row or matrix, named `weight_scale`.
+    /// E4M3 with one scale for each block of rows and columns, for each row or for all, named `weight_scale`, or for
+    /// blocks `weight_scale_inv` (DeepSeek's form; it is multiplied all the same).
     Fp8 {
         /// `[rows, cols]`; `None`: what the scales' shape says, one a row or one in all.
         block: Option<[usize; 2]>,
@@ -57,17 +57,22 @@ fn fp8(fields: &Fields) -> Result<Quantization, LoadError> {
     if fields.text("fmt")?.is_some_and(|fmt| fmt != "e4m3") {
         return Err(fields.unexpected("fmt", "\"e4m3\""));
     }
-    let name = "weight_block_size";
-    let block = match fields.get(name) {
-        None => None,
-        Some(_) => match fields.positive_list(name, 2)?[..] {
-            [rows, cols] if rows.fract() == 0.0 && cols.fract() == 0.0 => {
-                Some([rows as usize, cols as usize])
-            }
-            _ => return Err(fields.unexpected(name, "two whole numbers")),
-        },
-    };
-    Ok(Quantization::Fp8 { block })
+    Ok(Quantization::Fp8 {
+        block: block(fields, "weight_block_size")?,
+    })
+}
+
+/// Rows and columns that share a scale, where the field is there.
+fn block(fields: &Fields, name: &str) -> Result<Option<[usize; 2]>, LoadError> {
+    if fields.get(name).is_none() {
+        return Ok(None);
+    }
+    match fields.positive_list(name, 2)?[..] {
+        [rows, cols] if rows.fract() == 0.0 && cols.fract() == 0.0 => {
+            Ok(Some([rows as usize, cols as usize]))
+        }
+        _ => Err(fields.unexpected(name, "two whole numbers")),
+    }
 }
 
 fn gptq(fields: &Fields) -> Result<Quantization, LoadError> {
@@ -119,7 +124,11 @@ fn compressed_tensors(fields: &Fields) -> Result<Quantization, LoadError> {
         (Some("float"), 8) => {
             let block = match weights.text("strategy")? {
                 Some("tensor" | "channel") => None,
-                _ => return Err(weights.unexpected("strategy", "\"tensor\" or \"channel\"")),
+                Some("block") => block(&weights, "block_structure")?,
+                _ => {
+                    let built = "\"tensor\", \"channel\" or \"block\"";
+                    return Err(weights.unexpected("strategy", built));
+                }
             };
             Ok(Quantization::Fp8 { block })
         }

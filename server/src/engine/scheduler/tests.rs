@@ -390,7 +390,9 @@ fn run(setting: &Setting) -> usize {
                 left.push(RequestId(i as u64));
             }
         }
-        let schedule = scheduler.schedule(&mut blocks);
+        // Some steps have no room for prompts beside decodes, some a little, some all.
+        let prompt_tokens = [0, 1, 3, u32::MAX][step as usize % 4];
+        let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
         let is_idle = schedule.input.tokens.is_empty();
         if !is_idle {
             device.submit(&schedule);
@@ -519,7 +521,7 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
     scheduler.add(request(1, &arrival(40)));
     let mut sizes = Vec::new();
     for _ in 0..4 {
-        let input = scheduler.schedule(&mut blocks).input;
+        let input = scheduler.schedule(&mut blocks, u32::MAX).input;
         sizes.push(
             input
                 .spans
@@ -547,4 +549,67 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         (load.n_running, load.prefill_backlog_tokens),
         (2, 40 - 5 - 7 * 3)
     );
+}
+
+#[test]
+fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
+    let limits = Limits {
+        max_tokens: 64,
+        max_sequences: 8,
+        max_logits_rows: 8,
+        max_blocks_per_sequence: 64,
+    };
+    let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 64, vec![GroupKind::Full]);
+    let mut blocks = BlockPool::new(1024, groups);
+    let mut scheduler = Scheduler::new(limits, 256);
+    let arrival = |n_prompt| Arrival {
+        step: 0,
+        n_prompt,
+        max_tokens: 30,
+        stops: false,
+        scored: false,
+        leaves_after: None,
+    };
+    let mut step = |scheduler: &mut Scheduler, prompt_tokens| {
+        let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
+        let sampled = schedule.requests.iter().map(|_| Sampled {
+            token: 1,
+            ..Sampled::default()
+        });
+        let sampled = sampled.collect();
+        scheduler.commit(&mut blocks, DeviceOutput { sampled });
+        schedule
+    };
+    scheduler.add(request(0, &arrival(3)));
+    step(&mut scheduler, 8);
+    for i in 1..4 {
+        scheduler.add(request(i, &arrival(200)));
+    }
+    let sizes = |schedule: &Schedule| -> Vec<u32> {
+        schedule
+            .input
+            .spans
+            .iter()
+            .map(|span| span.n_tokens)
+            .collect()
+    };
+    assert_eq!(
+        sizes(&step(&mut scheduler, 8)),
+        [1, 8],
+        "a decode and eight tokens of the first prompt"
+    );
+    assert_eq!(sizes(&step(&mut scheduler, 0)), [1], "the decode alone");
+    scheduler.add(request(4, &arrival(2)));
+    let schedule = step(&mut scheduler, 8);
+    assert_eq!(
+        schedule.admitted,
+        [RequestId(4)],
+        "before the second long one"
+    );
+    assert_eq!(
+        sizes(&schedule),
+        [1, 2, 6],
+        "the short prompt, and the rest for the long one"
+    );
+    assert_eq!(schedule.n_decodes, 1);
 }

@@ -1,6 +1,8 @@
 //! Mistral and Ministral (`MistralForCausalLM` of Transformers): Llama with a window, in all layers or in none; and the
 //! decoder of Mistral Small 3.1 and later, which reads images too.
 
+use std::num::NonZeroU32;
+
 use kvasir_kernels::device::Activation;
 
 use super::{Base, Defaults, beside_images, expect_activation, sliding_layers};
@@ -18,8 +20,10 @@ pub(super) fn decoder(config: &Fields) -> Result<DecoderSpec, LoadError> {
             ..Defaults::default()
         },
     )?;
-    // Absent is 4096 to Transformers; every published file says what it means, and null is none.
-    let window = config.optional_size("sliding_window")?;
+    let window = match config.has("sliding_window") {
+        true => config.optional_size("sliding_window")?,
+        false => NonZeroU32::new(4096),
+    };
     let sliding = sliding_layers(config, base.n_layers)?;
     Ok(base.decoder(vec![base.rope(config)?], |i| Layer {
         attention: Attention {

@@ -29,7 +29,9 @@ pub(super) fn decoder(config: &Fields) -> Result<DecoderSpec, LoadError> {
         false => None,
     };
     let bias = config.flag("attention_bias", false)?;
-    let n_experts = config.size("num_experts", Some(128))?;
+    // Transformers 5 writes the second name.
+    let n_experts = config.size("num_local_experts", Some(128))?;
+    let n_experts = config.size("num_experts", Some(n_experts))?;
     let top_k = expect_top_k(config, "num_experts_per_tok", n_experts)?;
     let inner = config.size("moe_intermediate_size", None)?;
     let renormalize = config.flag("norm_topk_prob", false)?;
