@@ -167,8 +167,8 @@ fn cuda_crowd(case: &Path, shape: Shape) -> Counters {
     let (answers, counters) = answers(start(case, DeviceKind::Cuda, shape), &requests);
     for request in &requests {
         let (want, clear) = transformers_answer(&golden, request, bound);
-        let (scores, drawn, _) = &answers[&request.id];
-        let found: Vec<u32> = drawn.iter().map(|sampled| sampled.token).collect();
+        let (scores, sampled, _) = &answers[&request.id];
+        let found: Vec<u32> = sampled.iter().map(|token| token.token).collect();
         let why = format!("{}: {} tokens", case.display(), request.prompt.len());
         assert_eq!(found[..clear], want[..clear], "{why}");
         assert_eq!(found.len(), want.len(), "{why}");

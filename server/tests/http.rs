@@ -4,11 +4,12 @@ mod client;
 
 use std::io::{Read, Write};
 
-use client::{Answer, Client, Server, send};
+use client::{Answer, Server, send};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
+const REQUEST_MEMORY: &str = "kvasir_request_memory_bytes";
 
 fn question() -> Value {
     json!([{"role": "user", "content": "What is a block table?"}])
@@ -345,14 +346,6 @@ fn a_client_that_leaves_frees_its_blocks() {
     assert!(metrics.contains(line), "{metrics}");
 }
 
-/// The value of a metric without labels of its own.
-fn metric(client: &Client, name: &str) -> f64 {
-    let text = client.get("/metrics").1;
-    let line = format!("{name}{{model_name=\"kvasir-demo\"}} ");
-    let value = text.lines().find_map(|l| l.strip_prefix(&line));
-    value.expect("the metric is there").parse().unwrap()
-}
-
 #[test]
 fn a_slow_reader_holds_nobody_up() {
     let server = Server::start(&["--management-port", "0"]);
@@ -366,7 +359,7 @@ fn a_slow_reader_holds_nobody_up() {
     let (status, answer) = server.post(CHAT, &json!({"messages": question(), "max_tokens": 5}));
     assert_eq!(status, 200, "{answer}");
     management.wait_for_load("it ends, read or not", |load| load["queue"]["running"] == 0);
-    let memory = || metric(management, "kvasir_request_memory_bytes");
+    let memory = || management.metric(REQUEST_MEMORY);
     assert!(memory() > 0.0, "what is not read is counted");
     let (status, answer) = server.post(CHAT, &json!({"messages": question(), "max_tokens": 5}));
     assert_eq!(status, 200, "{answer}");
@@ -405,22 +398,13 @@ fn a_full_queue_is_429() {
     server.wait_for_load("all are gone", |load| load["queue"]["running"] == 0);
 }
 
-/// Bytes of a server's memory, now or at most since `/proc/PID/clear_refs` was last written to.
-fn memory_bytes(server: &Server, field: &str) -> i64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
-    let line = status.lines().find_map(|l| l.strip_prefix(field)).unwrap();
-    let kib: i64 = line.trim_end_matches("kB").trim().parse().unwrap();
-    kib * 1024
-}
-
 #[test]
 fn bodies_full_of_prompts_cost_little_more_than_their_bytes() {
     let server = Server::start(&[]);
     // 8 MB with two million prompts of one token.
     let body = format!("{{\"prompt\": [[5]{}]}}", ",[5]".repeat(2_000_000 - 1));
-    let reset = format!("/proc/{}/clear_refs", server.child.id());
-    std::fs::write(reset, "5").unwrap();
-    let before = memory_bytes(&server, "VmRSS:");
+    let before = server.memory_bytes("VmRSS");
+    server.reset_peak_memory();
     std::thread::scope(|scope| {
         let ask = || {
             let answer = server.open("POST", COMPLETIONS, &body);
@@ -432,9 +416,9 @@ fn bodies_full_of_prompts_cost_little_more_than_their_bytes() {
         let asked: Vec<_> = (0..8).map(|_| scope.spawn(ask)).collect();
         asked.into_iter().for_each(|one| one.join().unwrap());
     });
-    let cost = memory_bytes(&server, "VmHWM:") - before;
+    let cost = server.memory_bytes("VmHWM") - before;
     assert!(cost < 100_000_000, "{cost} bytes");
-    assert_eq!(metric(&server, "kvasir_request_memory_bytes"), 0.0);
+    assert_eq!(server.metric(REQUEST_MEMORY), 0.0);
 }
 
 #[test]
@@ -448,7 +432,7 @@ fn what_does_not_fit_the_memory_for_requests_is_429() {
         "{refused}"
     );
     assert_eq!(server.post(COMPLETIONS, &prompt(10)).0, 200);
-    assert_eq!(metric(&server, "kvasir_request_memory_bytes"), 0.0);
+    assert_eq!(server.metric(REQUEST_MEMORY), 0.0);
 }
 
 #[test]
@@ -463,10 +447,8 @@ fn long_texts_hold_up_no_chat_and_are_refused_when_many_wait() {
     };
     let long = open(&body);
     // Its body has come, and its work begins.
-    server.wait_for("it is read", "/metrics", |_, text| {
-        let line = "kvasir_request_memory_bytes{model_name=\"kvasir-demo\"} ";
-        let value = text.lines().find_map(|l| l.strip_prefix(line));
-        value.is_some_and(|bytes| bytes.parse::<f64>().unwrap() >= body.len() as f64)
+    server.wait_for("it is read", "/metrics", |_, _| {
+        server.metric(REQUEST_MEMORY) >= body.len() as f64
     });
     let (status, answer) = server.post(CHAT, &json!({"messages": question(), "max_tokens": 2}));
     assert_eq!(status, 200, "{answer}");

@@ -68,7 +68,7 @@ fn guidellm() {
 /// `stream: false` in guidellm leaves both fields out.
 fn without_stream(body: &Value) -> Value {
     let mut body = body.clone();
-    let fields = body.as_object_mut().unwrap();
+    let fields = body.as_object_mut().expect("bodies are objects");
     fields.remove("stream");
     fields.remove("stream_options");
     body
