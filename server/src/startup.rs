@@ -11,7 +11,7 @@ use kvasir_kernels::shape::Precision;
 use kvasir_kernels::stored::Dtype;
 
 use crate::args::{Args, DtypeChoice, ModelSource};
-use crate::engine::{Engine, EngineError, ModelInfo};
+use crate::engine::{Engine, EngineError};
 use crate::frontend::AsyncEngine;
 use crate::frontend::budget::ByteBudget;
 use crate::http::{Ids, SamplingDefaults, Serving, unix_time};
@@ -87,11 +87,7 @@ pub fn start(
     };
     // The small files first: what is wrong with them is found before the weights are read.
     let tokenizer = Arc::new(load_tokenizer(&files)?);
-    let (defaults, ignored) = match files.open("generation_config.json")? {
-        Some(bytes) => SamplingDefaults::from_generation_config(&bytes)
-            .map_err(StartError::GenerationConfig)?,
-        None => (SamplingDefaults::default(), Vec::new()),
-    };
+    let (defaults, ignored) = load_defaults(&files)?;
 
     let device = ChosenDevice::find(args.model.device).map_err(StartError::Device)?;
     if let Some(why) = device.why_not_cuda() {
@@ -107,12 +103,12 @@ pub fn start(
     )?;
     let info = loaded.info;
     let summary = Summary {
-        dtype: dtype_name(&info),
+        device: loaded.device,
+        dtype: dtype_name(info.dtype),
         n_blocks: info.n_blocks,
         block_size: info.groups.block_size().get(),
-        max_model_len: info.max_model_len,
-        device: loaded.device,
         kv_cache_bytes: loaded.kv_cache_bytes,
+        max_model_len: info.max_model_len,
         can_chat: tokenizer.chat_template().is_ok(),
         ignored,
     };
@@ -148,8 +144,17 @@ fn load_tokenizer(files: &ModelFiles) -> Result<Tokenizer, StartError> {
     })?)
 }
 
-fn dtype_name(info: &ModelInfo) -> &'static str {
-    match info.dtype {
+fn load_defaults(files: &ModelFiles) -> Result<(SamplingDefaults, Vec<String>), StartError> {
+    match files.open("generation_config.json")? {
+        Some(bytes) => {
+            SamplingDefaults::from_generation_config(&bytes).map_err(StartError::GenerationConfig)
+        }
+        None => Ok((SamplingDefaults::default(), Vec::new())),
+    }
+}
+
+fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
         Dtype::F32 => "float32",
         Dtype::F16 => "float16",
         Dtype::BF16 => "bfloat16",

@@ -35,11 +35,16 @@ use tokio::task::JoinHandle;
 /// An idle engine beats each second.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Longer than anything that is waited for.
+const LONG: Duration = Duration::from_secs(60);
+
 /// Each step says that it begins, and waits for what it is to give: the same token in every row, or a failure.
 struct Scripted {
     begins: Sender<()>,
     script: Receiver<Result<u32, DeviceError>>,
     n_rows: usize,
+    n_top: u32,
+    drop_takes: Duration,
     dropped: Arc<AtomicBool>,
 }
 
@@ -59,7 +64,8 @@ impl Executor for Scripted {
         let token = self.script.recv().unwrap_or(Ok(5))?;
         let sampled = Sampled {
             token,
-            ..Sampled::default()
+            logprob: Some(-1.0),
+            top: (0..self.n_top).map(|id| (id, -1.0)).collect(),
         };
         Ok(DeviceOutput {
             sampled: vec![sampled; self.n_rows],
@@ -69,8 +75,7 @@ impl Executor for Scripted {
 
 impl Drop for Scripted {
     fn drop(&mut self) {
-        // A device takes a while to give back what it has.
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(self.drop_takes);
         self.dropped.store(true, Ordering::Release);
     }
 }
@@ -101,15 +106,21 @@ impl Device {
     }
 }
 
-/// The sizes that matter to a test.
+/// What matters to a test.
 #[derive(Clone, Copy)]
-struct Sizes {
+struct Setting {
+    /// Alternatives that the device gives with each token.
+    n_top: u32,
+    /// A device takes a while to give back what it has.
+    drop_takes: Duration,
     max_sequences: usize,
     n_blocks: u32,
     max_waiting: u32,
 }
 
-const ROOMY: Sizes = Sizes {
+const ROOMY: Setting = Setting {
+    n_top: 0,
+    drop_takes: Duration::ZERO,
     max_sequences: 4,
     n_blocks: 16,
     max_waiting: 10,
@@ -126,7 +137,7 @@ struct Trouble {
     runtime: Runtime,
 }
 
-fn start(sizes: Sizes) -> Trouble {
+fn start(setting: Setting) -> Trouble {
     let (script, receiver) = channel();
     let (begins, begun) = channel();
     let device = Device {
@@ -138,6 +149,8 @@ fn start(sizes: Sizes) -> Trouble {
         begins,
         script: receiver,
         n_rows: 0,
+        n_top: setting.n_top,
+        drop_takes: setting.drop_takes,
         dropped: Arc::clone(&device.dropped),
     };
     let info = ModelInfo {
@@ -147,18 +160,18 @@ fn start(sizes: Sizes) -> Trouble {
         dtype: Dtype::F32,
         limits: Limits {
             max_tokens: 64,
-            max_sequences: sizes.max_sequences,
+            max_sequences: setting.max_sequences,
             max_logits_rows: 64,
             max_blocks_per_sequence: 4,
         },
-        n_blocks: sizes.n_blocks,
+        n_blocks: setting.n_blocks,
         groups: CacheGroups::new(
             NonZeroU32::MIN.saturating_add(15),
             64,
             vec![GroupKind::Full],
         ),
     };
-    let (engine, outputs) = Engine::start(Box::new(executor), info, sizes.max_waiting).unwrap();
+    let (engine, outputs) = Engine::start(Box::new(executor), info, setting.max_waiting).unwrap();
     let metrics = Arc::new(Metrics::new("m").unwrap());
     let tokenizer_json = ModelFiles::demo().require("tokenizer.json").unwrap();
     let files = TextFiles {
@@ -166,7 +179,7 @@ fn start(sizes: Sizes) -> Trouble {
         tokenizer_config: None,
         chat_template: None,
     };
-    let budget = ByteBudget::new(1 << 20);
+    let budget = ByteBudget::new(64 << 20);
     let async_engine =
         AsyncEngine::start(engine.handle(), outputs, Arc::clone(&metrics), budget).unwrap();
     let serving = Serving {
@@ -181,7 +194,7 @@ fn start(sizes: Sizes) -> Trouble {
     };
     let limits = http::Limits {
         max_body_bytes: 10_000,
-        read_timeout: Duration::from_secs(60),
+        read_timeout: LONG,
         heartbeat_timeout: HEARTBEAT_TIMEOUT,
     };
     let app = App::new(metrics, limits);
@@ -194,7 +207,7 @@ fn start(sizes: Sizes) -> Trouble {
         read_timeout: limits.read_timeout,
     };
     let router = http::router(Arc::clone(&app), Routes::All);
-    let serve = serve::serve(listener, router, port_limits, app.phase(), Duration::ZERO);
+    let serve = serve::serve(listener, router, port_limits, app.phase(), LONG);
     Trouble {
         client: Client { address },
         device,
@@ -280,7 +293,7 @@ fn a_device_that_fails_ends_its_streams_with_its_words_and_fails_the_health() {
 
 #[test]
 fn a_request_that_waits_is_counted_while_a_step_runs() {
-    let sizes = Sizes {
+    let setting = Setting {
         max_sequences: 1,
         max_waiting: 1,
         ..ROOMY
@@ -290,7 +303,7 @@ fn a_request_that_waits_is_counted_while_a_step_runs() {
         device,
         runtime: _runtime,
         ..
-    } = start(sizes);
+    } = start(setting);
     let _first = ask(&client, 3, 9);
     device.wait_for_step();
     let _second = ask(&client, 20, 9);
@@ -308,7 +321,7 @@ fn a_request_that_waits_is_counted_while_a_step_runs() {
 
 #[test]
 fn a_preempted_request_is_as_old_as_its_arrival() {
-    let sizes = Sizes {
+    let setting = Setting {
         max_sequences: 2,
         n_blocks: 6,
         ..ROOMY
@@ -318,7 +331,7 @@ fn a_preempted_request_is_as_old_as_its_arrival() {
         device,
         runtime: _runtime,
         ..
-    } = start(sizes);
+    } = start(setting);
     // Two blocks each at first; both need their fourth when none is left.
     let _first = ask(&client, 31, 33);
     device.wait_for_step();
@@ -340,6 +353,10 @@ fn a_preempted_request_is_as_old_as_its_arrival() {
 
 #[test]
 fn a_drained_server_has_no_device_any_more() {
+    let setting = Setting {
+        drop_takes: Duration::from_millis(300),
+        ..ROOMY
+    };
     let Trouble {
         device,
         app,
@@ -348,7 +365,7 @@ fn a_drained_server_has_no_device_any_more() {
         server,
         runtime,
         ..
-    } = start(ROOMY);
+    } = start(setting);
     app.advance(Phase::Closing);
     let stopped = lifecycle::until_stopped(&app, server, engine, async_engine);
     runtime.block_on(stopped).unwrap();
@@ -357,6 +374,10 @@ fn a_drained_server_has_no_device_any_more() {
 
 #[test]
 fn the_last_words_of_a_failed_engine_are_sent_before_the_end() {
+    let setting = Setting {
+        n_top: 2000,
+        ..ROOMY
+    };
     let Trouble {
         client,
         device,
@@ -365,17 +386,30 @@ fn the_last_words_of_a_failed_engine_are_sent_before_the_end() {
         async_engine,
         server,
         runtime,
-    } = start(ROOMY);
-    let answers = [ask(&client, 3, 2), ask(&client, 3, 2), ask(&client, 3, 2)];
+    } = start(setting);
+    // Some 50 kB a token: more than the sockets hold.
+    let mut stream = client.connect();
+    let body = json!({"prompt": [1], "max_tokens": 50, "stream": true, "logprobs": 1,
+        "return_tokens_as_token_ids": true});
+    send(&mut stream, "POST", "/v1/completions", &body.to_string());
+    let answer = Answer::read(stream);
+    device.wait_for_step();
+    for _ in 0..40 {
+        device.give(5);
+        device.wait_for_step();
+    }
     device.fail();
+    let slow = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(500));
+        answer.events()
+    });
     let stopped = lifecycle::until_stopped(&app, server, engine, async_engine);
     let error = runtime.block_on(stopped).unwrap_err();
     assert!(matches!(error, ServeError::Engine(_)), "{error}");
     assert!(device.dropped.load(Ordering::Acquire));
     // As when the process ends.
     runtime.shutdown_background();
-    for answer in answers {
-        let last = answer.events().pop().unwrap();
-        assert_eq!(last["error"]["type"], "server_error", "{last}");
-    }
+    let events = slow.join().unwrap();
+    assert_eq!(events.len(), 41);
+    assert_eq!(events[40]["error"]["type"], "server_error");
 }

@@ -187,7 +187,7 @@ fn cuda_crowd(case: &Path, shape: Shape) -> Counters {
     for request in &requests {
         let (want, clear) = transformers_answer(&golden, request, bound);
         let (scores, sampled, _) = &answers[&request.id];
-        let found: Vec<u32> = sampled.iter().map(|sampled| sampled.token).collect();
+        let found: Vec<u32> = sampled.iter().map(|token| token.token).collect();
         let why = format!("{}: {} tokens", case.display(), request.prompt.len());
         assert_eq!(found[..clear], want[..clear], "{why}");
         assert_eq!(found.len(), want.len(), "{why}");

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
+const REQUEST_MEMORY: &str = "kvasir_request_memory_bytes";
 
 fn question() -> Value {
     json!([{"role": "user", "content": "What is a block table?"}])
@@ -347,46 +348,210 @@ fn a_client_that_leaves_frees_its_blocks() {
 
 #[test]
 fn a_slow_reader_holds_nobody_up() {
-    let server = Server::start(&[]);
-    // It never reads: not even the head of its answer.
+    let server = Server::start(&["--management-port", "0"]);
+    let management = server.management.as_ref().unwrap();
+    // It never reads, and its answer is far more than the sockets hold: twenty alternatives for each token.
     let mut slow = server.connect();
-    send(&mut slow, "POST", COMPLETIONS, &endless(true).to_string());
-    server.wait_for_load("it runs", |load| load["queue"]["running"] == 1);
-    let (status, answer) = server.post(CHAT, &json!({"messages": question()}));
+    let body = json!({"messages": question(), "max_tokens": 1500, "ignore_eos": true, "stream": true,
+        "logprobs": true, "top_logprobs": 20});
+    send(&mut slow, "POST", CHAT, &body.to_string());
+    management.wait_for_load("it runs", |load| load["queue"]["running"] == 1);
+    let (status, answer) = server.post(CHAT, &json!({"messages": question(), "max_tokens": 5}));
+    assert_eq!(status, 200, "{answer}");
+    management.wait_for_load("it ends, read or not", |load| load["queue"]["running"] == 0);
+    let memory = || management.metric(REQUEST_MEMORY);
+    assert!(memory() > 0.0, "what is not read is counted");
+    let (status, answer) = server.post(CHAT, &json!({"messages": question(), "max_tokens": 5}));
     assert_eq!(status, 200, "{answer}");
     let events = Answer::read(slow).events();
+    assert!(events.len() > 100, "nothing is lost");
     assert_eq!(
         events.last().unwrap()["choices"][0]["finish_reason"],
         "length"
     );
+    assert_eq!(memory(), 0.0, "and given back");
 }
 
 #[test]
 fn a_full_queue_is_429() {
     let server = Server::start(&["--max-num-seqs", "1", "--max-waiting", "1"]);
-    // The head of a stream comes when its request is accepted. One runs and one waits, whatever their speed.
-    let mut held = Vec::new();
-    let refused = loop {
-        let answer = server.open("POST", COMPLETIONS, &endless(true).to_string());
-        if answer.status != 200 {
-            break answer;
-        }
-        held.push(answer);
-        assert!(held.len() < 100, "the queue is bounded");
-    };
+    // The head of a stream comes when its request is accepted.
+    let open = || server.open("POST", COMPLETIONS, &endless(true).to_string());
+    let runs = open();
+    server.wait_for_load("one runs", |load| load["queue"]["running"] == 1);
+    let waits = open();
+    assert_eq!((runs.status, waits.status), (200, 200));
+    let refused = open();
     assert_eq!(
         (refused.status, refused.header("retry-after")),
         (429, Some("1"))
     );
     let error: Value = serde_json::from_str(&refused.text()).unwrap();
     assert_eq!(error["error"]["code"], "queue_full");
+    drop(waits);
+    server.wait_for_load("there is room", |load| load["queue"]["waiting"] == 0);
     // Of several prompts none is left behind.
     let (status, _) = server.post(COMPLETIONS, &json!({"prompt": ["a", "b"]}));
     assert_eq!(status, 429);
-    drop(held);
-    server.wait_for_load("all are gone", |load| {
-        load["queue"]["running"] == 0 && load["queue"]["waiting"] == 0
+    server.wait_for_load("nor waits", |load| load["queue"]["waiting"] == 0);
+    drop(runs);
+    server.wait_for_load("all are gone", |load| load["queue"]["running"] == 0);
+}
+
+#[test]
+fn bodies_full_of_prompts_cost_little_more_than_their_bytes() {
+    let server = Server::start(&[]);
+    // 8 MB with two million prompts of one token.
+    let body = format!("{{\"prompt\": [[5]{}]}}", ",[5]".repeat(2_000_000 - 1));
+    let before = server.memory_bytes("VmRSS");
+    server.reset_peak_memory();
+    std::thread::scope(|scope| {
+        let ask = || {
+            let answer = server.open("POST", COMPLETIONS, &body);
+            assert_eq!(answer.status, 400);
+            let error: Value = serde_json::from_str(&answer.text()).unwrap();
+            let message = error["error"]["message"].as_str().unwrap();
+            assert!(message.contains("more than 128 prompts"), "{error}");
+        };
+        let asked: Vec<_> = (0..8).map(|_| scope.spawn(ask)).collect();
+        asked.into_iter().for_each(|one| one.join().unwrap());
     });
+    let cost = server.memory_bytes("VmHWM") - before;
+    assert!(cost < 100_000_000, "{cost} bytes");
+    assert_eq!(server.metric(REQUEST_MEMORY), 0.0);
+}
+
+#[test]
+fn what_does_not_fit_the_memory_for_requests_is_429() {
+    let server = Server::start(&["--request-memory-bytes", "1000000"]);
+    let prompt = |n_bytes| json!({"prompt": "a".repeat(n_bytes), "max_tokens": 1});
+    let (status, refused) = server.post(COMPLETIONS, &prompt(600_000));
+    assert_eq!(
+        (status, &refused["error"]["code"]),
+        (429, &json!("memory_full")),
+        "{refused}"
+    );
+    assert_eq!(server.post(COMPLETIONS, &prompt(10)).0, 200);
+    assert_eq!(server.metric(REQUEST_MEMORY), 0.0);
+}
+
+#[test]
+fn long_texts_hold_up_no_chat_and_are_refused_when_many_wait() {
+    let server = Server::start(&[]);
+    let body = json!({"prompt": "a block of words ".repeat(480_000)}).to_string();
+    assert!(body.len() > 8_000_000 && body.len() <= 8_388_608);
+    let open = |body: &str| {
+        let mut stream = server.connect();
+        send(&mut stream, "POST", "/tokenize", body);
+        stream
+    };
+    let long = open(&body);
+    // Its body has come, and its work begins.
+    server.wait_for("it is read", "/metrics", |_, _| {
+        server.metric(REQUEST_MEMORY) >= body.len() as f64
+    });
+    let (status, answer) = server.post(CHAT, &json!({"messages": question(), "max_tokens": 2}));
+    assert_eq!(status, 200, "{answer}");
+    long.set_nonblocking(true).unwrap();
+    let unread = (&long).read(&mut [0]).map_err(|e| e.kind());
+    assert_eq!(
+        unread,
+        Err(std::io::ErrorKind::WouldBlock),
+        "the chat is answered while the long text is tokenized"
+    );
+    // Eight may wait for it; more are refused before any work.
+    let others: Vec<_> = (0..12).map(|_| open(&body)).collect();
+    server.wait_for("one is refused", "/metrics", |_, text| {
+        text.contains("kvasir_http_requests_total{code=\"429\",model_name=\"kvasir-demo\",route=\"/tokenize\"}")
+    });
+    drop((long, others));
+}
+
+#[test]
+fn a_text_that_no_context_holds_is_refused_before_it_is_tokenized() {
+    let server = Server::start(&[]);
+    for (path, body) in [
+        (COMPLETIONS, json!({"prompt": "words ".repeat(1_000_000)})),
+        (
+            CHAT,
+            json!({"messages": [{"role": "user", "content": "words ".repeat(1_000_000)}]}),
+        ),
+    ] {
+        let (status, refused) = server.post(path, &body);
+        let error = &refused["error"];
+        assert_eq!(status, 400, "{refused}");
+        assert_eq!(error["code"], "context_length_exceeded", "{refused}");
+        let message = error["message"].as_str().unwrap();
+        assert!(
+            message.contains("bytes, the longest context of 2048 tokens"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn a_completion_without_a_limit_takes_what_the_context_has() {
+    let server = Server::start(&["--max-model-len", "64"]);
+    let n_tokens = |max_tokens: Option<Value>| {
+        let mut body = json!({"prompt": [5, 6, 7, 8], "ignore_eos": true});
+        if let Some(max_tokens) = max_tokens {
+            body["max_tokens"] = max_tokens;
+        }
+        let (status, answer) = server.post(COMPLETIONS, &body);
+        assert_eq!(status, 200, "{answer}");
+        answer["usage"]["completion_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(n_tokens(None), 16, "OpenAI's default");
+    assert_eq!(n_tokens(Some(json!(3))), 3);
+    assert_eq!(
+        n_tokens(Some(Value::Null)),
+        60,
+        "null is no limit, as in vLLM"
+    );
+}
+
+#[test]
+fn generation_config_limits_what_a_request_sets_no_number_for() {
+    let model = tempfile::tempdir().unwrap();
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("demo-model");
+    for entry in std::fs::read_dir(demo).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            std::fs::copy(&path, model.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    let config = json!({"eos_token_id": 1, "do_sample": false, "max_new_tokens": 7}).to_string();
+    std::fs::write(model.path().join("generation_config.json"), config).unwrap();
+    let server = Server::start(&["--model", model.path().to_str().unwrap()]);
+    let n_tokens = |extra: Value| {
+        let mut body = json!({"messages": question(), "ignore_eos": true});
+        if let Value::Object(extra) = extra {
+            body.as_object_mut().unwrap().extend(extra);
+        }
+        let (status, answer) = server.post(CHAT, &body);
+        assert_eq!(status, 200, "{answer}");
+        answer["usage"]["completion_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(n_tokens(json!({})), 7);
+    assert_eq!(n_tokens(json!({"max_tokens": 9})), 9, "a request says more");
+}
+
+#[test]
+fn tokens_are_named_by_their_ids_where_asked() {
+    let server = Server::start(&[]);
+    let body = json!({"prompt": [5, 6], "max_tokens": 2, "logprobs": 1, "return_token_ids": true,
+        "return_tokens_as_token_ids": true});
+    let (status, answer) = server.post(COMPLETIONS, &body);
+    assert_eq!(status, 200, "{answer}");
+    let choice = &answer["choices"][0];
+    for i in 0..2 {
+        let name = format!("token_id:{}", choice["token_ids"][i]);
+        assert_eq!(choice["logprobs"]["tokens"][i], name, "{answer}");
+        assert!(
+            choice["logprobs"]["top_logprobs"][i][&name].is_number(),
+            "{answer}"
+        );
+    }
 }
 
 #[test]

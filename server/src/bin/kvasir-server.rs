@@ -18,6 +18,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 /// The user can mend it.
 const MISTAKE: u8 = 2;
@@ -65,17 +66,6 @@ fn main() -> std::process::ExitCode {
 type Failure = (u8, String);
 
 async fn run(args: Args) -> Result<(), Failure> {
-    let PortArgs {
-        host,
-        port,
-        management_port,
-    } = args.ports;
-    let (listener, address) = listen("port", SocketAddr::new(host, port))?;
-    let management = management_port
-        .map(|port| listen("management-port", SocketAddr::new(host, port)))
-        .transpose()?;
-    let listener =
-        TcpListener::from_std(listener).map_err(|error| (FAILED, format!("--port: {error}")))?;
     let metrics = Metrics::new(&args.model.served_name())
         .map(Arc::new)
         .map_err(|error| (MISTAKE, format!("--served-model-name: {error}")))?;
@@ -86,33 +76,12 @@ async fn run(args: Args) -> Result<(), Failure> {
     };
     let app = App::new(Arc::clone(&metrics), limits);
     follow_signals(Arc::clone(&app), args.drain.accept)?;
-    let port_limits = PortLimits {
-        max_connections: args.limits.max_connections,
-        read_timeout: args.limits.read_timeout,
-    };
-    allow_open_files(port_limits.max_connections);
-    let routes = match management {
-        Some(_) => Routes::Api,
-        None => Routes::All,
-    };
-    let router = http::router(Arc::clone(&app), routes);
-    let server = serve::serve(
-        listener,
-        router,
-        port_limits,
-        app.phase(),
-        args.drain.finish,
-    );
-    let server = tokio::spawn(server);
-    let management_address = management.as_ref().map(|(_, address)| *address);
-    if let Some((listener, _)) = management {
-        serve_management(listener, Arc::clone(&app), port_limits).map_err(|error| {
-            (
-                FAILED,
-                format!("the management port can't be served: {error}"),
-            )
-        })?;
-    }
+    allow_open_files(args.limits.max_connections);
+    let Ports {
+        server,
+        address,
+        management_address,
+    } = open_ports(&args, &app)?;
 
     let Some(Started {
         serving,
@@ -138,6 +107,49 @@ async fn run(args: Args) -> Result<(), Failure> {
         .map_err(failed)?;
     tracing::info!("drained");
     Ok(())
+}
+
+/// What listens.
+struct Ports {
+    /// The API's; it ends with the drain.
+    server: JoinHandle<usize>,
+    address: SocketAddr,
+    management_address: Option<SocketAddr>,
+}
+
+/// Listens on all ports, or on none, and serves probes from now on.
+fn open_ports(args: &Args, app: &Arc<App>) -> Result<Ports, Failure> {
+    let PortArgs {
+        host,
+        port,
+        management_port,
+    } = args.ports;
+    let (listener, address) = listen("port", SocketAddr::new(host, port))?;
+    let management = management_port
+        .map(|port| listen("management-port", SocketAddr::new(host, port)))
+        .transpose()?;
+    let limits = PortLimits {
+        max_connections: args.limits.max_connections,
+        read_timeout: args.limits.read_timeout,
+    };
+    let failed = |error: std::io::Error| (FAILED, format!("the ports can't be served: {error}"));
+    let listener = TcpListener::from_std(listener).map_err(failed)?;
+    let routes = match management {
+        Some(_) => Routes::Api,
+        None => Routes::All,
+    };
+    let router = http::router(Arc::clone(app), routes);
+    let server = serve::serve(listener, router, limits, app.phase(), args.drain.finish);
+    let server = tokio::spawn(server);
+    let management_address = management.as_ref().map(|(_, address)| *address);
+    if let Some((listener, _)) = management {
+        serve_management(listener, Arc::clone(app), limits).map_err(failed)?;
+    }
+    Ok(Ports {
+        server,
+        address,
+        management_address,
+    })
 }
 
 /// An error with its causes, in one sentence.

@@ -9,7 +9,7 @@ use super::conversation::Conversation;
 use super::error::ApiError;
 use super::fields::{Fields, Interface};
 use super::generate::{
-    ChunkWriter, Frames, Prepared, collect, engine_gone, event_stream, json_response,
+    Answer, ChunkWriter, Frames, Prepared, collect, engine_gone, event_stream, json_response,
 };
 use super::incoming::Incoming;
 use super::logprobs::ChatLogprobs;
@@ -84,7 +84,7 @@ pub(super) async fn chat(
         })
         .await??;
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
-    let mut call = Call {
+    let call = Call {
         id: format!("chatcmpl-{}", serving.ids.call()),
         created: super::unix_time(),
         n_prompt: prompt.len(),
@@ -111,29 +111,7 @@ pub(super) async fn chat(
         return Ok(event_stream(streams, call));
     }
     let stream = streams.pop().ok_or_else(engine_gone)?;
-    let answer = collect(&serving, stream).await?;
-    let (finish_reason, stop_reason) = reasons(answer.reason, &call.params.stop_token_ids)?;
-    let choice = ChatChoice {
-        index: 0,
-        message: Message {
-            role: "assistant",
-            content: answer.text,
-        },
-        logprobs: call.logprobs(&answer.tokens),
-        finish_reason,
-        stop_reason,
-        token_ids: call.ids_of(&answer.tokens),
-    };
-    call.n_completion = answer.tokens.len();
-    let usage = call.usage();
-    let prompt_token_ids = call.prompt.take();
-    let whole = call.object(
-        "chat.completion",
-        vec![choice],
-        Some(Some(usage)),
-        prompt_token_ids,
-    );
-    json_response(&whole, answer.lease)
+    call.whole(collect(&serving, stream).await?)
 }
 
 /// A call under way.
@@ -173,6 +151,30 @@ impl Call {
             usage,
             prompt_token_ids,
         }
+    }
+
+    fn whole(mut self, answer: Answer) -> Result<Response, ApiError> {
+        let (finish_reason, stop_reason) = reasons(answer.reason, &self.params.stop_token_ids)?;
+        let choice = ChatChoice {
+            index: 0,
+            message: Message {
+                role: "assistant",
+                content: answer.text,
+            },
+            logprobs: self.logprobs(&answer.tokens),
+            finish_reason,
+            stop_reason,
+            token_ids: self.ids_of(&answer.tokens),
+        };
+        self.n_completion = answer.tokens.len();
+        let (usage, prompt_token_ids) = (self.usage(), self.prompt.take());
+        let whole = self.object(
+            "chat.completion",
+            vec![choice],
+            Some(Some(usage)),
+            prompt_token_ids,
+        );
+        json_response(&whole, answer.lease)
     }
 
     fn chunk(&mut self, choice: ChatDelta, out: &mut Frames) {

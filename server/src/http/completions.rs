@@ -52,7 +52,7 @@ impl CompletionRequest {
         let options = Options {
             params,
             // Left out, it is OpenAI's default; null is no limit, as in vLLM.
-            max_tokens: match fields.is_null("max_tokens") {
+            max_tokens: match fields.take_null("max_tokens") {
                 true => None,
                 false => Some(fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS)),
             },

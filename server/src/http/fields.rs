@@ -150,9 +150,13 @@ impl<'a> Fields<'a> {
         Ok(seed.deserialize(&mut serde_json::Deserializer::from_str(raw.get())))
     }
 
-    /// Whether a field is `null` in so many words.
-    pub(super) fn is_null(&self, name: &str) -> bool {
-        self.0.get(name).is_some_and(|raw| raw.get() == "null")
+    /// Takes a field that is `null` in so many words.
+    pub(super) fn take_null(&mut self, name: &str) -> bool {
+        let is_null = self.0.get(name).is_some_and(|raw| raw.get() == "null");
+        if is_null {
+            self.0.remove(name);
+        }
+        is_null
     }
 
     /// Bytes of a field as it was sent.
@@ -298,8 +302,10 @@ mod tests {
 
     #[test]
     fn every_mistake_names_its_field() {
-        let mut fields =
-            Fields::parse(br#"{"a": "x", "t": 3, "null": null, "many": [0], "u": 1}"#).unwrap();
+        let mut fields = Fields::parse(
+            br#"{"a": "x", "t": 3, "null": null, "other": null, "many": [0], "u": 1}"#,
+        )
+        .unwrap();
         assert_eq!(
             message(fields.take::<f32>("a")),
             "a: invalid type: string \"x\", expected f32"
@@ -308,11 +314,11 @@ mod tests {
             message(fields.number("t", 0.0, 2.0)),
             "t: 3 is not between 0 and 2"
         );
-        assert!(fields.is_null("null") && !fields.is_null("u") && !fields.is_null("none"));
         assert_eq!(
             message(fields.require::<String>("null")),
             "null: missing; the field is required"
         );
+        assert!(fields.take_null("other") && !fields.take_null("u") && !fields.take_null("none"));
         fields.take::<Vec<u32>>("many").unwrap();
         assert_eq!(
             message(fields.finish(Chat)),

@@ -61,6 +61,22 @@ impl Server {
         }
     }
 
+    /// A line of `/proc/PID/status`, in bytes: `VmRSS` is the memory now, `VmHWM` the most of it.
+    pub(crate) fn memory_bytes(&self, field: &str) -> i64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(path).unwrap();
+        let mut values = status.lines().filter_map(|l| l.strip_prefix(field));
+        let value = values.next().expect("the field is there");
+        let kib = value.trim_matches([':', '\t', ' ', 'k', 'B']);
+        kib.parse::<i64>().unwrap() * 1024
+    }
+
+    /// The most is counted from now on (man 5 proc, clear_refs).
+    pub(crate) fn reset_peak_memory(&self) {
+        let path = format!("/proc/{}/clear_refs", self.child.id());
+        std::fs::write(path, "5").unwrap();
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         let status = Command::new("kill")
             .args(["-s", name, &self.child.id().to_string()])
@@ -98,6 +114,15 @@ impl Client {
     pub(crate) fn get(&self, path: &str) -> (u16, String) {
         let answer = self.open("GET", path, "");
         (answer.status, answer.text())
+    }
+
+    /// The value of a metric without labels of its own.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").1;
+        let line = format!("{name}{{model_name=\"kvasir-demo\"}} ");
+        let mut values = text.lines().filter_map(|l| l.strip_prefix(&line));
+        let value = values.next().expect("the metric is there");
+        value.parse().unwrap()
     }
 
     /// Asks `/load` until it is as wanted.
