@@ -4,8 +4,15 @@
 //! `cargo bench -p kvasir-kernels --bench cpu -- [threads] [isa]`, e.g. `-- 2 avx512`.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../tests/layer/forward.rs"]
+mod forward;
+
+use forward::{Buffers, Decoder, LayerWeights, Mlp, Widths};
 use kvasir_kernels::cpu::{CpuDevice, Isa};
 use kvasir_kernels::device::*;
+use kvasir_kernels::shape::*;
+use kvasir_kernels::step::*;
+use kvasir_kernels::stored::*;
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
@@ -17,6 +24,7 @@ const KV_HEADS: usize = 4;
 const HEAD_DIM: usize = 64;
 const VOCABULARY: usize = 32_000;
 const BLOCK: usize = 16;
+const NUMERICS: Numerics = Numerics::uniform(Precision::BF16);
 
 fn main() {
     let mut arguments = std::env::args()
@@ -24,7 +32,7 @@ fn main() {
         .filter(|argument| !argument.starts_with("--"));
     let n_threads: usize = arguments.next().map_or(2, |n| n.parse().unwrap());
     let wanted = arguments.next().map(|name| name.to_lowercase());
-    let isa = Isa::available(Precision::BF16)
+    let isa = Isa::available(NUMERICS)
         .into_iter()
         .find(|isa| {
             wanted
@@ -38,16 +46,26 @@ fn main() {
         println!("read bandwidth, {n} thread(s): {bandwidth:.1} GB/s");
     }
     let limit = *bandwidth.last().unwrap();
-    let mut bench = Bench::new(n_threads, isa);
+    let mut bench = Bench::new(n_threads, isa, None);
     println!("{}", bench.device.describe());
     let peak = bench.peak_flops();
     println!("products in the cache: {:.0} GFLOP/s", peak / 1e9);
-
-    let gigabytes = bench.weight_bytes / 1e9;
     println!(
-        "{:<24}{:>9}{:>10}{:>8}{:>10}{:>8}{:>11}",
+        "{:<30}{:>9}{:>10}{:>8}{:>10}{:>8}{:>11}",
         "step", "ms", "GB/s", "% read", "GFLOP/s", "% peak", "tokens/s"
     );
+    let print = |name: &str, step: Measured| {
+        let (read, flops) = (step.read_bytes / step.seconds, step.flops / step.seconds);
+        println!(
+            "{name:<30}{:>9.2}{:>10.1}{:>8.0}{:>10.0}{:>8.0}{:>11.1}",
+            step.seconds * 1e3,
+            read / 1e9,
+            100.0 * read / 1e9 / limit,
+            flops / 1e9,
+            100.0 * flops / peak,
+            step.tokens / step.seconds
+        );
+    };
     for (name, n_sequences, n_tokens, context) in [
         ("decode, batch 1", 1, 1, 128),
         ("decode, batch 8", 8, 1, 128),
@@ -56,60 +74,89 @@ fn main() {
         ("prefill of 512", 1, 512, 0),
         ("decode, batch 1, at 2000", 1, 1, 2000),
     ] {
-        let seconds = bench.step_seconds(n_sequences, n_tokens, context);
-        let tokens = (n_sequences * n_tokens) as f64;
-        let flops = tokens * bench.weight_bytes / seconds;
-        let read = gigabytes / seconds;
-        println!(
-            "{name:<24}{:>9.2}{read:>10.1}{:>8.0}{:>10.0}{:>8.0}{:>11.1}",
-            seconds * 1e3,
-            100.0 * read / limit,
-            flops / 1e9,
-            100.0 * flops / peak,
-            tokens / seconds
-        );
+        print(name, bench.measure(n_sequences, n_tokens, context));
     }
+    drop(bench);
+    // The same weights as eight experts, of which a token takes two: one token reads a few, 512 read all.
+    let mut bench = Bench::new(n_threads, isa, Some(8));
+    for (name, n_tokens) in [
+        ("experts: decode, batch 1", 1),
+        ("experts: prefill of 512", 512),
+    ] {
+        print(name, bench.measure(1, n_tokens, 0));
+    }
+}
+
+/// A step and what it did at least.
+struct Measured {
+    seconds: f64,
+    tokens: f64,
+    read_bytes: f64,
+    flops: f64,
 }
 
 struct Bench {
     device: CpuDevice,
     table: Weight,
-    head: Weight,
     norm: Vector,
-    layers: Vec<[Weight; 4]>,
-    buffers: [Buffer; 9],
-    /// Of the matrices that every step reads; also its FLOP for each token, as bf16 has two bytes.
+    layers: Vec<LayerWeights>,
+    buffers: Buffers,
+    logits: Logits,
+    /// Of all matrices that a step of many tokens reads.
     weight_bytes: f64,
+    /// Of the matrices that a single token reads; also its FLOP, as bf16 has two bytes.
+    token_bytes: f64,
+}
+
+/// Experts that a token takes, where there are any.
+const TOP_K: usize = 2;
+
+fn model_shape() -> ModelShape {
+    let cache = CacheShape {
+        n_kv_heads: KV_HEADS,
+        head_dim: HEAD_DIM,
+        window: None,
+    };
+    let caches = vec![cache; LAYERS];
+    let layer = |i| AttentionShape {
+        cache: CacheId(i),
+        n_heads: HEADS,
+        rope: Some(RopeId(0)),
+        scale: 0.125,
+        soft_cap: None,
+    };
+    ModelShape {
+        vocab_size: VOCABULARY,
+        max_positions: 2048,
+        block_size: BLOCK,
+        limits: Limits {
+            max_tokens: 512,
+            max_sequences: 16,
+            max_logits_rows: 16,
+            max_blocks_per_sequence: 2048 / BLOCK,
+        },
+        ropes: vec![Rope {
+            inverse_frequencies: (0..HEAD_DIM / 2)
+                .map(|i| 1e4f32.powf(-(i as f32) / 32.0))
+                .collect(),
+            scale: 1.0,
+        }],
+        groups: cache_groups(&caches),
+        layers: (0..LAYERS as u32).map(layer).collect(),
+        caches,
+    }
 }
 
 impl Bench {
-    fn new(n_threads: usize, isa: Isa) -> Self {
-        let config = DeviceConfig {
-            attention: AttentionShape {
-                n_layers: LAYERS,
-                n_heads: HEADS,
-                n_kv_heads: KV_HEADS,
-                head_dim: HEAD_DIM,
-                block_size: BLOCK,
-            },
-            limits: Limits {
-                max_tokens: 512,
-                max_sequences: 16,
-                max_logits_rows: 16,
-                max_blocks_per_sequence: 2048 / BLOCK,
-            },
-            rope: Rope {
-                inverse_frequencies: (0..HEAD_DIM / 2)
-                    .map(|i| 1e4f32.powf(-(i as f32) / 32.0))
-                    .collect(),
-                scale: 1.0,
-                max_positions: 2048,
-            },
-            precision: Precision::BF16,
+    /// `n_experts` of them share the intermediate size, where there are any.
+    fn new(n_threads: usize, isa: Isa, n_experts: Option<usize>) -> Self {
+        let options = DeviceOptions {
+            numerics: NUMERICS,
             memory_limit: None,
         };
-        let mut device =
-            CpuDevice::with_isa(config, NonZeroUsize::new(n_threads).unwrap(), isa).unwrap();
+        let n_threads = NonZeroUsize::new(n_threads).unwrap();
+        let mut device = CpuDevice::with_isa(options, n_threads, isa).unwrap();
+        device.add_model(&model_shape()).unwrap();
         let bytes: Vec<u8> = (0..VOCABULARY * HIDDEN)
             .scan(1u32, |state, _| {
                 *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -127,59 +174,81 @@ impl Bench {
                 shape: [rows, cols],
                 bytes: &bytes[..rows * cols * 2],
             };
-            device.prepare_weight(&[view]).unwrap()
+            device.prepare_weight(&[view.into()]).unwrap()
         };
-        let qkv_width = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
-        let head = weight(VOCABULARY, HIDDEN);
-        let layers = (0..LAYERS)
+        let widths = Widths {
+            hidden: HIDDEN,
+            n_heads: HEADS,
+            n_kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            intermediate: INTERMEDIATE,
+            n_experts: n_experts.unwrap_or(1),
+        };
+        let table = weight(VOCABULARY, HIDDEN);
+        let inner = INTERMEDIATE / widths.n_experts;
+        let weights: Vec<[Weight; 5]> = (0..LAYERS)
             .map(|_| {
-                let attention = [weight(qkv_width, HIDDEN), weight(HIDDEN, HEADS * HEAD_DIM)];
                 [
-                    attention[0],
-                    attention[1],
+                    weight(widths.qkv(), HIDDEN),
+                    weight(HIDDEN, widths.heads()),
                     weight(2 * INTERMEDIATE, HIDDEN),
-                    weight(HIDDEN, INTERMEDIATE),
+                    weight(widths.n_experts * HIDDEN, inner),
+                    weight(widths.n_experts, HIDDEN),
                 ]
             })
             .collect();
+        let mlp_bytes = LAYERS * 3 * INTERMEDIATE * HIDDEN * 2;
+        let read_by_token = n_experts.map_or(mlp_bytes, |n| mlp_bytes * TOP_K / n);
+        let token_bytes = (weight_bytes - mlp_bytes + read_by_token) as f64;
         let weight_bytes = weight_bytes as f64;
+        let layers = weights.into_iter().map(|[qkv, o, gate_up, down, router]| {
+            let mlp = match n_experts {
+                None => Mlp::Dense { gate_up, down },
+                Some(n_experts) => {
+                    let shape = ExpertsShape {
+                        gate_up,
+                        down,
+                        n_experts,
+                        top_k: TOP_K,
+                        renormalize: true,
+                        activation: Activation::Silu,
+                    };
+                    let experts = device.plan_experts(&shape).unwrap();
+                    Mlp::Experts { router, experts }
+                }
+            };
+            LayerWeights {
+                qkv,
+                bias: None,
+                o,
+                mlp,
+            }
+        });
+        let layers = layers.collect();
         let ones: Vec<u8> = (0..HIDDEN).flat_map(|_| 1f32.to_le_bytes()).collect();
         let norm = TensorView {
             dtype: Dtype::F32,
             shape: [1, HIDDEN],
             bytes: &ones,
         };
-        let norm = device.prepare_vector(&[norm]).unwrap();
-        let widths = [
-            HIDDEN,
-            HIDDEN,
-            qkv_width,
-            HEADS * HEAD_DIM,
-            HIDDEN,
-            2 * INTERMEDIATE,
-            INTERMEDIATE,
-        ];
-        let mut buffers: Vec<Buffer> = widths
-            .into_iter()
-            .map(|cols| device.plan_buffer(Rows::Tokens, cols).unwrap())
-            .collect();
-        buffers.push(device.plan_buffer(Rows::Logits, HIDDEN).unwrap());
-        buffers.push(device.plan_buffer(Rows::Logits, VOCABULARY).unwrap());
+        let norm = device.prepare_vector(&[norm], 0.0).unwrap();
+        let buffers = Buffers::plan(&mut device, widths).unwrap();
+        let logits = device.plan_logits().unwrap();
         device.allocate_kv(2048).unwrap();
-        let buffers = buffers.try_into().unwrap();
         Self {
             device,
-            table: head,
-            head,
+            table,
             norm,
             layers,
             buffers,
+            logits,
             weight_bytes,
+            token_bytes,
         }
     }
 
-    /// Median seconds of a step of `n_sequences` with `n_tokens` each, from position `context` on.
-    fn step_seconds(&mut self, n_sequences: usize, n_tokens: usize, context: usize) -> f64 {
+    /// The median of steps of `n_sequences` with `n_tokens` each, from position `context` on.
+    fn measure(&mut self, n_sequences: usize, n_tokens: usize, context: usize) -> Measured {
         let mut input = StepInput::default();
         for sequence in 0..n_sequences as u32 {
             let n_blocks = (context + n_tokens).div_ceil(BLOCK) as u32;
@@ -187,6 +256,7 @@ impl Bench {
                 .map(|i| BlockId((sequence * 128 + i * 37 % 128) % 2048))
                 .collect();
             input.table_updates.push(TableUpdate {
+                group: 0,
                 row: TableRow(sequence),
                 first: 0,
                 blocks,
@@ -200,74 +270,60 @@ impl Bench {
             input
                 .tokens
                 .extend((0..n_tokens as u32).map(|t| TokenInput::Id(t * 7 + sequence)));
-            let sampling = Sampling {
-                temperature: 0.0,
-                top_p: 1.0,
-                top_k: None,
-                seed: 0,
-                output_index: 0,
-            };
-            input.logits.push(LogitsRow {
-                token: input.tokens.len() as u32 - 1,
-                want: LogitsWant::Sample(sampling),
-                n_logprobs: None,
-            });
+            input.logits.push(input.tokens.len() as u32 - 1);
         }
-        median(9, || self.step(&input))
+        let tokens = (n_sequences * n_tokens) as f64;
+        Measured {
+            seconds: median(9, || self.step(&input)),
+            tokens,
+            read_bytes: if tokens > 1.0 {
+                self.weight_bytes
+            } else {
+                self.token_bytes
+            },
+            flops: tokens * self.token_bytes,
+        }
     }
 
     fn step(&mut self, input: &StepInput) {
-        let Self {
-            device,
-            table,
-            head,
-            norm,
-            layers,
-            buffers,
-            ..
-        } = self;
-        let [
-            x,
-            normed,
-            qkv,
-            mixed,
-            delta,
-            gate_up,
-            activated,
-            last,
-            logits,
-        ] = *buffers;
-        let (table, head, norm) = (*table, *head, *norm);
-        let mut forward = |ops: &mut dyn Ops| {
-            ops.embed(x, table);
-            ops.rms_norm(normed, x, norm, 1e-5);
-            for (layer, [qkv_weight, o, gate_up_weight, down]) in layers.iter().enumerate() {
-                ops.matmul(qkv, normed, *qkv_weight, None);
-                ops.rope_append(qkv, layer);
-                ops.attention(mixed, qkv, layer, 0.125);
-                ops.matmul(delta, mixed, *o, None);
-                ops.add_rms_norm(normed, x, delta, norm, 1e-5);
-                ops.matmul(gate_up, normed, *gate_up_weight, None);
-                ops.swiglu(activated, gate_up);
-                ops.matmul(delta, activated, *down, None);
-                ops.add_rms_norm(normed, x, delta, norm, 1e-5);
-            }
-            ops.gather_logits_rows(last, normed);
-            ops.matmul(logits, last, head, None);
-            ops.sample(logits);
+        let decoder = Decoder {
+            table: self.table,
+            embedding_scale: 1.0,
+            norm: self.norm,
+            head_norms: None,
+            activation: Activation::Silu,
+            layers: &self.layers,
+            buffers: self.buffers,
+            logits: self.logits,
         };
-        let ticket = device.submit(input, &mut forward).unwrap();
+        let greedy = LogitsRow {
+            request: LogitsRequest::Sample {
+                params: SamplingParams {
+                    temperature: 0.0,
+                    top_p: 1.0,
+                    top_k: None,
+                    seed: 0,
+                },
+                output_index: 0,
+            },
+            n_logprobs: None,
+        };
+        let device = &mut self.device;
+        let ticket = device.submit(input, &|ops| decoder.forward(ops)).unwrap();
+        let requests = vec![greedy; input.logits.len()];
+        device.sample(&ticket, self.logits, &requests).unwrap();
         device.collect(ticket).unwrap();
     }
 
     /// One 2048 x 2048 product, again and again: what the kernels reach when no weight comes from memory.
     fn peak_flops(&mut self) -> f64 {
         const REPEATS: usize = 20;
-        let [_, normed, _, _, delta, ..] = self.buffers;
-        let weight = self.layers[0][1];
+        let Buffers { normed, delta, .. } = self.buffers;
+        let weight = self.layers[0].o;
         let input = StepInput {
             tokens: vec![TokenInput::Id(1); 480],
             table_updates: vec![TableUpdate {
+                group: 0,
                 row: TableRow(0),
                 first: 0,
                 blocks: (0..30).map(BlockId).collect(),
@@ -283,7 +339,7 @@ impl Bench {
         let device = &mut self.device;
         let seconds = median(9, || {
             let ticket = device
-                .submit(&input, &mut |ops| {
+                .submit(&input, &|ops| {
                     (0..REPEATS).for_each(|_| ops.matmul(delta, normed, weight, None))
                 })
                 .unwrap();

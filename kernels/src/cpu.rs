@@ -1,34 +1,42 @@
 //! The CPU device: AVX-512 bf16 (with AMX where there is), AVX2 or portable code, chosen at run time, on its own
 //! threads.
 //!
-//! Activations are f32 in their buffers and are rounded to the device's precision where they are multiplied; sums are
-//! f32. A step runs when it is submitted: the depth is 1. This file owns the device's state and cuts element-wise
-//! work over the threads; products, attention, the cache's layout and the kernels have files of their own.
+//! Activations are f32 in their buffers and are rounded to the weights' precision where they are multiplied; sums are
+//! f32. A step runs when it is submitted: the depth is 1. This file owns the device's state and plans its memory;
+//! operations, products, attention, experts, the cache's layout and the kernels have files of their own.
 
 mod attention;
+mod experts;
+mod gemm;
+mod handles;
 mod kv_cache;
-mod lanes;
 mod limit;
-mod matmul;
+mod mapping;
+mod model;
 mod ops;
-mod pages;
 mod pool;
 mod rows;
+mod simd;
 mod tile;
 mod weights;
 
 use crate::device::{
-    Buffer, Device, DeviceConfig, DeviceError, Memory, Ops, Rows, StepInput, StepOutput,
-    TensorView, Ticket, Vector, Weight,
+    Buffer, Device, DeviceError, DeviceOptions, Experts, ExpertsShape, Finished, Forward, Logits,
+    Memory, Model, Rows, Ticket, Vector, Weight,
 };
 use crate::sampling;
-use crate::step::{Finished, Step};
-use attention::{AttentionPlan, QueryTile, Scratch};
-use kv_cache::{KvCache, KvLayout};
-use lanes::Lanes;
-use matmul::Factors;
+use crate::shape::{Capabilities, ModelShape, Numerics};
+use crate::step::{DeviceOutput, LogitsRow, StepInput};
+use crate::stored::{StoredMatrix, TensorView};
+use attention::Scratch;
+use experts::{ExpertsPlan, ExpertsWorkspace};
+use gemm::PackedActivations;
+use handles::HandleTable;
+use kv_cache::KvCache;
+use model::ModelState;
 use pool::Pool;
-use rows::Activations;
+use rows::{ActivationBuffer, RowsView};
+use simd::SimdOps;
 use std::num::NonZeroUsize;
 use std::sync::Mutex;
 pub use tile::Isa;
@@ -37,98 +45,96 @@ use weights::PackedWeight;
 /// What the process itself is left beside weights, workspace and cache: its heap grows while it serves.
 const RESERVE_BYTES: u64 = 64 << 20;
 
+const CAPABILITIES: Capabilities = Capabilities {
+    device: "cpu",
+    head_dims: None,
+    block_sizes: (1, 1024),
+};
+
 /// The device.
 pub struct CpuDevice {
-    pass: Pass,
+    state: CpuState,
     memory_limit: u64,
     finished: Finished,
 }
 
 /// What the operations work on.
-struct Pass {
-    config: DeviceConfig,
+struct CpuState {
+    numerics: Numerics,
     isa: Isa,
-    lanes: &'static Lanes,
+    simd: &'static SimdOps,
     pool: Pool,
-    layout: KvLayout,
-    plan: AttentionPlan,
-    weights: Vec<PackedWeight>,
-    vectors: Vec<Vec<f32>>,
-    buffers: Vec<Activations>,
-    step: Step,
-    /// Cosines and sines of the step's tokens, `[tokens][head_dim / 2]`.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    tiles: Vec<QueryTile>,
-    running: Option<Running>,
-    output: Vec<Mutex<crate::device::Sampled>>,
+    models: Vec<ModelState>,
+    /// Whose step it is.
+    current: Model,
+    weights: HandleTable<PackedWeight>,
+    vectors: HandleTable<Vec<f32>>,
+    buffers: HandleTable<ActivationBuffer>,
+    logits: HandleTable<ActivationBuffer>,
+    experts: HandleTable<ExpertsShape>,
+    experts_plan: ExpertsPlan,
+    /// Once the models are built.
+    allocated: Option<Allocated>,
 }
 
-/// What exists once the model is built.
-struct Running {
+/// The KV cache, and workspace that all models share.
+struct Allocated {
     cache: KvCache,
-    factors: Factors,
+    packed: PackedActivations,
     scratch: Scratch,
+    experts: ExpertsWorkspace,
+    /// For each thread.
     sampling: Vec<Mutex<sampling::Scratch>>,
 }
 
 impl CpuDevice {
     /// A device on `n_threads` threads (the caller's among them) with the best instruction set of this machine.
-    pub fn new(config: DeviceConfig, n_threads: NonZeroUsize) -> Result<Self, DeviceError> {
-        let isa = Isa::available(config.precision)[0];
-        Self::with_isa(config, n_threads, isa)
+    pub fn new(options: DeviceOptions, n_threads: NonZeroUsize) -> Result<Self, DeviceError> {
+        let isa = Isa::available(options.numerics)[0];
+        Self::with_isa(options, n_threads, isa)
     }
 
     /// A device that uses a given instruction set, which must be one of [`Isa::available`].
     pub fn with_isa(
-        config: DeviceConfig,
+        options: DeviceOptions,
         n_threads: NonZeroUsize,
         isa: Isa,
     ) -> Result<Self, DeviceError> {
-        if !Isa::available(config.precision).contains(&isa) {
+        let numerics = options.numerics;
+        if numerics.activations != numerics.weights {
+            return Err(unsupported(format!(
+                "activations in {} with weights in {}; both in one type are",
+                numerics.activations.name(),
+                numerics.weights.name()
+            )));
+        }
+        if !Isa::available(numerics).contains(&isa) {
             return Err(unsupported(format!("{isa:?} on this machine")));
         }
-        check(&config)?;
         let pool = Pool::new(n_threads).map_err(|error| DeviceError::Failed {
-            device: "cpu",
+            device: CAPABILITIES.device,
             message: format!("no thread: {error}"),
         })?;
-        let layout = KvLayout::new(&config.attention, config.precision);
-        let angles = config.limits.max_tokens * config.attention.head_dim / 2;
         let found = limit::memory_limit();
         Ok(Self {
-            memory_limit: config.memory_limit.map_or(found, |limit| limit.min(found)),
-            pass: Pass {
+            memory_limit: options.memory_limit.map_or(found, |limit| limit.min(found)),
+            state: CpuState {
+                numerics,
                 isa,
-                lanes: Lanes::of(isa),
+                simd: SimdOps::of(isa),
                 pool,
-                layout,
-                plan: AttentionPlan::new(&config, &layout, n_threads.get()),
-                weights: Vec::new(),
-                vectors: Vec::new(),
-                buffers: Vec::new(),
-                step: Step::new(&config),
-                cos: Vec::with_capacity(angles),
-                sin: Vec::with_capacity(angles),
-                tiles: Vec::with_capacity(config.limits.max_tokens),
-                running: None,
-                output: Vec::with_capacity(config.limits.max_logits_rows),
-                config,
+                models: Vec::new(),
+                current: Model::default(),
+                weights: HandleTable::default(),
+                vectors: HandleTable::default(),
+                buffers: HandleTable::default(),
+                logits: HandleTable::default(),
+                experts: HandleTable::default(),
+                experts_plan: ExpertsPlan::default(),
+                allocated: None,
             },
             finished: Finished::default(),
         })
-    }
-
-    fn factors_bytes(&self) -> usize {
-        let limits = &self.pass.config.limits;
-        let n_steps = self
-            .pass
-            .weights
-            .iter()
-            .map(|weight| weight.n_steps)
-            .max()
-            .unwrap_or(0);
-        matmul::factors_bytes(limits.max_tokens.max(limits.max_logits_rows), n_steps)
     }
 
     /// Fails where `bytes` more do not fit.
@@ -146,52 +152,90 @@ impl CpuDevice {
         }
         Ok(())
     }
+
+    /// Plans rows of activations for the model being built.
+    fn plan_rows(&self, rows: Rows, cols: usize) -> Result<(Model, ActivationBuffer), DeviceError> {
+        let model = self.state.last_model();
+        let max_rows = self.state.model_of(model).max_rows(rows);
+        let bytes = ActivationBuffer::bytes_for(max_rows, cols);
+        self.reserve("an activation buffer", bytes)?;
+        Ok((model, ActivationBuffer::new(rows, max_rows, cols)?))
+    }
+}
+
+impl CpuState {
+    fn model_of(&self, model: Model) -> &ModelState {
+        &self.models[model.0 as usize]
+    }
+
+    /// The model whose step it is.
+    fn model(&self) -> &ModelState {
+        self.model_of(self.current)
+    }
+
+    /// The model being built.
+    fn last_model(&self) -> Model {
+        let last = self.models.len().checked_sub(1);
+        Model(last.expect("a model is added before its weights and buffers") as u32)
+    }
+
+    fn allocated(&self) -> &Allocated {
+        self.allocated
+            .as_ref()
+            .expect("the KV cache is allocated before the first step")
+    }
+
+    /// Bytes of the largest product's packed activations.
+    fn packed_bytes(&self) -> usize {
+        let products = self.weights.iter_with_owner().map(|(model, weight)| {
+            let model = self.model_of(model);
+            let n_rows = model
+                .max_rows(Rows::Tokens)
+                .max(model.max_rows(Rows::Logits));
+            gemm::packed_bytes(n_rows, weight.n_steps)
+        });
+        let of_experts = self.experts.iter_with_owner().flat_map(|(model, shape)| {
+            let n_rows = self.model_of(model).max_rows(Rows::Tokens) * shape.top_k;
+            [shape.gate_up, shape.down]
+                .map(|weight| gemm::packed_bytes(n_rows, self.weights.get(model, weight.0).n_steps))
+        });
+        products.chain(of_experts).max().unwrap_or(0)
+    }
+
+    /// Bytes of the largest attention's scratch memory.
+    fn scratch_bytes(&self) -> usize {
+        let layers = self.models.iter().flat_map(|model| &model.layers);
+        let bytes = layers.map(|layer| layer.attention.scratch_bytes());
+        bytes.max().unwrap_or(0)
+    }
+
+    /// Bytes of a page.
+    fn page_bytes(&self) -> usize {
+        let models = self.models.iter();
+        let pages = models.map(|model| kv_cache::page_bytes(&model.shape, self.numerics.kv_cache));
+        pages.max().unwrap_or(0)
+    }
+
+    /// The rows of a buffer that its model's last step has.
+    fn view_of(&self, (model, rows): (Model, &ActivationBuffer)) -> RowsView {
+        rows.view(self.model_of(model).n_rows(rows.rows))
+    }
 }
 
 fn unsupported(what: String) -> DeviceError {
     DeviceError::Unsupported {
-        device: "cpu",
+        device: CAPABILITIES.device,
         what,
     }
 }
 
-fn check(config: &DeviceConfig) -> Result<(), DeviceError> {
-    let shape = &config.attention;
-    if shape.n_kv_heads == 0
-        || shape.n_heads == 0
-        || !shape.n_heads.is_multiple_of(shape.n_kv_heads)
-    {
-        return Err(unsupported(format!(
-            "{} query heads over {} KV heads",
-            shape.n_heads, shape.n_kv_heads
-        )));
-    }
-    if shape.head_dim == 0 || !shape.head_dim.is_multiple_of(2) {
-        return Err(unsupported(format!(
-            "a head of {} elements, which are not pairs",
-            shape.head_dim
-        )));
-    }
-    if shape.block_size == 0 {
-        return Err(unsupported("blocks of 0 tokens".to_owned()));
-    }
-    if config.rope.inverse_frequencies.len() != shape.head_dim / 2 {
-        return Err(unsupported(format!(
-            "{} rotary frequencies for a head of {}",
-            config.rope.inverse_frequencies.len(),
-            shape.head_dim
-        )));
-    }
-    Ok(())
-}
-
 impl Device for CpuDevice {
     fn describe(&self) -> String {
-        let n_threads = self.pass.pool.n_threads();
+        let n_threads = self.state.pool.n_threads();
         let plural = if n_threads == 1 { "" } else { "s" };
         format!(
             "cpu: {}, {n_threads} thread{plural}",
-            self.pass.isa.name(self.pass.config.precision)
+            self.state.isa.name(self.state.numerics.weights)
         )
     }
 
@@ -199,50 +243,89 @@ impl Device for CpuDevice {
         1
     }
 
-    fn prepare_weight(&mut self, parts: &[TensorView<'_>]) -> Result<Weight, DeviceError> {
-        let (n_rows, cols) = (
-            parts.iter().map(|p| p.shape[0]).sum(),
-            parts.first().map_or(0, |p| p.shape[1]),
-        );
-        let precision = self.pass.config.precision;
-        self.reserve("a weight", PackedWeight::bytes_for(precision, n_rows, cols))?;
-        let weight = PackedWeight::pack(&self.pass.pool, precision, parts)?;
-        self.pass.weights.push(weight);
-        Ok(Weight(self.pass.weights.len() as u32 - 1))
+    fn add_model(&mut self, shape: &ModelShape) -> Result<Model, DeviceError> {
+        shape.check(&CAPABILITIES)?;
+        let state = &mut self.state;
+        let (kv_cache, n_threads) = (state.numerics.kv_cache, state.pool.n_threads());
+        state
+            .models
+            .push(ModelState::new(shape, kv_cache, n_threads));
+        Ok(state.last_model())
     }
 
-    fn prepare_vector(&mut self, parts: &[TensorView<'_>]) -> Result<Vector, DeviceError> {
-        self.pass.vectors.push(weights::widen(parts));
-        Ok(Vector(self.pass.vectors.len() as u32 - 1))
+    fn prepare_weight(&mut self, parts: &[StoredMatrix<'_>]) -> Result<Weight, DeviceError> {
+        let model = self.state.last_model();
+        let (n_rows, cols) = weights::stacked_shape(parts);
+        let precision = self.state.numerics.weights;
+        self.reserve("a weight", PackedWeight::bytes_for(precision, n_rows, cols))?;
+        let weight = PackedWeight::pack(&self.state.pool, precision, parts)?;
+        Ok(Weight(self.state.weights.push(model, weight)))
+    }
+
+    fn prepare_vector(
+        &mut self,
+        parts: &[TensorView<'_>],
+        offset: f32,
+    ) -> Result<Vector, DeviceError> {
+        let model = self.state.last_model();
+        let vector = weights::vector(parts, offset);
+        Ok(Vector(self.state.vectors.push(model, vector)))
     }
 
     fn plan_buffer(&mut self, rows: Rows, cols: usize) -> Result<Buffer, DeviceError> {
-        let limits = &self.pass.config.limits;
-        let max_rows = match rows {
-            Rows::Tokens => limits.max_tokens,
-            Rows::Logits => limits.max_logits_rows,
-        };
-        self.reserve("an activation buffer", max_rows * cols * size_of::<f32>())?;
-        self.pass
-            .buffers
-            .push(Activations::new(rows, max_rows, cols)?);
-        Ok(Buffer(self.pass.buffers.len() as u32 - 1))
+        let (model, buffer) = self.plan_rows(rows, cols)?;
+        Ok(Buffer(self.state.buffers.push(model, buffer)))
+    }
+
+    fn plan_logits(&mut self) -> Result<Logits, DeviceError> {
+        let vocab_size = self
+            .state
+            .model_of(self.state.last_model())
+            .shape
+            .vocab_size;
+        let (model, logits) = self.plan_rows(Rows::Logits, vocab_size)?;
+        Ok(Logits(self.state.logits.push(model, logits)))
+    }
+
+    fn plan_experts(&mut self, shape: &ExpertsShape) -> Result<Experts, DeviceError> {
+        let state = &self.state;
+        let model = state.last_model();
+        let gate_up = state.weights.get(model, shape.gate_up.0);
+        let down = state.weights.get(model, shape.down.0);
+        let (hidden, inner, n) = (gate_up.cols, down.cols, shape.n_experts);
+        assert_eq!(
+            [gate_up.n_rows, down.n_rows],
+            [n * 2 * inner, n * hidden],
+            "experts' weights of other sizes"
+        );
+        if !(1..=n).contains(&shape.top_k) {
+            return Err(unsupported(format!(
+                "{} of {n} experts for a token; 1 to {n} are",
+                shape.top_k
+            )));
+        }
+        let max_tokens = state.model_of(model).max_rows(Rows::Tokens);
+        let plan = state.experts_plan.with(shape, max_tokens, [hidden, inner]);
+        let more = plan.bytes() - state.experts_plan.bytes();
+        self.reserve("the experts' workspace", more)?;
+        self.state.experts_plan = plan;
+        Ok(Experts(self.state.experts.push(model, *shape)))
     }
 
     fn memory(&self) -> Memory {
-        let pass = &self.pass;
-        let vectors: usize = pass
+        let state = &self.state;
+        let vectors: usize = state
             .vectors
             .iter()
             .map(|vector| vector.len() * size_of::<f32>())
             .sum();
-        let weights = pass.weights.iter().map(PackedWeight::bytes).sum::<usize>() + vectors;
-        let buffers: usize = pass.buffers.iter().map(Activations::bytes).sum();
-        let cache = pass
-            .running
-            .as_ref()
-            .map_or(0, |running| running.cache.bytes());
-        let workspace = buffers + self.factors_bytes() + pass.plan.scratch_bytes();
+        let weights = state.weights.iter().map(PackedWeight::bytes).sum::<usize>() + vectors;
+        let buffers = state.buffers.iter().chain(state.logits.iter());
+        let workspace = buffers.map(ActivationBuffer::bytes).sum::<usize>()
+            + state.packed_bytes()
+            + state.scratch_bytes()
+            + state.experts_plan.bytes();
+        let cache = state.allocated.as_ref().map_or(0, |a| a.cache.bytes());
         // Weights are resident, workspace and cache as far as they were touched: what is resident beyond the weights
         // may be counted twice before the cache is allocated, never too little.
         let other =
@@ -256,54 +339,60 @@ impl Device for CpuDevice {
     }
 
     fn block_bytes(&self) -> u64 {
-        self.pass.layout.block_bytes() as u64
+        self.state.page_bytes() as u64
     }
 
     fn allocate_kv(&mut self, n_blocks: u32) -> Result<(), DeviceError> {
-        let pass = &self.pass;
-        self.reserve(
-            "the KV cache",
-            n_blocks as usize * pass.layout.block_bytes(),
-        )?;
-        let vocabulary = pass
-            .buffers
-            .iter()
-            .filter(|b| b.rows == Rows::Logits)
-            .map(|b| b.view(0).cols)
-            .max();
-        let sampling = || Mutex::new(sampling::Scratch::new(vocabulary.unwrap_or(0)));
-        let running = Running {
-            cache: KvCache::new(pass.layout, n_blocks as usize)?,
-            factors: Factors::new(self.factors_bytes())?,
-            scratch: Scratch::new(&pass.plan)?,
-            sampling: (0..pass.pool.n_threads()).map(|_| sampling()).collect(),
-        };
-        self.pass.running = Some(running);
-        self.pass.step.set_n_blocks(n_blocks);
+        let page_bytes = self.state.page_bytes();
+        self.reserve("the KV cache", n_blocks as usize * page_bytes)?;
+        let state = &mut self.state;
+        let vocab_sizes = state.models.iter().map(|model| model.shape.vocab_size);
+        let vocab_size = vocab_sizes.max().unwrap_or(0);
+        let sampling = || Mutex::new(sampling::Scratch::new(vocab_size));
+        state.allocated = Some(Allocated {
+            cache: KvCache::new(page_bytes, n_blocks as usize)?,
+            packed: PackedActivations::new(state.packed_bytes())?,
+            scratch: Scratch::new(state.scratch_bytes())?,
+            experts: ExpertsWorkspace::new(&state.experts_plan)?,
+            sampling: (0..state.pool.n_threads()).map(|_| sampling()).collect(),
+        });
+        for model in &mut state.models {
+            model.step.set_n_blocks(n_blocks);
+        }
         Ok(())
     }
 
-    fn submit(
-        &mut self,
-        input: &StepInput,
-        forward: &mut dyn FnMut(&mut dyn Ops),
-    ) -> Result<Ticket, DeviceError> {
-        self.finished.assert_collected();
-        self.pass.begin(input);
-        forward(&mut self.pass);
-        let output = self.pass.end();
-        Ok(self.finished.put(output))
+    fn submit(&mut self, input: &StepInput, forward: Forward<'_>) -> Result<Ticket, DeviceError> {
+        let ticket = self.finished.begin();
+        self.state.begin(input);
+        forward(&mut self.state);
+        Ok(ticket)
     }
 
-    fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, DeviceError> {
+    fn sample(
+        &mut self,
+        ticket: &Ticket,
+        logits: Logits,
+        requests: &[LogitsRow],
+    ) -> Result<(), DeviceError> {
+        let output = self.state.sample(logits, requests);
+        self.finished.put(ticket, output);
+        Ok(())
+    }
+
+    fn collect(&mut self, ticket: Ticket) -> Result<DeviceOutput, DeviceError> {
         Ok(self.finished.take(ticket))
     }
 
     fn read(&mut self, buffer: Buffer) -> Result<Vec<f32>, DeviceError> {
-        let view = self.pass.view(buffer);
+        let view = self.state.view_of(self.state.buffers.with_owner(buffer.0));
         // SAFETY: no step is running, so nobody writes.
-        Ok((0..view.n_rows)
-            .flat_map(|r| unsafe { view.row(r) }.to_vec())
-            .collect())
+        Ok(unsafe { view.to_vec() })
+    }
+
+    fn read_logits(&mut self, logits: Logits) -> Result<Vec<f32>, DeviceError> {
+        let view = self.state.view_of(self.state.logits.with_owner(logits.0));
+        // SAFETY: no step is running, so nobody writes.
+        Ok(unsafe { view.to_vec() })
     }
 }

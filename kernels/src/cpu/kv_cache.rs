@@ -1,135 +1,157 @@
-//! The KV cache: blocks of keys and values, laid out so that both are the `B` of a tile product.
+//! The KV cache: pages of one size for the cache groups of all models, and how keys and values lie in them, so that both
+//! are the `B` of a tile product.
 //!
-//! Layer by layer, block by block, KV head by KV head: first the keys as `[unit of dimensions][slot]`, so that a step
-//! along a head's dimension meets 16 slots; then the values as `[unit of slots][dimension]`, so that a step along the
-//! slots meets 16 dimensions. Slots (of keys) and dimensions (of values) are padded to 16.
+//! A page holds a block of each cache of one group, cache after cache; in a cache's part KV head follows KV head: first
+//! the keys as `[pair of dimensions][slot]`, so that a step along a head's dimension meets 16 slots; then the values as
+//! `[pair of slots][dimension]`, so that a step along the slots meets 16 dimensions. Slots (of keys) and dimensions (of
+//! values) are padded to 16. A page lies in one piece: copying it is one copy, and memory is touched page by page.
 //!
-//! A unit of two bf16 values spans two slots. The second may never have been written for this sequence, and what an
+//! A packed pair of bf16 values spans two slots. The second may never have been written for this sequence, and what an
 //! earlier one left there could be infinite, which times a probability of zero is NaN: the last token of a span
 //! clears its neighbour.
 
-use super::lanes::bf16_bits;
-use super::pages::Pages;
-use super::tile::{LANES, elements_per_unit};
-use crate::device::{AttentionShape, BlockId, DeviceError, Precision};
+use super::mapping::Mapping;
+use super::simd::bf16_bits;
+use super::tile::{LANES, elements_per_pair};
+use crate::device::DeviceError;
+use crate::shape::{CacheId, CacheShape, ModelShape, Precision};
+use crate::step::BlockId;
 
-/// Sizes of the parts of a block, in units.
+/// Where a cache's block lies in a page, and the sizes of its parts in packed pairs.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct KvLayout {
+pub(crate) struct CacheLayout {
     precision: Precision,
-    n_layers: usize,
     n_kv_heads: usize,
-    /// Units of a key.
-    pub(crate) key_units: usize,
+    /// The first pair of the cache in its group's pages.
+    start: usize,
+    /// Pairs of a key.
+    pub(crate) key_pairs: usize,
     /// Slots of a block as keys have them, padded.
     pub(crate) key_slots: usize,
-    /// Units of a block's slots.
-    pub(crate) slot_units: usize,
+    /// Pairs of a block's slots.
+    pub(crate) slot_pairs: usize,
     /// Dimensions of a value, padded.
     pub(crate) value_dims: usize,
 }
 
-impl KvLayout {
-    pub(crate) fn new(shape: &AttentionShape, precision: Precision) -> Self {
-        let per_unit = elements_per_unit(precision);
+impl CacheLayout {
+    /// The layout of a model's cache.
+    pub(crate) fn new(model: &ModelShape, cache: CacheId, precision: Precision) -> Self {
+        let (group, place) = model.place_of(cache);
+        let alone = |cache: CacheId| {
+            let shape = model.caches[cache.0 as usize];
+            Self::at_start(shape, model.block_size, precision)
+        };
+        let before = &model.groups[group].caches[..place];
+        Self {
+            start: before.iter().map(|&id| alone(id).block_pairs()).sum(),
+            ..alone(cache)
+        }
+    }
+
+    fn at_start(shape: CacheShape, block_size: usize, precision: Precision) -> Self {
+        let per_pair = elements_per_pair(precision);
         Self {
             precision,
-            n_layers: shape.n_layers,
             n_kv_heads: shape.n_kv_heads,
-            key_units: shape.head_dim.div_ceil(per_unit),
-            key_slots: shape.block_size.next_multiple_of(LANES),
-            slot_units: shape.block_size.div_ceil(per_unit),
+            start: 0,
+            key_pairs: shape.head_dim.div_ceil(per_pair),
+            key_slots: block_size.next_multiple_of(LANES),
+            slot_pairs: block_size.div_ceil(per_pair),
             value_dims: shape.head_dim.next_multiple_of(LANES),
         }
     }
 
-    fn head_units(&self) -> usize {
-        self.key_units * self.key_slots + self.slot_units * self.value_dims
+    fn head_pairs(&self) -> usize {
+        self.key_pairs * self.key_slots + self.slot_pairs * self.value_dims
     }
 
-    fn layer_block_units(&self) -> usize {
-        self.n_kv_heads * self.head_units()
-    }
-
-    /// Bytes of a block, all layers.
-    pub(crate) fn block_bytes(&self) -> usize {
-        self.n_layers * self.layer_block_units() * size_of::<u32>()
+    /// Pairs of a block of this cache.
+    fn block_pairs(&self) -> usize {
+        self.n_kv_heads * self.head_pairs()
     }
 }
 
-/// The blocks.
+/// Bytes of a page that holds a block of any group of the model.
+pub(crate) fn page_bytes(model: &ModelShape, precision: Precision) -> usize {
+    let ends = (0..model.caches.len() as u32).map(|cache| {
+        let layout = CacheLayout::new(model, CacheId(cache), precision);
+        layout.start + layout.block_pairs()
+    });
+    ends.max().unwrap_or(0) * size_of::<u32>()
+}
+
+/// The pages.
 #[derive(Debug)]
 pub(crate) struct KvCache {
-    layout: KvLayout,
-    n_blocks: usize,
-    pages: Pages,
+    page_pairs: usize,
+    n_pages: usize,
+    memory: Mapping,
 }
 
 impl KvCache {
-    /// `n_blocks` blocks; the system gives them memory when they are first written.
-    pub(crate) fn new(layout: KvLayout, n_blocks: usize) -> Result<Self, DeviceError> {
-        let pages = Pages::new("the KV cache", n_blocks * layout.block_bytes())?;
+    /// `n_pages` pages; the system gives them memory when they are first written.
+    pub(crate) fn new(page_bytes: usize, n_pages: usize) -> Result<Self, DeviceError> {
         Ok(Self {
-            layout,
-            n_blocks,
-            pages,
+            page_pairs: page_bytes / size_of::<u32>(),
+            n_pages,
+            memory: Mapping::new("the KV cache", n_pages * page_bytes)?,
         })
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.pages.bytes()
+        self.memory.bytes()
     }
 
-    /// The keys of a head in a block, `[key_units][key_slots]` units.
-    pub(crate) fn keys(&self, layer: usize, block: usize, head: usize) -> *mut u32 {
-        let layout = &self.layout;
+    /// The keys of a head in a block, `[key_pairs][key_slots]` pairs.
+    pub(crate) fn keys(&self, layout: &CacheLayout, block: usize, head: usize) -> *mut u32 {
         assert!(
-            layer < layout.n_layers && block < self.n_blocks && head < layout.n_kv_heads,
+            block < self.n_pages
+                && head < layout.n_kv_heads
+                && layout.start + layout.block_pairs() <= self.page_pairs,
             "outside the KV cache"
         );
-        let offset = (layer * self.n_blocks + block) * layout.layer_block_units()
-            + head * layout.head_units();
-        // SAFETY: the indices are in range, so the offset is within the `n_blocks * block_bytes` mapped.
-        unsafe { self.pages.as_ptr::<u32>().add(offset) }
+        let offset = block * self.page_pairs + layout.start + head * layout.head_pairs();
+        // SAFETY: the cache's part ends within the page, and the page within the memory.
+        unsafe { self.memory.as_ptr::<u32>().add(offset) }
     }
 
-    /// The values of a head in a block, `[slot_units][value_dims]` units.
-    pub(crate) fn values(&self, layer: usize, block: usize, head: usize) -> *mut u32 {
+    /// The values of a head in a block, `[slot_pairs][value_dims]` pairs.
+    pub(crate) fn values(&self, layout: &CacheLayout, block: usize, head: usize) -> *mut u32 {
         // SAFETY: a head's values follow its keys.
         unsafe {
-            self.keys(layer, block, head)
-                .add(self.layout.key_units * self.layout.key_slots)
+            self.keys(layout, block, head)
+                .add(layout.key_pairs * layout.key_slots)
         }
     }
 
-    /// Writes a token's key and value, and clears the slot that shares a unit with it if `is_last` of its span.
+    /// Writes a token's key and value, and clears the slot that shares a pair with it if `is_last` of its span.
     ///
     /// # Safety
     /// Nobody reads this head of this block meanwhile, and nobody else writes this slot, or with `is_last` the next.
     pub(crate) unsafe fn append(
         &self,
-        at: (usize, usize, usize),
-        slot: usize,
+        layout: &CacheLayout,
+        (block, slot, head): (usize, usize, usize),
         key: &[f32],
         value: &[f32],
         is_last: bool,
     ) {
-        let (layer, block, head) = at;
-        let (layout, keys, values) = (
-            &self.layout,
-            self.keys(layer, block, head),
-            self.values(layer, block, head),
+        let (keys, values) = (
+            self.keys(layout, block, head),
+            self.values(layout, block, head),
         );
         assert!(
-            slot < layout.slot_units * elements_per_unit(layout.precision)
+            slot < layout.slot_pairs * elements_per_pair(layout.precision)
+                && slot < layout.key_slots
                 && key.len() == value.len()
         );
         assert!(
             key.len() <= layout.value_dims
-                && key.len().div_ceil(elements_per_unit(layout.precision)) <= layout.key_units
+                && key.len().div_ceil(elements_per_pair(layout.precision)) <= layout.key_pairs
         );
-        // SAFETY: units `[d / per_unit][slot]` of the keys and `[slot / per_unit][d]` of the values are in the parts
-        // by the assertions; halves of a unit are written as their own 16 bits, so that tasks on neighbouring slots
+        // SAFETY: pairs `[d / per_pair][slot]` of the keys and `[slot / per_pair][d]` of the values are in the parts
+        // by the assertions; halves of a pair are written as their own 16 bits, so that tasks on neighbouring slots
         // touch different memory. Little endian, as x86 and AArch64 are: the first of a pair is the lower half.
         unsafe {
             match layout.precision {
@@ -145,10 +167,10 @@ impl KvCache {
                     for (d, (key, value)) in key.iter().zip(value).enumerate() {
                         *keys.add(((d / 2) * layout.key_slots + slot) * 2 + d % 2) =
                             bf16_bits(*key) as u16;
-                        let unit = values.add(((slot / 2) * layout.value_dims + d) * 2);
-                        *unit.add(slot % 2) = bf16_bits(*value) as u16;
+                        let pair = values.add(((slot / 2) * layout.value_dims + d) * 2);
+                        *pair.add(slot % 2) = bf16_bits(*value) as u16;
                         if clear_next {
-                            *unit.add(1) = 0;
+                            *pair.add(1) = 0;
                         }
                     }
                 }
@@ -156,14 +178,19 @@ impl KvCache {
         }
     }
 
-    /// Copies a block in every layer.
-    pub(crate) fn copy_block(&mut self, from: BlockId, to: BlockId) {
-        for layer in 0..self.layout.n_layers {
-            let source = self.keys(layer, from.0 as usize, 0);
-            let destination = self.keys(layer, to.0 as usize, 0);
-            // SAFETY: a block of a layer is `layer_block_units` units from the first head's keys on; `&mut self`
-            // keeps everybody else away, and `copy` allows both to be the same.
-            unsafe { std::ptr::copy(source, destination, self.layout.layer_block_units()) };
-        }
+    /// Copies a page.
+    pub(crate) fn copy_page(&mut self, from: BlockId, to: BlockId) {
+        let page = |block: BlockId| {
+            assert!((block.0 as usize) < self.n_pages, "outside the KV cache");
+            // SAFETY: the page lies in the memory by the assertion.
+            unsafe {
+                self.memory
+                    .as_ptr::<u32>()
+                    .add(block.0 as usize * self.page_pairs)
+            }
+        };
+        // SAFETY: two pages of `page_pairs` pairs; `&mut self` keeps everybody else away, and `copy` allows both to be
+        // the same.
+        unsafe { std::ptr::copy(page(from), page(to), self.page_pairs) };
     }
 }

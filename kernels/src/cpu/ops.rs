@@ -1,65 +1,73 @@
 //! The operations of a forward pass on the CPU: which views an operation reads and writes, and how its rows are cut
 //! into tasks.
 
-use super::attention::{Attention, cut_tiles};
-use super::matmul::Products;
+use super::CpuState;
+use super::attention::Attention;
+use super::experts::ExpertsGemm;
+use super::gemm::Gemm;
 use super::rows::RowsView;
-use super::{Pass, Running};
-use crate::device::{AttentionShape, Buffer, Ops, Rows, StepInput, StepOutput, Vector, Weight};
+use super::weights::PackedWeight;
+use crate::device::{Activation, Buffer, Experts, HeadNorms, Logits, Ops, Vector, Weight};
 use crate::sampling::sample_row;
-use std::mem;
+use crate::shape::LayerId;
+use crate::step::{DeviceOutput, LogitsRow, Sampled, StepInput};
 use std::sync::{Mutex, PoisonError};
 
 /// Elements above which element-wise work is worth all threads.
 const PARALLEL_ELEMENTS: usize = 1 << 14;
 
-impl Pass {
+impl CpuState {
     /// The rows of a buffer that this step has.
-    pub(super) fn view(&self, buffer: Buffer) -> RowsView {
-        let activations = &self.buffers[buffer.0 as usize];
-        activations.view(match activations.rows {
-            Rows::Tokens => self.step.tokens.len(),
-            Rows::Logits => self.step.logits.len(),
-        })
+    fn view(&self, buffer: Buffer) -> RowsView {
+        self.view_of((self.current, self.buffers.get(self.current, buffer.0)))
     }
 
-    /// Takes a step's input over: copies, tables, tokens, angles.
+    fn weight(&self, weight: Weight) -> &PackedWeight {
+        self.weights.get(self.current, weight.0)
+    }
+
+    fn vector(&self, vector: Vector) -> &[f32] {
+        self.vectors.get(self.current, vector.0)
+    }
+
+    /// Takes a step's input over: tables, tokens, angles, copies.
     pub(super) fn begin(&mut self, input: &StepInput) {
-        let running = self
-            .running
+        self.current = input.model;
+        self.models[self.current.0 as usize].begin(input);
+        let allocated = self
+            .allocated
             .as_mut()
             .expect("the KV cache is allocated before the first step");
         for &(from, to) in &input.copies {
-            self.step.check_copy((from, to));
-            running.cache.copy_block(from, to);
+            allocated.cache.copy_page(from, to);
         }
-        self.step.begin(input);
-        cut_tiles(&self.step, &self.plan, &mut self.tiles);
-        self.cos.clear();
-        self.sin.clear();
-        let rope = &self.config.rope;
-        for &position in &self.step.positions {
-            for &frequency in &rope.inverse_frequencies {
-                // The angle is rounded to f32, as the models were trained; its sine is then taken exactly.
-                let (sin, cos) = f64::from(position as f32 * frequency).sin_cos();
-                self.cos.push(cos as f32 * rope.scale);
-                self.sin.push(sin as f32 * rope.scale);
-            }
-        }
-        self.output.clear();
     }
 
-    /// What the step gave.
-    pub(super) fn end(&mut self) -> StepOutput {
-        let sampled = self
-            .output
-            .drain(..)
+    /// Samples from the logits of the step.
+    pub(super) fn sample(&mut self, logits: Logits, requests: &[LogitsRow]) -> DeviceOutput {
+        self.models[self.current.0 as usize].step.sample(requests);
+        let rows = self.logits_view(logits);
+        let sampled: Vec<Mutex<Sampled>> = requests.iter().map(|_| Mutex::default()).collect();
+        self.pool.run(requests.len(), &|l, thread| {
+            let mut scratch = self.allocated().sampling[thread]
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: nobody writes the logits.
+            let of_row = sample_row(unsafe { rows.row(l) }, &requests[l], &mut scratch);
+            *sampled[l].lock().unwrap_or_else(PoisonError::into_inner) = of_row;
+        });
+        let sampled = sampled
+            .into_iter()
             .map(|row| row.into_inner().unwrap_or_else(PoisonError::into_inner));
-        let output = StepOutput {
+        let output = DeviceOutput {
             sampled: sampled.collect(),
         };
-        self.step.end(&output);
+        self.models[self.current.0 as usize].step.end(&output);
         output
+    }
+
+    fn logits_view(&self, logits: Logits) -> RowsView {
+        self.view_of((self.current, self.logits.get(self.current, logits.0)))
     }
 
     /// Runs `work` for each of `n_rows` rows of `cols` elements, on all threads if that is worth it.
@@ -71,10 +79,14 @@ impl Pass {
         self.pool.run(n_rows, &|row, _| work(self, row));
     }
 
-    fn running(&self) -> &Running {
-        self.running
-            .as_ref()
-            .expect("the KV cache is allocated before the first step")
+    fn gemm(&self) -> Gemm<'_> {
+        Gemm {
+            pool: &self.pool,
+            simd: self.simd,
+            tile: self.isa.weight_tile(self.numerics.weights),
+            precision: self.numerics.weights,
+            packed: &self.allocated().packed,
+        }
     }
 }
 
@@ -82,31 +94,31 @@ fn distinct(out: Buffer, x: Buffer) {
     assert_ne!(out, x, "an operation's output is also its input");
 }
 
-impl Ops for Pass {
-    fn embed(&mut self, out: Buffer, table: Weight) {
-        let (out, table) = (self.view(out), &self.weights[table.0 as usize]);
+impl Ops for CpuState {
+    fn embed(&mut self, out: Buffer, table: Weight, scale: f32) {
+        let (out, table) = (self.view(out), self.weight(table));
         assert_eq!(out.cols, table.cols, "an embedding of another width");
-        self.for_rows(out.n_rows, out.cols, |pass, t| {
+        self.for_rows(out.n_rows, out.cols, |state, t| {
             // SAFETY: row `t` is this task's alone.
-            table.read_row(pass.step.tokens[t] as usize, unsafe { out.row_mut(t) });
+            let row = unsafe { out.row_mut(t) };
+            table.read_row(state.model().step.tokens[t] as usize, row);
+            if scale != 1.0 {
+                state.simd.scale(row, scale);
+            }
         });
     }
 
     fn rms_norm(&mut self, out: Buffer, x: Buffer, weight: Vector, epsilon: f32) {
         distinct(out, x);
-        let (out, x, weight) = (
-            self.view(out),
-            self.view(x),
-            &self.vectors[weight.0 as usize],
-        );
+        let (out, x, weight) = (self.view(out), self.view(x), self.vector(weight));
         assert!(
             out.cols == x.cols && weight.len() == x.cols,
             "a norm of other widths"
         );
-        self.for_rows(out.n_rows, out.cols, |pass, r| {
+        self.for_rows(out.n_rows, out.cols, |state, r| {
             // SAFETY: row `r` of `out` is this task's alone, and nobody writes `x`, another buffer.
             let (out, x) = unsafe { (out.row_mut(r), x.row(r)) };
-            pass.lanes.rms_norm(out, x, weight, epsilon);
+            state.simd.rms_norm(out, x, weight, epsilon);
         });
     }
 
@@ -122,148 +134,158 @@ impl Ops for Pass {
         distinct(out, residual);
         distinct(residual, x);
         let (out, residual, x) = (self.view(out), self.view(residual), self.view(x));
-        let weight = &self.vectors[weight.0 as usize];
+        let weight = self.vector(weight);
         let widths = [out.cols, residual.cols, weight.len()];
         assert!(
             widths.iter().all(|&width| width == x.cols),
             "a norm of other widths"
         );
-        self.for_rows(out.n_rows, out.cols, |pass, r| {
+        self.for_rows(out.n_rows, out.cols, |state, r| {
             // SAFETY: row `r` of three different buffers, this task's alone.
             let (out, residual, x) = unsafe { (out.row_mut(r), residual.row_mut(r), x.row(r)) };
-            pass.lanes.add(residual, x);
-            pass.lanes.rms_norm(out, residual, weight, epsilon);
+            state.simd.add(residual, x);
+            state.simd.rms_norm(out, residual, weight, epsilon);
         });
     }
 
     fn matmul(&mut self, out: Buffer, x: Buffer, weight: Weight, bias: Option<Vector>) {
         distinct(out, x);
-        let products = Products {
-            pool: &self.pool,
-            lanes: self.lanes,
-            tile: self.isa.weight_tile(self.config.precision),
-            precision: self.config.precision,
-            factors: &self.running().factors,
-        };
-        let bias = bias.map(|bias| &self.vectors[bias.0 as usize][..]);
-        products.matmul(
-            self.view(out),
-            self.view(x),
-            &self.weights[weight.0 as usize],
-            bias,
-        );
+        let bias = bias.map(|bias| self.vector(bias));
+        let (out, x) = (self.view(out), self.view(x));
+        self.gemm().matmul(out, x, self.weight(weight), bias);
     }
 
-    fn rope_append(&mut self, qkv: Buffer, layer: usize) {
-        let AttentionShape {
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            ..
-        } = self.config.attention;
-        let qkv = self.view(qkv);
+    fn rope_append(&mut self, qkv: Buffer, layer: LayerId, norms: Option<HeadNorms>) {
+        let (qkv, model) = (self.view(qkv), self.model());
+        let (layer, _) = model.layer(layer);
         assert_eq!(
             qkv.cols,
-            (n_heads + 2 * n_kv_heads) * head_dim,
+            layer.qkv_cols(),
             "queries, keys and values of other widths"
         );
-        let half = head_dim / 2;
-        self.for_rows(qkv.n_rows, qkv.cols, |pass, t| {
+        let (n_heads, n_kv_heads) = (layer.shape.n_heads, layer.cache.n_kv_heads);
+        let head_dim = layer.cache.head_dim;
+        let norms = norms.map(|norms| {
+            let weights = [self.vector(norms.query), self.vector(norms.key)];
+            assert!(
+                weights.iter().all(|weight| weight.len() == head_dim),
+                "a norm of heads of another size"
+            );
+            (weights, norms.epsilon)
+        });
+        let table = layer
+            .shape
+            .rope
+            .map(|rope| &model.rope_tables[rope.0 as usize]);
+        self.for_rows(qkv.n_rows, qkv.cols, |state, t| {
             // SAFETY: row `t` is this task's alone.
             let row = unsafe { qkv.row_mut(t) };
-            let (cos, sin) = (&pass.cos[t * half..][..half], &pass.sin[t * half..][..half]);
-            for head in row.chunks_mut(head_dim).take(n_heads + n_kv_heads) {
-                let (low, high) = head.split_at_mut(half);
-                pass.lanes.rotate(low, high, cos, sin);
+            let heads = row.chunks_mut(head_dim).take(n_heads + n_kv_heads);
+            for (h, head) in heads.enumerate() {
+                if let Some(([query, key], epsilon)) = norms {
+                    let weight = if h < n_heads { query } else { key };
+                    state.simd.rms_norm_in_place(head, weight, epsilon);
+                }
+                if let Some(table) = table {
+                    let (cos, sin) = table.of(t);
+                    let (low, rest) = head.split_at_mut(cos.len());
+                    state.simd.rotate(low, &mut rest[..cos.len()], cos, sin);
+                }
             }
-            let (step, cache) = (&pass.step, &pass.running().cache);
-            let (block, slot) = step.slot(step.rows[t], step.positions[t]);
+            let (step, cache) = (&state.model().step, &state.allocated().cache);
+            let (block, slot) = step.slot(layer.group, step.rows[t], step.positions[t]);
             let is_last = t + 1 == step.tokens.len() || step.rows[t + 1] != step.rows[t];
             let (keys, values) = row[n_heads * head_dim..].split_at(n_kv_heads * head_dim);
-            for (head, (key, value)) in keys
-                .chunks(head_dim)
-                .zip(values.chunks(head_dim))
-                .enumerate()
-            {
+            let keys = keys.chunks(head_dim).zip(values.chunks(head_dim));
+            for (head, (key, value)) in keys.enumerate() {
                 // SAFETY: a slot belongs to one token of the step, and the slot after a span's last token to none;
                 // attention, which reads, is another operation.
-                unsafe { cache.append((layer, block, head), slot, key, value, is_last) };
+                unsafe { cache.append(&layer.layout, (block, slot, head), key, value, is_last) };
             }
         });
     }
 
-    fn attention(&mut self, out: Buffer, qkv: Buffer, layer: usize, scale: f32) {
+    fn attention(&mut self, out: Buffer, qkv: Buffer, layer: LayerId) {
         distinct(out, qkv);
-        let AttentionShape {
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            ..
-        } = self.config.attention;
-        let (out, queries, running) = (self.view(out), self.view(qkv), self.running());
+        let (out, queries) = (self.view(out), self.view(qkv));
+        let (model, allocated) = (self.model(), self.allocated());
+        let (layer, tiles) = model.layer(layer);
         assert_eq!(
             out.cols,
-            n_heads * head_dim,
+            layer.shape.n_heads * layer.cache.head_dim,
             "the output of attention has another width"
         );
         assert_eq!(
             queries.cols,
-            (n_heads + 2 * n_kv_heads) * head_dim,
+            layer.qkv_cols(),
             "queries, keys and values of other widths"
         );
+        let precision = self.numerics.kv_cache;
         let attention = Attention {
-            plan: &self.plan,
-            layout: self.layout,
-            cache: &running.cache,
-            step: &self.step,
-            tiles: &self.tiles,
-            scratch: &running.scratch,
-            lanes: self.lanes,
-            tile: self.isa.tile(self.config.precision),
-            precision: self.config.precision,
             layer,
-            scale,
+            cache: &allocated.cache,
+            step: &model.step,
+            tiles,
+            scratch: &allocated.scratch,
+            simd: self.simd,
+            tile: self.isa.tile(precision),
+            precision,
             queries,
             out,
         };
         attention.run(&self.pool);
     }
 
-    fn swiglu(&mut self, out: Buffer, gate_up: Buffer) {
+    fn gated_activation(&mut self, out: Buffer, gate_up: Buffer, activation: Activation) {
         distinct(out, gate_up);
         let (out, gate_up) = (self.view(out), self.view(gate_up));
         assert_eq!(2 * out.cols, gate_up.cols, "gate and up of another width");
-        self.for_rows(out.n_rows, gate_up.cols, |pass, r| {
+        self.for_rows(out.n_rows, gate_up.cols, |state, r| {
             // SAFETY: row `r` of `out` is this task's alone, and nobody writes `gate_up`, another buffer.
             let (out, gate_up) = unsafe { (out.row_mut(r), gate_up.row(r)) };
             let (gate, up) = gate_up.split_at(out.len());
-            pass.lanes.swiglu(out, gate, up);
+            state.simd.gated(activation, out, gate, up);
         });
+    }
+
+    fn experts(&mut self, out: Buffer, x: Buffer, router: Buffer, experts: Experts) {
+        distinct(out, x);
+        distinct(out, router);
+        let (out, x, router) = (self.view(out), self.view(x), self.view(router));
+        let shape = *self.experts.get(self.current, experts.0);
+        let hidden = self.weight(shape.gate_up).cols;
+        assert_eq!([x.cols, out.cols], [hidden; 2], "experts of other widths");
+        assert_eq!(router.cols, shape.n_experts, "a router of another width");
+        let allocated = self
+            .allocated
+            .as_mut()
+            .expect("the KV cache is allocated before the first step");
+        allocated.experts.routing.route(router, &shape);
+        let workspace = &self.allocated().experts;
+        let products = workspace.products.view(x.n_rows * shape.top_k);
+        let products_of_experts = ExpertsGemm {
+            gemm: self.gemm(),
+            shape,
+            gate_up: self.weight(shape.gate_up),
+            down: self.weight(shape.down),
+        };
+        products_of_experts.run(out, x, &workspace.routing, products);
     }
 
     fn gather_logits_rows(&mut self, out: Buffer, x: Buffer) {
         distinct(out, x);
         let (out, x) = (self.view(out), self.view(x));
-        for (l, row) in self.step.logits.iter().enumerate() {
+        assert_eq!(out.cols, x.cols, "rows of another width");
+        for (l, &token) in self.model().step.logits.iter().enumerate() {
             // SAFETY: two buffers, and one thread.
-            unsafe { out.row_mut(l).copy_from_slice(x.row(row.token as usize)) };
+            unsafe { out.row_mut(l).copy_from_slice(x.row(token as usize)) };
         }
     }
 
-    fn all_reduce(&mut self, _x: Buffer) {}
-
-    fn sample(&mut self, logits: Buffer) {
-        let logits = self.view(logits);
-        let mut output = mem::take(&mut self.output);
-        output.resize_with(logits.n_rows, Mutex::default);
-        self.pool.run(logits.n_rows, &|l, thread| {
-            let mut scratch = self.running().sampling[thread]
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: nobody writes the logits.
-            let sampled = sample_row(unsafe { logits.row(l) }, &self.step.logits[l], &mut scratch);
-            *output[l].lock().unwrap_or_else(PoisonError::into_inner) = sampled;
-        });
-        self.output = output;
+    fn logits(&mut self, out: Logits, x: Buffer, weight: Weight) {
+        let (out, x) = (self.logits_view(out), self.view(x));
+        self.gemm().matmul(out, x, self.weight(weight), None);
     }
+
+    fn all_reduce(&mut self, _x: Buffer) {}
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// How long a thread burns its core before it parks.
 const SPIN: Duration = Duration::from_micros(50);
 
-/// Set in [`Shared::state`] while workers may join the loop. Below it: how many have; above it: the loop's number.
+/// Set in [`PoolState::state`] while workers may join the loop. Below it: how many have; above it: the loop's number.
 const OPEN: u64 = 1 << 32;
 const JOINED: u64 = OPEN - 1;
 
@@ -25,13 +25,13 @@ type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
 /// Threads that wait for loops. The caller's own thread is one of them, number 0.
 pub(crate) struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<PoolState>,
     workers: Vec<JoinHandle<()>>,
     /// One loop at a time.
     caller: Mutex<()>,
 }
 
-struct Shared {
+struct PoolState {
     state: AtomicU64,
     next_task: AtomicUsize,
     job: UnsafeCell<Option<Job>>,
@@ -49,16 +49,16 @@ struct Job {
 }
 
 // SAFETY: `job` is written only by the caller while the loop is closed and nobody is joined, and read only by threads
-// that joined while it was open; `state` (SeqCst) orders the two. Everything else in `Shared` is Sync by itself.
-unsafe impl Sync for Shared {}
+// that joined while it was open; `state` (SeqCst) orders the two. Everything else in `PoolState` is Sync by itself.
+unsafe impl Sync for PoolState {}
 // SAFETY: the pointer in `job` refers to a `Sync` closure and is followed only while `run` keeps that alive.
-unsafe impl Send for Shared {}
+unsafe impl Send for PoolState {}
 
 impl Pool {
     /// `n_threads` in all: the caller's and `n_threads - 1` workers.
     pub(crate) fn new(n_threads: NonZeroUsize) -> std::io::Result<Self> {
         let n_workers = n_threads.get() - 1;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(PoolState {
             state: AtomicU64::new(0),
             next_task: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
@@ -129,7 +129,7 @@ impl Pool {
 }
 
 /// Closes the loop and waits for those who joined it, however the caller leaves.
-struct Closing<'a>(&'a Shared);
+struct Closing<'a>(&'a PoolState);
 
 impl Drop for Closing<'_> {
     fn drop(&mut self) {
@@ -150,7 +150,7 @@ impl Drop for Closing<'_> {
     }
 }
 
-impl Shared {
+impl PoolState {
     fn work(&self, index: usize) {
         let mut last = 0;
         loop {

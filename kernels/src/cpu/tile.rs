@@ -1,9 +1,9 @@
 //! The one product that everything is made of, `C += A B` on a tile, and its implementations by instruction set.
 //!
-//! Factors come in *units* of four bytes along the inner dimension: a pair of bf16, or one f32. `A` is row-major in
-//! units. `B` is read as vectors of 16 units, one unit for each of 16 columns; steps of the inner dimension lie
-//! `b_step` units apart, and neighbouring vectors of columns `b_vector`. A packed weight, a block of keys and a block
-//! of values all have this form, so they share these kernels.
+//! Operands come in *packed pairs*, words of four bytes along the inner dimension: two bf16, or one f32. `A` is row-major
+//! in pairs. `B` is read as vectors of 16 pairs, one for each of 16 columns; steps of the inner dimension lie `b_step`
+//! pairs apart, and neighbouring vectors of columns `b_vector`. A packed weight, a block of keys and a block of values
+//! all have this form, so they share these kernels.
 //!
 //! Batch invariance starts here: each element of `C` is one chain of additions over rising steps that begins with
 //! what `C` held; rows, vectors and where the chain is cut into calls change nothing.
@@ -13,18 +13,18 @@ mod avx2;
 mod avx512;
 mod portable;
 
-use crate::device::Precision;
+use crate::shape::{Numerics, Precision};
 
-/// Units in a vector of `B`, and columns in a vector of `C`.
+/// Packed pairs in a vector of `B`, and columns in a vector of `C`.
 pub(crate) const LANES: usize = 16;
 
 /// The arguments of a product: `C[r][16 v + j] += sum over s of A[r][s] . B[s][v][j]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile {
-    /// `A`, and the distance of its rows in units.
+    /// `A`, and the distance of its rows in pairs.
     pub(crate) a: *const u32,
     pub(crate) a_row: usize,
-    /// `B`, and the distances of its steps and vectors in units.
+    /// `B`, and the distances of its steps and vectors in pairs.
     pub(crate) b: *const u32,
     pub(crate) b_step: usize,
     pub(crate) b_vector: usize,
@@ -35,7 +35,7 @@ pub(crate) struct Tile {
     pub(crate) n_rows: usize,
     /// Vectors of columns.
     pub(crate) n_vectors: usize,
-    /// Units along the inner dimension; a multiple of 16 where the kernel is that of weights.
+    /// Packed pairs along the inner dimension; a multiple of 16 where the kernel is that of weights.
     pub(crate) n_steps: usize,
 }
 
@@ -60,18 +60,20 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The instruction sets of this machine, best first. The last is always [`Isa::Portable`].
-    pub fn available(precision: Precision) -> Vec<Self> {
+    /// The instruction sets of this machine that compute with these numbers, best first. The last is always
+    /// [`Isa::Portable`].
+    pub fn available(numerics: Numerics) -> Vec<Self> {
         let mut found = Vec::with_capacity(4);
         #[cfg(target_arch = "x86_64")]
         {
+            let f32_only = numerics == Numerics::uniform(Precision::F32);
             let avx512 =
                 is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
             let bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
-            if precision == Precision::BF16 && bf16 && amx::is_available() {
+            if numerics.weights == Precision::BF16 && bf16 && amx::is_available() {
                 found.push(Self::Amx);
             }
-            if bf16 || (avx512 && precision == Precision::F32) {
+            if bf16 || (avx512 && f32_only) {
                 found.push(Self::Avx512);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
@@ -82,7 +84,7 @@ impl Isa {
         found
     }
 
-    /// The kernel for products with weights, whose inner dimension is padded to 16 units.
+    /// The kernel for products with weights, whose inner dimension is padded to 16 pairs.
     pub(crate) fn weight_tile(self, precision: Precision) -> TileFn {
         match (self, precision) {
             #[cfg(target_arch = "x86_64")]
@@ -107,7 +109,7 @@ impl Isa {
         }
     }
 
-    /// What is used, in words.
+    /// What products with weights of this precision use, in words.
     pub(crate) fn name(self, precision: Precision) -> &'static str {
         match (self, precision) {
             (Self::Amx, Precision::BF16) => "AMX bf16",
@@ -119,8 +121,8 @@ impl Isa {
     }
 }
 
-/// Elements in a unit.
-pub(crate) const fn elements_per_unit(precision: Precision) -> usize {
+/// Elements in a packed pair.
+pub(crate) const fn elements_per_pair(precision: Precision) -> usize {
     match precision {
         Precision::BF16 => 2,
         Precision::F32 => 1,

@@ -5,8 +5,12 @@
 // Each test uses a part of it.
 #![allow(dead_code, clippy::unwrap_used)]
 
+#[path = "forward.rs"]
+mod forward;
+
 use std::num::NonZeroU32;
 
+use forward::{Buffers, Decoder, LayerWeights, Mlp, Widths};
 use kvasir_kernels::device::*;
 use kvasir_kernels::shape::*;
 use kvasir_kernels::step::*;
@@ -126,25 +130,6 @@ pub(crate) fn tensor(seed: u32, n: usize, fan_in: usize) -> Vec<u8> {
         .collect()
 }
 
-#[derive(Clone, Copy)]
-enum Mlp {
-    Dense { gate_up: Weight, down: Weight },
-    Experts { router: Weight, experts: Experts },
-}
-
-#[derive(Clone, Copy)]
-struct Buffers {
-    x: Buffer,
-    normed: Buffer,
-    qkv: Buffer,
-    mixed: Buffer,
-    delta: Buffer,
-    gate_up: Buffer,
-    activated: Buffer,
-    router: Buffer,
-    last: Buffer,
-}
-
 /// Two transformer layers of the same weights, and a head: handles only, so that several may live on one device.
 #[derive(Clone, Copy)]
 pub(crate) struct Layers {
@@ -152,9 +137,7 @@ pub(crate) struct Layers {
     table: Weight,
     norm: Vector,
     head_norms: Option<HeadNorms>,
-    qkv: (Weight, Vector),
-    o: Weight,
-    mlp: Mlp,
+    weights: LayerWeights,
     activation: Activation,
     buffers: Buffers,
     pub(crate) logits: Logits,
@@ -176,7 +159,14 @@ impl Layers {
         let model_shape = shape.model_shape();
         let n_groups = model_shape.groups.len();
         let model = device.add_model(&model_shape).unwrap();
-        let qkv_width = (n_heads + 2 * n_kv_heads) * head_dim;
+        let widths = Widths {
+            hidden,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            intermediate,
+            n_experts: shape.routing.map_or(1, |routing| routing.n_experts),
+        };
         let mut weight = |which: u32, rows: usize, cols: usize| {
             // Two parts, stacked, as a model's fused weights are.
             let bytes = tensor(seed * 100 + which, rows * cols, cols);
@@ -193,11 +183,10 @@ impl Layers {
                 .unwrap()
         };
         let table = weight(1, VOCABULARY, hidden);
-        let qkv = weight(2, qkv_width, hidden);
-        let o = weight(3, hidden, n_heads * head_dim);
-        let n_mlps = shape.routing.map_or(1, |routing| routing.n_experts);
-        let gate_up = weight(4, n_mlps * 2 * intermediate, hidden);
-        let down = weight(5, n_mlps * hidden, intermediate);
+        let qkv = weight(2, widths.qkv(), hidden);
+        let o = weight(3, hidden, widths.heads());
+        let gate_up = weight(4, widths.n_experts * 2 * intermediate, hidden);
+        let down = weight(5, widths.n_experts * hidden, intermediate);
         let mlp = match shape.routing {
             None => Mlp::Dense { gate_up, down },
             Some(routing) => Mlp::Experts {
@@ -223,32 +212,24 @@ impl Layers {
             };
             device.prepare_vector(&[view], offset).unwrap()
         };
-        let (norm, bias) = (vector(6, hidden, 0.0), vector(7, qkv_width, 0.0));
+        let (norm, bias) = (vector(6, hidden, 0.0), vector(7, widths.qkv(), 0.0));
         let head_norms = shape.head_norms.then(|| HeadNorms {
             query: vector(8, head_dim, 1.0),
             key: vector(9, head_dim, 1.0),
             epsilon: 1e-6,
         });
-        let mut tokens = |cols| device.plan_buffer(Rows::Tokens, cols).unwrap();
-        let buffers = Buffers {
-            x: tokens(hidden),
-            normed: tokens(hidden),
-            qkv: tokens(qkv_width),
-            mixed: tokens(n_heads * head_dim),
-            delta: tokens(hidden),
-            gate_up: tokens(2 * intermediate),
-            activated: tokens(intermediate),
-            router: tokens(n_mlps),
-            last: device.plan_buffer(Rows::Logits, hidden).unwrap(),
-        };
+        let buffers = Buffers::plan(device, widths).unwrap();
         Self {
             model,
             table,
             norm,
             head_norms,
-            qkv: (qkv, bias),
-            o,
-            mlp,
+            weights: LayerWeights {
+                qkv,
+                bias: Some(bias),
+                o,
+                mlp,
+            },
             activation: shape.activation,
             buffers,
             logits: device.plan_logits().unwrap(),
@@ -258,30 +239,17 @@ impl Layers {
     }
 
     pub(crate) fn forward(&self, ops: &mut dyn Ops) {
-        let b = self.buffers;
-        ops.embed(b.x, self.table, 1.25);
-        ops.rms_norm(b.normed, b.x, self.norm, 1e-5);
-        for layer in [LayerId(0), LayerId(1)] {
-            ops.matmul(b.qkv, b.normed, self.qkv.0, Some(self.qkv.1));
-            ops.rope_append(b.qkv, layer, self.head_norms);
-            ops.attention(b.mixed, b.qkv, layer);
-            ops.matmul(b.delta, b.mixed, self.o, None);
-            ops.add_rms_norm(b.normed, b.x, b.delta, self.norm, 1e-5);
-            match self.mlp {
-                Mlp::Dense { gate_up, down } => {
-                    ops.matmul(b.gate_up, b.normed, gate_up, None);
-                    ops.gated_activation(b.activated, b.gate_up, self.activation);
-                    ops.matmul(b.delta, b.activated, down, None);
-                }
-                Mlp::Experts { router, experts } => {
-                    ops.matmul(b.router, b.normed, router, None);
-                    ops.experts(b.delta, b.normed, b.router, experts);
-                }
-            }
-            ops.add_rms_norm(b.normed, b.x, b.delta, self.norm, 1e-5);
-        }
-        ops.gather_logits_rows(b.last, b.normed);
-        ops.logits(self.logits, b.last, self.table);
+        let decoder = Decoder {
+            table: self.table,
+            embedding_scale: 1.25,
+            norm: self.norm,
+            head_norms: self.head_norms,
+            activation: self.activation,
+            layers: &[self.weights; 2],
+            buffers: self.buffers,
+            logits: self.logits,
+        };
+        decoder.forward(ops);
     }
 
     /// Runs a step on its device and gives the logits of its rows.

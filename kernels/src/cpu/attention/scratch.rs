@@ -1,10 +1,13 @@
 //! The sizes that attention works with, and the memory it works in: one part a thread, and slots for the partial
 //! results of partitions that run apart.
 
-use crate::cpu::kv_cache::KvLayout;
-use crate::cpu::pages::Pages;
-use crate::cpu::tile::{LANES, elements_per_unit};
-use crate::device::{DeviceConfig, DeviceError};
+use std::num::NonZeroU32;
+
+use crate::cpu::kv_cache::CacheLayout;
+use crate::cpu::mapping::Mapping;
+use crate::cpu::tile::{LANES, elements_per_pair};
+use crate::device::DeviceError;
+use crate::shape::{AttentionShape, ModelShape, Precision};
 
 /// Rows that a tile of queries aims at: two register tiles of the kernels.
 const TILE_ROWS: usize = 24;
@@ -13,7 +16,7 @@ const PARTITION_POSITIONS: usize = 256;
 /// Items (tile and KV head) a thread below which a decode is split over partitions too.
 const SPLIT_ITEMS_PER_THREAD: usize = 4;
 
-/// Sizes, fixed when the device is made.
+/// Sizes of one attention layer, fixed when its model is added.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AttentionPlan {
     pub(crate) n_kv_heads: usize,
@@ -25,44 +28,56 @@ pub(crate) struct AttentionPlan {
     pub(crate) tokens_per_tile: usize,
     /// Items up to which a decode is split over partitions.
     pub(crate) max_split_items: usize,
-    /// Units from a row of queries to the next; off multiples of 4 KB by a cache line.
+    /// Packed pairs from a row of queries to the next; off multiples of 4 KB by a cache line.
     pub(crate) query_stride: usize,
     /// Columns of scores: the slots of a partition's blocks, padding included.
     pub(crate) score_columns: usize,
-    /// Units from a row of probabilities to the next.
+    /// Packed pairs from a row of probabilities to the next.
     pub(crate) probability_stride: usize,
     value_dims: usize,
     max_rows: usize,
+    /// Partitions that a token sees.
     max_partitions: usize,
     n_threads: usize,
 }
 
 impl AttentionPlan {
-    pub(crate) fn new(config: &DeviceConfig, layout: &KvLayout, n_threads: usize) -> Self {
-        let shape = &config.attention;
-        let group = shape.n_heads / shape.n_kv_heads;
+    pub(crate) fn new(
+        model: &ModelShape,
+        layer: &AttentionShape,
+        layout: &CacheLayout,
+        precision: Precision,
+        n_threads: usize,
+    ) -> Self {
+        let cache = model.caches[layer.cache.0 as usize];
+        let block_size = model.block_size;
+        let group = layer.n_heads / cache.n_kv_heads;
         let tokens_per_tile = (TILE_ROWS / group).max(1);
-        let blocks_per_partition = (PARTITION_POSITIONS / shape.block_size).max(1);
+        let blocks_per_partition = (PARTITION_POSITIONS / block_size).max(1);
         let score_columns = blocks_per_partition * layout.key_slots;
+        let all = model
+            .limits
+            .max_blocks_per_sequence
+            .div_ceil(blocks_per_partition);
+        // A window that begins in the middle of a partition ends in one more than its length needs.
+        let partition = blocks_per_partition * block_size;
+        let in_window = |window: NonZeroU32| (window.get() as usize).div_ceil(partition) + 1;
         Self {
-            n_kv_heads: shape.n_kv_heads,
+            n_kv_heads: cache.n_kv_heads,
             group,
-            head_dim: shape.head_dim,
-            block_size: shape.block_size,
+            head_dim: cache.head_dim,
+            block_size,
             blocks_per_partition,
             tokens_per_tile,
             max_split_items: SPLIT_ITEMS_PER_THREAD * n_threads,
-            query_stride: layout.key_units.next_multiple_of(LANES) + LANES,
+            query_stride: layout.key_pairs.next_multiple_of(LANES) + LANES,
             score_columns,
-            probability_stride: (score_columns / elements_per_unit(config.precision))
+            probability_stride: (score_columns / elements_per_pair(precision))
                 .next_multiple_of(LANES)
                 + LANES,
             value_dims: layout.value_dims,
             max_rows: tokens_per_tile * group,
-            max_partitions: config
-                .limits
-                .max_blocks_per_sequence
-                .div_ceil(blocks_per_partition),
+            max_partitions: cache.window.map_or(all, in_window).min(all),
             n_threads,
         }
     }
@@ -104,7 +119,7 @@ impl AttentionPlan {
 /// The memory.
 #[derive(Debug)]
 pub(crate) struct Scratch {
-    pages: Pages,
+    memory: Mapping,
 }
 
 /// One thread's part, taken apart.
@@ -130,9 +145,10 @@ impl ThreadScratch<'_> {
 }
 
 impl Scratch {
-    pub(crate) fn new(plan: &AttentionPlan) -> Result<Self, DeviceError> {
+    /// Room for any of the plans, of which `bytes` is the largest [`AttentionPlan::scratch_bytes`].
+    pub(crate) fn new(bytes: usize) -> Result<Self, DeviceError> {
         Ok(Self {
-            pages: Pages::new("attention's scratch memory", plan.scratch_bytes())?,
+            memory: Mapping::new("attention's scratch memory", bytes)?,
         })
     }
 
@@ -146,25 +162,28 @@ impl Scratch {
         thread: usize,
     ) -> ThreadScratch<'a> {
         assert!(
-            thread < plan.n_threads && plan.scratch_bytes() <= self.pages.bytes(),
-            "scratch of another plan"
+            thread < plan.n_threads && plan.scratch_bytes() <= self.memory.bytes(),
+            "scratch smaller than planned"
         );
         let rows = plan.max_rows;
         // SAFETY: `scratch_bytes` counts `thread_words` for each thread; the slices below follow each other inside
         // them, and the caller keeps others away. All-zero words are valid as u32 and f32.
         unsafe {
-            let mut at = self.pages.as_ptr::<u32>().add(thread * plan.thread_words());
+            let mut at = self
+                .memory
+                .as_ptr::<u32>()
+                .add(thread * plan.thread_words());
             let mut take = |words: usize| {
                 let start = at;
                 at = at.add(words);
                 (start, words)
             };
-            let units = |(start, words)| std::slice::from_raw_parts_mut::<'a, u32>(start, words);
+            let pairs = |(start, words)| std::slice::from_raw_parts_mut::<'a, u32>(start, words);
             let floats = |(start, words): (*mut u32, usize)| {
                 std::slice::from_raw_parts_mut::<'a, f32>(start.cast(), words)
             };
-            let queries = units(take(rows * plan.query_stride));
-            let probabilities = units(take(rows * plan.probability_stride));
+            let queries = pairs(take(rows * plan.query_stride));
+            let probabilities = pairs(take(rows * plan.probability_stride));
             let scores = floats(take(rows * plan.score_columns));
             let (running, statistics) =
                 floats(take(plan.result_words())).split_at_mut(rows * plan.value_dims);
@@ -205,7 +224,10 @@ impl Scratch {
         // SAFETY: `scratch_bytes` counts `max_split_items * max_partitions` slots behind the threads' parts; the rest
         // is the caller's promise.
         let slot = unsafe {
-            std::slice::from_raw_parts_mut(self.pages.as_ptr::<f32>().add(start), plan.slot_words())
+            std::slice::from_raw_parts_mut(
+                self.memory.as_ptr::<f32>().add(start),
+                plan.slot_words(),
+            )
         };
         let (part, statistics) = slot.split_at_mut(plan.group * plan.value_dims);
         let (part_max, part_sum) = statistics[..2 * plan.group].split_at_mut(plan.group);

@@ -111,7 +111,7 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
 /// # Safety
 /// As [`super::TileFn`] says; the part lies inside the tile, and the configuration in force has its rows.
 unsafe fn part<const R: usize, const V: usize>(tile: &Tile, first: usize, vector: usize) {
-    // SAFETY: tile loads and stores touch `rows` rows of 64 bytes at the given strides: 16 units of A at
+    // SAFETY: tile loads and stores touch `rows` rows of 64 bytes at the given strides: 16 pairs of A at
     // `a[r * a_row + s..]`, 16 columns of B at `b[(s + i) * b_step + ..]`, 16 columns of C, all inside the tile. The
     // tile registers are declared to the compiler by nobody and used by nobody but this module.
     unsafe {

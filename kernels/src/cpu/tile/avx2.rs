@@ -1,13 +1,13 @@
-//! Tiles for AVX2 and FMA: a vector of 16 columns is two registers, up to four rows at a time. A bf16 widens to f32 by
+//! Tiles for AVX2 and FMA: a vector of 16 columns is two registers, up to four rows at a time. A bf16 becomes an f32 by
 //! a shift (the first of a pair) or a mask (the second).
 #![cfg(target_arch = "x86_64")]
 
 use super::{LANES, Tile};
 use std::arch::x86_64::*;
 
-/// Defines a kernel from `widen`, which splits eight units into `N` vectors of f32.
+/// Defines a kernel from `to_f32`, which splits eight pairs into `N` vectors of f32.
 macro_rules! kernel {
-    ($name:ident, $micro:ident, $n:literal, $widen:expr) => {
+    ($name:ident, $micro:ident, $n:literal, $to_f32:expr) => {
         /// # Safety
         /// As [`super::TileFn`] says.
         #[target_feature(enable = "avx2,fma")]
@@ -51,12 +51,12 @@ macro_rules! kernel {
                     let at = b.add(s * tile.b_step);
                     _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(24 * tile.b_step).cast());
                     let columns: [[__m256; $n]; 2] = [
-                        $widen(_mm256_loadu_si256(at.cast())),
-                        $widen(_mm256_loadu_si256(at.add(8).cast())),
+                        $to_f32(_mm256_loadu_si256(at.cast())),
+                        $to_f32(_mm256_loadu_si256(at.add(8).cast())),
                     ];
                     for (r, row) in sums.iter_mut().enumerate() {
                         let factors: [__m256; $n] =
-                            $widen(_mm256_set1_epi32(*a.add(r * tile.a_row + s) as i32));
+                            $to_f32(_mm256_set1_epi32(*a.add(r * tile.a_row + s) as i32));
                         for (sum, column) in row.iter_mut().zip(columns) {
                             for (factor, element) in factors.into_iter().zip(column) {
                                 *sum = _mm256_fmadd_ps(factor, element, *sum);
@@ -74,13 +74,13 @@ macro_rules! kernel {
     };
 }
 
-kernel!(tile_bf16, micro_bf16, 2, |units: __m256i| [
-    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(units)),
+kernel!(tile_bf16, micro_bf16, 2, |pairs: __m256i| [
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)),
     _mm256_castsi256_ps(_mm256_and_si256(
-        units,
+        pairs,
         _mm256_set1_epi32(0xffff_0000_u32 as i32)
     )),
 ]);
-kernel!(tile_f32, micro_f32, 1, |units: __m256i| [
-    _mm256_castsi256_ps(units)
+kernel!(tile_f32, micro_f32, 1, |pairs: __m256i| [
+    _mm256_castsi256_ps(pairs)
 ]);

@@ -16,9 +16,9 @@ pub(super) unsafe fn tile_f32(tile: &Tile) {
 /// # Safety
 /// As [`super::TileFn`] says.
 pub(super) unsafe fn tile_bf16(tile: &Tile) {
-    // The first element of a pair is the lower half of its unit.
-    let low = |unit: u32| f32::from_bits(unit << 16);
-    let high = |unit: u32| f32::from_bits(unit & 0xffff_0000);
+    // The first element of a pair is the lower half of the word.
+    let low = |pair: u32| f32::from_bits(pair << 16);
+    let high = |pair: u32| f32::from_bits(pair & 0xffff_0000);
     // SAFETY: the caller's promise, passed on.
     unsafe {
         tile_of(tile, |sum, a, b| {

@@ -26,12 +26,12 @@ impl Case {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / 8_388_608.0 - 1.0
         };
-        let mut unit = || match precision {
+        let mut pair = || match precision {
             Precision::F32 => bits(precision, next()),
             Precision::BF16 => bits(precision, next()) | bits(precision, next()) << 16,
         };
-        let a = (0..n_rows * n_steps).map(|_| unit()).collect();
-        let b = (0..n_vectors * n_steps * LANES).map(|_| unit()).collect();
+        let a = (0..n_rows * n_steps).map(|_| pair()).collect();
+        let b = (0..n_vectors * n_steps * LANES).map(|_| pair()).collect();
         let c = (0..n_rows * n_vectors * LANES)
             .map(|i| (i % 5) as f32)
             .collect();
@@ -61,11 +61,11 @@ impl Case {
     }
 
     fn exact(&self, precision: Precision, r: usize, column: usize) -> f64 {
-        let elements = |unit: u32| match precision {
-            Precision::F32 => vec![f64::from(f32::from_bits(unit))],
+        let elements = |pair: u32| match precision {
+            Precision::F32 => vec![f64::from(f32::from_bits(pair))],
             Precision::BF16 => vec![
-                f64::from(f32::from_bits(unit << 16)),
-                f64::from(f32::from_bits(unit & !0xffff)),
+                f64::from(f32::from_bits(pair << 16)),
+                f64::from(f32::from_bits(pair & !0xffff)),
             ],
         };
         let mut sum = f64::from(self.c[r * self.n_vectors * LANES + column]);
@@ -90,7 +90,7 @@ fn run(kernel: TileFn, case: &mut Case) {
 #[test]
 fn every_kernel_agrees_with_f64() {
     for precision in [Precision::BF16, Precision::F32] {
-        for isa in Isa::available(precision) {
+        for isa in Isa::available(Numerics::uniform(precision)) {
             for n_rows in (0..=26).chain([33, 47]) {
                 for (n_vectors, n_steps) in [
                     (1, 16),
@@ -118,7 +118,7 @@ fn every_kernel_agrees_with_f64() {
                             .collect();
                         run(kernel, &mut case);
                         for (got, want) in case.c.iter().zip(exact) {
-                            // Products are exact in bf16; up to 130 additions of magnitude below 16 round by 2^-24 each.
+                            // Gemm are exact in bf16; up to 130 additions of magnitude below 16 round by 2^-24 each.
                             let tolerance = 130.0 * 16.0 * 2f64.powi(-24);
                             assert!(
                                 (f64::from(*got) - want).abs() < tolerance,
@@ -140,7 +140,7 @@ proptest! {
     ) {
         let (row, vector, cut) = (row % n_rows, vector % n_vectors, 16 * (cut % sixteenths));
         for precision in [Precision::BF16, Precision::F32] {
-            for isa in Isa::available(precision) {
+            for isa in Isa::available(Numerics::uniform(precision)) {
                 for kernel in [isa.weight_tile(precision), isa.tile(precision)] {
                     let mut whole = Case::new(precision, n_rows, n_vectors, 16 * sixteenths);
                     let mut parts = Case::new(precision, n_rows, n_vectors, 16 * sixteenths);

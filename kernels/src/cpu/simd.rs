@@ -4,26 +4,27 @@
 //! bits in every batch. It knows slices, not buffers.
 
 use super::tile::{Isa, LANES};
-use crate::device::Precision;
+use crate::device::Activation;
 use crate::sampling::exp;
+use crate::shape::Precision;
 
-/// Defines the functions of [`Lanes`] from their bodies, once for each instruction set.
+/// Defines the functions of [`SimdOps`] from their bodies, once for each instruction set.
 macro_rules! compiled {
     ($($(#[doc = $doc:literal])+ fn $name:ident($($argument:ident: $type:ty),*) $(-> $output:ty)? $body:block)+) => {
         /// The functions, compiled for one instruction set.
-        pub(crate) struct Lanes {
+        pub(crate) struct SimdOps {
             $($name: unsafe fn($($type),*) $(-> $output)?,)+
         }
 
-        impl Lanes {
+        impl SimdOps {
             /// The functions for an instruction set that this machine has.
             pub(crate) fn of(isa: Isa) -> &'static Self {
                 match isa {
                     #[cfg(target_arch = "x86_64")]
-                    Isa::Amx | Isa::Avx512 => &avx512::LANES,
+                    Isa::Amx | Isa::Avx512 => &avx512::OPS,
                     #[cfg(target_arch = "x86_64")]
-                    Isa::Avx2 => &avx2::LANES,
-                    _ => &portable::LANES,
+                    Isa::Avx2 => &avx2::OPS,
+                    _ => &portable::OPS,
                 }
             }
 
@@ -50,7 +51,7 @@ macro_rules! compiled {
     (@set $set:ident $feature:tt $($name:ident($($argument:ident: $type:ty),*) $(-> $output:ty)?;)+) => {
         mod $set {
             use super::*;
-            pub(super) static LANES: Lanes = Lanes { $($name,)+ };
+            pub(super) static OPS: SimdOps = SimdOps { $($name,)+ };
             $(compiled!(@function $feature $name($($argument: $type),*) $(-> $output)?);)+
         }
     };
@@ -65,10 +66,24 @@ macro_rules! compiled {
 compiled! {
     /// `out = x / sqrt(mean(x^2) + epsilon) * weight`.
     fn rms_norm(out: &mut [f32], x: &[f32], weight: &[f32], epsilon: f32) {
-        let mean_square = sum(x, |x| x * x) / x.len() as f32;
-        let inverse = 1.0 / (mean_square + epsilon).sqrt();
+        let inverse = inverse_rms(x, epsilon);
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
             *out = x * inverse * weight;
+        }
+    }
+
+    /// The same in place.
+    fn rms_norm_in_place(x: &mut [f32], weight: &[f32], epsilon: f32) {
+        let inverse = inverse_rms(x, epsilon);
+        for (x, weight) in x.iter_mut().zip(weight) {
+            *x = *x * inverse * weight;
+        }
+    }
+
+    /// `x *= factor`.
+    fn scale(x: &mut [f32], factor: f32) {
+        for x in x.iter_mut() {
+            *x *= factor;
         }
     }
 
@@ -79,10 +94,42 @@ compiled! {
         }
     }
 
-    /// `out = silu(gate) * up`.
-    fn swiglu(out: &mut [f32], gate: &[f32], up: &[f32]) {
-        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-            *out = gate / (1.0 + exp(-gate)) * up;
+    /// `sum += factor * x`.
+    fn add_scaled(sum: &mut [f32], factor: f32, x: &[f32]) {
+        for (sum, x) in sum.iter_mut().zip(x) {
+            *sum += factor * x;
+        }
+    }
+
+    /// `out = activation(gate) * up`.
+    fn gated(activation: Activation, out: &mut [f32], gate: &[f32], up: &[f32]) {
+        match activation {
+            Activation::Silu => {
+                for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                    *out = silu(*gate) * up;
+                }
+            }
+            Activation::GeluTanh => {
+                for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                    *out = gelu_tanh(*gate) * up;
+                }
+            }
+        }
+    }
+
+    /// `gate = activation(gate) * up`.
+    fn gated_in_place(activation: Activation, gate: &mut [f32], up: &[f32]) {
+        match activation {
+            Activation::Silu => {
+                for (gate, up) in gate.iter_mut().zip(up) {
+                    *gate = silu(*gate) * up;
+                }
+            }
+            Activation::GeluTanh => {
+                for (gate, up) in gate.iter_mut().zip(up) {
+                    *gate = gelu_tanh(*gate) * up;
+                }
+            }
         }
     }
 
@@ -90,6 +137,14 @@ compiled! {
     fn rotate(low: &mut [f32], high: &mut [f32], cos: &[f32], sin: &[f32]) {
         for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
             (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
+        }
+    }
+
+    /// Replaces scores `s` by `cap * tanh(s * scale / cap)`.
+    fn soft_cap(scores: &mut [f32], scale: f32, cap: f32) {
+        for score in scores.iter_mut() {
+            // tanh(y) = 1 - 2 / (1 + e^2y)
+            *score = cap * (1.0 - 2.0 / (1.0 + exp(2.0 * (*score * scale / cap))));
         }
     }
 
@@ -123,25 +178,44 @@ compiled! {
         }
     }
 
-    /// Elements as units: each its own bits, or two rounded to bf16 (an odd last one is paired with zero).
-    fn to_units(precision: Precision, elements: &[f32], units: &mut [u32]) {
+    /// Elements as packed pairs: each its own bits, or two rounded to bf16 (an odd last one is paired with zero).
+    fn pack_pairs(precision: Precision, elements: &[f32], pairs: &mut [u32]) {
         match precision {
             Precision::F32 => {
-                for (unit, element) in units.iter_mut().zip(elements) {
-                    *unit = element.to_bits();
+                for (pair, element) in pairs.iter_mut().zip(elements) {
+                    *pair = element.to_bits();
                 }
             }
             Precision::BF16 => {
-                let (pairs, rest) = elements.as_chunks::<2>();
-                for (unit, [low, high]) in units.iter_mut().zip(pairs) {
-                    *unit = bf16_bits(*low) | (bf16_bits(*high) << 16);
+                let (couples, rest) = elements.as_chunks::<2>();
+                for (pair, [low, high]) in pairs.iter_mut().zip(couples) {
+                    *pair = bf16_bits(*low) | (bf16_bits(*high) << 16);
                 }
-                if let ([last], Some(unit)) = (rest, units.get_mut(pairs.len())) {
-                    *unit = bf16_bits(*last);
+                if let ([last], Some(pair)) = (rest, pairs.get_mut(couples.len())) {
+                    *pair = bf16_bits(*last);
                 }
             }
         }
     }
+}
+
+#[inline(always)]
+fn inverse_rms(x: &[f32], epsilon: f32) -> f32 {
+    let mean_square = sum(x, |x| x * x) / x.len() as f32;
+    1.0 / (mean_square + epsilon).sqrt()
+}
+
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// As `(1 + tanh(y)) / 2 = 1 / (1 + e^-2y)`, without the cancellation of the left side.
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    const SQRT_2_BY_PI: f32 = 0.797_884_6;
+    let y = SQRT_2_BY_PI * (x + 0.044_715 * (x * x * x));
+    x / (1.0 + exp(-2.0 * y))
 }
 
 /// The sum of `f(x)` in 16 lanes, which are then added pairwise.
@@ -182,6 +256,11 @@ pub(crate) fn bf16_bits(x: f32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shape::Numerics;
+
+    fn all_isas() -> Vec<Isa> {
+        Isa::available(Numerics::uniform(Precision::BF16))
+    }
 
     fn row(n: usize, seed: u32) -> Vec<f32> {
         (0..n as u32)
@@ -206,31 +285,35 @@ mod tests {
         let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         for n in [1, 2, 15, 16, 17, 31, 64, 100] {
             let (x, y, w) = (row(n, 1), row(n, 2), row(n, 3));
-            let results = Isa::available(Precision::BF16).into_iter().map(|isa| {
-                let lanes = Lanes::of(isa);
-                let mut out = [
-                    vec![0.0; n],
-                    x.clone(),
-                    vec![0.0; n],
-                    x.clone(),
-                    x.clone(),
-                    y.clone(),
-                ];
-                lanes.rms_norm(&mut out[0], &x, &w, 1e-5);
-                lanes.add(&mut out[1], &y);
-                lanes.swiglu(&mut out[2], &x, &y);
-                let (max, sum) = lanes.exponentiate(&mut out[3], 0.125);
-                lanes.blend(&mut out[4], 0.3, &y, 0.7);
+            let results = all_isas().into_iter().map(|isa| {
+                let simd = SimdOps::of(isa);
+                let mut out: [Vec<f32>; 11] = std::array::from_fn(|_| x.clone());
+                simd.rms_norm(&mut out[0], &x, &w, 1e-5);
+                simd.add(&mut out[1], &y);
+                simd.gated(Activation::Silu, &mut out[2], &x, &y);
+                let (max, sum) = simd.exponentiate(&mut out[3], 0.125);
+                simd.blend(&mut out[4], 0.3, &y, 0.7);
                 let half = n / 2;
                 let (low, high) = out[5].split_at_mut(half);
-                lanes.rotate(low, high, &x[..half], &y[..half]);
-                let mut units = vec![0; n.div_ceil(2)];
-                lanes.to_units(Precision::BF16, &x, &mut units);
+                simd.rotate(low, high, &x[..half], &y[..half]);
+                simd.gated(Activation::GeluTanh, &mut out[6], &x, &y);
+                simd.soft_cap(&mut out[7], 0.125, 2.0);
+                simd.rms_norm_in_place(&mut out[8], &w, 1e-5);
+                simd.add_scaled(&mut out[9], 0.3, &y);
+                simd.scale(&mut out[10], 0.3);
+                let mut pairs = vec![0; n.div_ceil(2)];
+                simd.pack_pairs(Precision::BF16, &x, &mut pairs);
+                assert_eq!(out[0], out[8], "a norm in place");
+                for (activation, i) in [(Activation::Silu, 2), (Activation::GeluTanh, 6)] {
+                    let mut gate = x.clone();
+                    simd.gated_in_place(activation, &mut gate, &y);
+                    assert_eq!(gate, out[i], "{activation:?} in place");
+                }
                 (
                     out.iter().map(|x| bits(x)).collect::<Vec<_>>(),
                     max.to_bits(),
                     sum.to_bits(),
-                    units,
+                    pairs,
                 )
             });
             let results: Vec<_> = results.collect();
@@ -242,10 +325,36 @@ mod tests {
     }
 
     #[test]
+    fn activations_and_caps_are_close_to_the_real_ones() {
+        let simd = SimdOps::of(Isa::Portable);
+        let x: Vec<f32> = (-3000..=3000).map(|i| i as f32 / 100.0).collect();
+        let one = vec![1.0; x.len()];
+        let (mut silu, mut gelu, mut capped) = (x.clone(), x.clone(), x.clone());
+        simd.gated(Activation::Silu, &mut silu, &x, &one);
+        simd.gated(Activation::GeluTanh, &mut gelu, &x, &one);
+        simd.soft_cap(&mut capped, 0.5, 5.0);
+        for (i, x) in x.iter().map(|&x| f64::from(x)).enumerate() {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            for (name, got, want) in [
+                ("silu", silu[i], x / (1.0 + (-x).exp())),
+                ("gelu", gelu[i], x / 2.0 * (1.0 + inner.tanh())),
+                ("soft cap", capped[i], 5.0 * (0.5 * x / 5.0).tanh()),
+            ] {
+                // A dozen roundings, and exp has 2e-7; below -87 exp is 0.
+                let tolerance = 2e-6 * want.abs().max(1.0);
+                assert!(
+                    (f64::from(got) - want).abs() < tolerance,
+                    "{name}({x}) = {got}, want {want}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn a_masked_row_is_all_zeros() {
         let mut scores = [f32::NEG_INFINITY; 20];
         assert_eq!(
-            Lanes::of(Isa::Portable).exponentiate(&mut scores, 2.0),
+            SimdOps::of(Isa::Portable).exponentiate(&mut scores, 2.0),
             (f32::NEG_INFINITY, 0.0)
         );
         assert_eq!(scores, [0.0; 20]);

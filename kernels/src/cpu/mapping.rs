@@ -9,20 +9,20 @@ const HUGE: usize = 2 << 20;
 
 /// A mapping of its own. It reads as zeros until written.
 #[derive(Debug)]
-pub(crate) struct Pages {
+pub(crate) struct Mapping {
     start: NonNull<u8>,
     bytes: usize,
     mapping: NonNull<libc::c_void>,
     mapped_bytes: usize,
 }
 
-// SAFETY: `Pages` owns its mapping as `Vec` owns its heap memory; all access goes through raw pointers whose users
+// SAFETY: `Mapping` owns its mapping as `Vec` owns its heap memory; all access goes through raw pointers whose users
 // prove that they don't race.
-unsafe impl Send for Pages {}
-// SAFETY: as above: a shared `Pages` gives out a pointer and nothing else.
-unsafe impl Sync for Pages {}
+unsafe impl Send for Mapping {}
+// SAFETY: as above: a shared `Mapping` gives out a pointer and nothing else.
+unsafe impl Sync for Mapping {}
 
-impl Pages {
+impl Mapping {
     /// Maps `bytes`; `what` names them in the error.
     pub(crate) fn new(what: &'static str, bytes: usize) -> Result<Self, DeviceError> {
         let align = if bytes >= HUGE { HUGE } else { 64 };
@@ -74,7 +74,7 @@ impl Pages {
     }
 }
 
-impl Drop for Pages {
+impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: exactly the range that `new` mapped, unmapped once.
         unsafe { libc::munmap(self.mapping.as_ptr(), self.mapped_bytes) };
