@@ -46,16 +46,26 @@ fn main() {
         println!("read bandwidth, {n} thread(s): {bandwidth:.1} GB/s");
     }
     let limit = *bandwidth.last().unwrap();
-    let mut bench = Bench::new(n_threads, isa);
+    let mut bench = Bench::new(n_threads, isa, None);
     println!("{}", bench.device.describe());
     let peak = bench.peak_flops();
     println!("products in the cache: {:.0} GFLOP/s", peak / 1e9);
-
-    let gigabytes = bench.weight_bytes / 1e9;
     println!(
-        "{:<24}{:>9}{:>10}{:>8}{:>10}{:>8}{:>11}",
+        "{:<30}{:>9}{:>10}{:>8}{:>10}{:>8}{:>11}",
         "step", "ms", "GB/s", "% read", "GFLOP/s", "% peak", "tokens/s"
     );
+    let print = |name: &str, step: Measured| {
+        let (read, flops) = (step.read_bytes / step.seconds, step.flops / step.seconds);
+        println!(
+            "{name:<30}{:>9.2}{:>10.1}{:>8.0}{:>10.0}{:>8.0}{:>11.1}",
+            step.seconds * 1e3,
+            read / 1e9,
+            100.0 * read / 1e9 / limit,
+            flops / 1e9,
+            100.0 * flops / peak,
+            step.tokens / step.seconds
+        );
+    };
     for (name, n_sequences, n_tokens, context) in [
         ("decode, batch 1", 1, 1, 128),
         ("decode, batch 8", 8, 1, 128),
@@ -64,19 +74,25 @@ fn main() {
         ("prefill of 512", 1, 512, 0),
         ("decode, batch 1, at 2000", 1, 1, 2000),
     ] {
-        let seconds = bench.step_seconds(n_sequences, n_tokens, context);
-        let tokens = (n_sequences * n_tokens) as f64;
-        let flops = tokens * bench.weight_bytes / seconds;
-        let read = gigabytes / seconds;
-        println!(
-            "{name:<24}{:>9.2}{read:>10.1}{:>8.0}{:>10.0}{:>8.0}{:>11.1}",
-            seconds * 1e3,
-            100.0 * read / limit,
-            flops / 1e9,
-            100.0 * flops / peak,
-            tokens / seconds
-        );
+        print(name, bench.measure(n_sequences, n_tokens, context));
     }
+    drop(bench);
+    // The same weights as eight experts, of which a token takes two: one token reads a few, 512 read all.
+    let mut bench = Bench::new(n_threads, isa, Some(8));
+    for (name, n_tokens) in [
+        ("experts: decode, batch 1", 1),
+        ("experts: prefill of 512", 512),
+    ] {
+        print(name, bench.measure(1, n_tokens, 0));
+    }
+}
+
+/// A step and what it did at least.
+struct Measured {
+    seconds: f64,
+    tokens: f64,
+    read_bytes: f64,
+    flops: f64,
 }
 
 struct Bench {
@@ -86,9 +102,14 @@ struct Bench {
     layers: Vec<LayerWeights>,
     buffers: Buffers,
     logits: Logits,
-    /// Of the matrices that every step reads; also its FLOP for each token, as bf16 has two bytes.
+    /// Of all matrices that a step of many tokens reads.
     weight_bytes: f64,
+    /// Of the matrices that a single token reads; also its FLOP, as bf16 has two bytes.
+    token_bytes: f64,
 }
+
+/// Experts that a token takes, where there are any.
+const TOP_K: usize = 2;
 
 fn model_shape() -> ModelShape {
     let cache = CacheShape {
@@ -127,7 +148,8 @@ fn model_shape() -> ModelShape {
 }
 
 impl Bench {
-    fn new(n_threads: usize, isa: Isa) -> Self {
+    /// `n_experts` of them share the intermediate size, where there are any.
+    fn new(n_threads: usize, isa: Isa, n_experts: Option<usize>) -> Self {
         let options = DeviceOptions {
             numerics: NUMERICS,
             memory_limit: None,
@@ -160,21 +182,49 @@ impl Bench {
             n_kv_heads: KV_HEADS,
             head_dim: HEAD_DIM,
             intermediate: INTERMEDIATE,
-            n_experts: 1,
+            n_experts: n_experts.unwrap_or(1),
         };
         let table = weight(VOCABULARY, HIDDEN);
-        let layers = (0..LAYERS)
-            .map(|_| LayerWeights {
-                qkv: weight(widths.qkv(), HIDDEN),
-                bias: None,
-                o: weight(HIDDEN, widths.heads()),
-                mlp: Mlp::Dense {
-                    gate_up: weight(2 * INTERMEDIATE, HIDDEN),
-                    down: weight(HIDDEN, INTERMEDIATE),
-                },
+        let inner = INTERMEDIATE / widths.n_experts;
+        let weights: Vec<[Weight; 5]> = (0..LAYERS)
+            .map(|_| {
+                [
+                    weight(widths.qkv(), HIDDEN),
+                    weight(HIDDEN, widths.heads()),
+                    weight(2 * INTERMEDIATE, HIDDEN),
+                    weight(widths.n_experts * HIDDEN, inner),
+                    weight(widths.n_experts, HIDDEN),
+                ]
             })
             .collect();
+        let mlp_bytes = LAYERS * 3 * INTERMEDIATE * HIDDEN * 2;
+        let read_by_token = n_experts.map_or(mlp_bytes, |n| mlp_bytes * TOP_K / n);
+        let token_bytes = (weight_bytes - mlp_bytes + read_by_token) as f64;
         let weight_bytes = weight_bytes as f64;
+        let layers = weights.into_iter().map(|[qkv, o, gate_up, down, router]| {
+            let mlp = match n_experts {
+                None => Mlp::Dense { gate_up, down },
+                Some(n_experts) => {
+                    let shape = ExpertsShape {
+                        gate_up,
+                        down,
+                        n_experts,
+                        top_k: TOP_K,
+                        renormalize: true,
+                        activation: Activation::Silu,
+                    };
+                    let experts = device.plan_experts(&shape).unwrap();
+                    Mlp::Experts { router, experts }
+                }
+            };
+            LayerWeights {
+                qkv,
+                bias: None,
+                o,
+                mlp,
+            }
+        });
+        let layers = layers.collect();
         let ones: Vec<u8> = (0..HIDDEN).flat_map(|_| 1f32.to_le_bytes()).collect();
         let norm = TensorView {
             dtype: Dtype::F32,
@@ -193,11 +243,12 @@ impl Bench {
             buffers,
             logits,
             weight_bytes,
+            token_bytes,
         }
     }
 
-    /// Median seconds of a step of `n_sequences` with `n_tokens` each, from position `context` on.
-    fn step_seconds(&mut self, n_sequences: usize, n_tokens: usize, context: usize) -> f64 {
+    /// The median of steps of `n_sequences` with `n_tokens` each, from position `context` on.
+    fn measure(&mut self, n_sequences: usize, n_tokens: usize, context: usize) -> Measured {
         let mut input = StepInput::default();
         for sequence in 0..n_sequences as u32 {
             let n_blocks = (context + n_tokens).div_ceil(BLOCK) as u32;
@@ -221,7 +272,17 @@ impl Bench {
                 .extend((0..n_tokens as u32).map(|t| TokenInput::Id(t * 7 + sequence)));
             input.logits.push(input.tokens.len() as u32 - 1);
         }
-        median(9, || self.step(&input))
+        let tokens = (n_sequences * n_tokens) as f64;
+        Measured {
+            seconds: median(9, || self.step(&input)),
+            tokens,
+            read_bytes: if tokens > 1.0 {
+                self.weight_bytes
+            } else {
+                self.token_bytes
+            },
+            flops: tokens * self.token_bytes,
+        }
     }
 
     fn step(&mut self, input: &StepInput) {

@@ -2,7 +2,8 @@
 //!
 //! One line of JSON a measurement: microseconds a launch, the median of several replays of a graph of many launches whose
 //! pages, or weights, rotate so that nothing of use stays in the L2 cache. The shape is Llama-3.1-8B's: 32 query and 8 KV
-//! heads of 128, hidden 4096, intermediate 14336, vocabulary 128256.
+//! heads of 128, hidden 4096, intermediate 14336, vocabulary 128256; the experts' is Qwen3-30B-A3B's: 128 of which a token
+//! takes 8, hidden 2048, intermediate 768.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,11 +13,12 @@
 
 use std::time::Instant;
 
-use kvasir_kernels::cuda::driver::{Driver, Product, ProductShape};
+use kvasir_kernels::cuda::driver::{Driver, Gemm, GemmOutput, GemmShape};
 use kvasir_kernels::cuda::gpu::Gpu;
 use kvasir_kernels::cuda::kernel::{
-    self, DecodeItem, DecodeSequence, HeadDim, KvCache, PARTITION, PagedDecodeArgs,
-    PagedPrefillArgs, PrefillTile, RmsNormArgs, SampleArgs, SampleRow, SwigluArgs,
+    self, GatedActivationArgs, GroupByExpertArgs, GroupedGemmArgs, HeadDim, KvCache, NO_WINDOW,
+    PARTITION, PagedDecodeArgs, PagedPrefillArgs, PrefillTile, RmsNormArgs, SILU, SampleArgs,
+    SampleRow, SplitKvSequence, SplitKvTile,
 };
 
 const HEADS: u32 = 32;
@@ -46,11 +48,13 @@ fn main() {
         (64, 16384),
         (256, 2048),
     ] {
-        decode(&mut gpu, cache, noise, batch, context);
+        decode(&mut gpu, cache, noise, batch, context, NO_WINDOW);
     }
+    decode(&mut gpu, cache, noise, 64, 4096, 1024);
     for tokens in [2048, 8192, 16384] {
-        prefill(&mut gpu, cache, noise, tokens);
+        prefill(&mut gpu, cache, noise, tokens, NO_WINDOW);
     }
+    prefill(&mut gpu, cache, noise, 8192, 1024);
     for rows in [1, 8, 64, 256, 2048] {
         for (what, inner, cols) in [
             ("qkv", 4096, QKV),
@@ -59,8 +63,11 @@ fn main() {
             ("down", 14336, 4096),
             ("logits", 4096, 128_256),
         ] {
-            product(&mut gpu, cache, noise, what, rows, inner, cols);
+            gemm(&mut gpu, cache, noise, what, rows, inner, cols);
         }
+    }
+    for tokens in [1, 16, 64, 256, 2048, 8192] {
+        experts(&mut gpu, cache, noise, tokens);
     }
     let logits = gpu.allocate("logits", 256 * 128_256 * 4).unwrap();
     fill_logits(&mut gpu, logits, 256);
@@ -118,7 +125,7 @@ fn time(gpu: &mut Gpu, mut launch: impl FnMut(&mut Gpu, usize)) -> f64 {
     for i in 0..LAUNCHES {
         launch(gpu, i);
     }
-    gpu.synchronize().unwrap();
+    gpu.synchronize_all().unwrap();
     gpu.begin_capture().unwrap();
     for i in 0..LAUNCHES {
         launch(gpu, i);
@@ -127,12 +134,12 @@ fn time(gpu: &mut Gpu, mut launch: impl FnMut(&mut Gpu, usize)) -> f64 {
     let mut times: Vec<f64> = (0..REPLAYS)
         .map(|_| {
             gpu.replay(&graph).unwrap();
-            gpu.synchronize().unwrap();
+            gpu.synchronize_all().unwrap();
             let begun = Instant::now();
             gpu.replay(&graph).unwrap();
             gpu.replay(&graph).unwrap();
             gpu.replay(&graph).unwrap();
-            gpu.synchronize().unwrap();
+            gpu.synchronize_all().unwrap();
             begun.elapsed().as_secs_f64() * 1e6 / (3 * LAUNCHES) as f64
         })
         .collect();
@@ -163,48 +170,49 @@ fn pages(gpu: &mut Gpu, cache: u64, sequences: usize, context: usize) -> Pages {
     let tables = send(gpu, &shuffled);
     Pages {
         cache: KvCache {
-            layer: cache,
-            tables,
+            layer: cache.into(),
+            tables: tables.into(),
             table_width: width as u32,
             block_size: BLOCK_SIZE as u32,
             block_size_magic: KvCache::magic(BLOCK_SIZE as u32),
             n_kv_heads: KV_HEADS,
             head_dim: HEAD_DIM as u32,
-            unused: 0,
+            page_rows: 2 * KV_HEADS * BLOCK_SIZE as u32,
         },
         sets,
     }
 }
 
-fn decode(gpu: &mut Gpu, cache: u64, qkv: u64, batch: usize, context: usize) {
+fn decode(gpu: &mut Gpu, cache: u64, qkv: u64, batch: usize, context: usize, window: u32) {
     let size = HeadDim::new(HEAD_DIM).unwrap();
     let Pages { cache, sets } = pages(gpu, cache, batch, context);
-    let n_items = (context as u32).div_ceil(PARTITION);
-    let mut items = Vec::new();
+    let first = (context as u32).saturating_sub(window) / PARTITION;
+    let n_tiles = (context as u32).div_ceil(PARTITION) - first;
+    let mut tiles = Vec::new();
     for set in 0..sets {
         for sequence in 0..batch {
-            items.extend((0..n_items).map(|i| DecodeItem {
+            tiles.extend((first..first + n_tiles).map(|p| SplitKvTile {
                 row: (set * batch + sequence) as u32,
                 token: sequence as u32,
                 length: context as u32,
-                start: i * PARTITION,
+                start: p * PARTITION,
             }));
         }
     }
-    let sequences: Vec<DecodeSequence> = (0..batch as u32)
-        .map(|s| DecodeSequence {
+    let sequences: Vec<SplitKvSequence> = (0..batch as u32)
+        .map(|s| SplitKvSequence {
             token: s,
-            first_item: s * n_items,
-            n_items,
+            first_tile: s * n_tiles,
+            n_tiles,
             unused: 0,
         })
         .collect();
-    let items_of_a_set = batch * n_items as usize;
-    let (items, sequences) = (send(gpu, &items), send(gpu, &sequences));
+    let tiles_of_a_set = batch * n_tiles as usize;
+    let (tiles, sequences) = (send(gpu, &tiles), send(gpu, &sequences));
     let out = gpu
         .allocate("out", batch * HEADS as usize * HEAD_DIM * 2)
         .unwrap();
-    let partials = items_of_a_set * HEADS as usize;
+    let partials = tiles_of_a_set * HEADS as usize;
     let partial_out = gpu
         .allocate("partial results", partials * HEAD_DIM * 4)
         .unwrap();
@@ -212,19 +220,21 @@ fn decode(gpu: &mut Gpu, cache: u64, qkv: u64, batch: usize, context: usize) {
     let us = time(gpu, |gpu, i| {
         let args = PagedDecodeArgs {
             cache,
-            out,
-            qkv,
-            items: items + (i % sets * items_of_a_set * size_of::<DecodeItem>()) as u64,
-            sequences,
-            partial_out,
-            partial_softmax,
+            out: out.into(),
+            qkv: qkv.into(),
+            tiles: (tiles + (i % sets * tiles_of_a_set * size_of::<SplitKvTile>()) as u64).into(),
+            sequences: sequences.into(),
+            partial_out: partial_out.into(),
+            partial_softmax: partial_softmax.into(),
             out_stride: HEADS * HEAD_DIM as u32,
             qkv_stride: QKV as u32,
             n_heads: HEADS,
+            window,
             scale_log2: 0.1275,
+            tanh_scale: 0.0,
         };
-        let (name, split) = kernel::paged_decode(
-            items_of_a_set,
+        let split = kernel::paged_decode(
+            tiles_of_a_set,
             HEADS,
             KV_HEADS,
             size,
@@ -232,21 +242,27 @@ fn decode(gpu: &mut Gpu, cache: u64, qkv: u64, batch: usize, context: usize) {
         );
         // SAFETY: everything was allocated and filled above for this batch and context.
         unsafe {
-            gpu.launch(name, split, &args).unwrap();
-            if n_items > 1 {
-                let merge = kernel::merge_partitions(batch, n_items as usize, HEADS, size);
-                gpu.launch("merge_partitions", merge, &args).unwrap();
+            gpu.launch(split, &args).unwrap();
+            if n_tiles > 1 {
+                let combine = kernel::combine_split_kv(batch, n_tiles as usize, HEADS, size);
+                gpu.launch(combine, &args).unwrap();
             }
         }
     });
-    let bytes = batch * context * 2 * KV_HEADS as usize * HEAD_DIM * 2;
+    let what = if window == NO_WINDOW {
+        "decode"
+    } else {
+        "decode in a window"
+    };
+    let seen = context.min(window as usize);
+    let bytes = batch * seen * 2 * KV_HEADS as usize * HEAD_DIM * 2;
     println!(
-        "{{\"what\": \"decode\", \"batch\": {batch}, \"context\": {context}, \"us\": {us:.2}, \"gb_s\": {:.0}}}",
+        "{{\"what\": \"{what}\", \"batch\": {batch}, \"context\": {context}, \"us\": {us:.2}, \"gb_s\": {:.0}}}",
         bytes as f64 / us / 1e3
     );
 }
 
-fn prefill(gpu: &mut Gpu, cache: u64, qkv: u64, tokens: usize) {
+fn prefill(gpu: &mut Gpu, cache: u64, qkv: u64, tokens: usize, window: u32) {
     let size = HeadDim::new(HEAD_DIM).unwrap();
     let Pages { cache, .. } = pages(gpu, cache, 1, tokens);
     let rows = tokens as u32 * HEADS / KV_HEADS;
@@ -270,71 +286,137 @@ fn prefill(gpu: &mut Gpu, cache: u64, qkv: u64, tokens: usize) {
     let us = time(gpu, |gpu, _| {
         let args = PagedPrefillArgs {
             cache,
-            out,
-            qkv,
-            tiles,
+            out: out.into(),
+            qkv: qkv.into(),
+            tiles: tiles.into(),
             out_stride: HEADS * HEAD_DIM as u32,
             qkv_stride: QKV as u32,
             n_heads: HEADS,
+            window,
             scale_log2: 0.1275,
+            tanh_scale: 0.0,
         };
+        let launch = kernel::paged_prefill(n_tiles, KV_HEADS, size, window != NO_WINDOW);
         // SAFETY: everything was allocated and filled above for these tokens.
-        unsafe {
-            gpu.launch(
-                size.prefill(),
-                kernel::paged_prefill(n_tiles, KV_HEADS, size),
-                &args,
-            )
-        }
-        .unwrap();
+        unsafe { gpu.launch(launch, &args) }.unwrap();
     });
-    let flop =
-        2.0 * 2.0 * HEADS as f64 * HEAD_DIM as f64 * tokens as f64 * (tokens as f64 + 1.0) / 2.0;
+    let what = if window == NO_WINDOW {
+        "prefill"
+    } else {
+        "prefill in a window"
+    };
+    let pairs: u64 = (1..=tokens as u64).map(|n| n.min(u64::from(window))).sum();
+    let flop = 2.0 * 2.0 * HEADS as f64 * HEAD_DIM as f64 * pairs as f64;
     println!(
-        "{{\"what\": \"prefill\", \"tokens\": {tokens}, \"us\": {us:.2}, \"tflop_s\": {:.0}}}",
+        "{{\"what\": \"{what}\", \"tokens\": {tokens}, \"us\": {us:.2}, \"tflop_s\": {:.0}}}",
         flop / us / 1e6
     );
 }
 
-fn product(
-    gpu: &mut Gpu,
-    weights: u64,
-    x: u64,
-    what: &str,
-    rows: usize,
-    inner: usize,
-    cols: usize,
-) {
+fn gemm(gpu: &mut Gpu, weights: u64, x: u64, what: &str, rows: usize, inner: usize, cols: usize) {
     let weight_bytes = inner * cols * 2;
     let sets = (CACHE_BYTES / weight_bytes).clamp(1, LAUNCHES);
-    let wide = what == "logits";
-    let out = gpu
-        .allocate("out", rows * cols * if wide { 4 } else { 2 })
-        .unwrap();
+    let kind = match what {
+        "logits" => GemmOutput::F32,
+        _ => GemmOutput::Bf16,
+    };
+    let out = gpu.allocate("out", rows * cols * kind.bytes()).unwrap();
     let us = time(gpu, |gpu, i| {
-        let product = Product {
+        let gemm = Gemm {
             out,
             x,
             weight: weights + (i % sets * weight_bytes) as u64,
             bias: None,
-            shape: ProductShape {
+            shape: GemmShape {
                 rows,
                 inner,
                 cols,
                 x_stride: inner,
                 weight_stride: inner,
                 out_stride: cols,
-                wide,
-                biased: false,
+                out: kind,
             },
         };
-        // SAFETY: the factors lie in what main filled, which is larger than any of them.
-        unsafe { gpu.product(&product) }.unwrap();
+        gpu.gemm(&gemm).unwrap();
     });
     println!(
-        "{{\"what\": \"product {what}\", \"rows\": {rows}, \"us\": {us:.2}, \"gb_s\": {:.0}, \"tflop_s\": {:.0}}}",
+        "{{\"what\": \"gemm {what}\", \"rows\": {rows}, \"us\": {us:.2}, \"gb_s\": {:.0}, \"tflop_s\": {:.0}}}",
         weight_bytes as f64 / us / 1e3,
         2.0 * (rows * inner * cols) as f64 / us / 1e6
+    );
+}
+
+/// The two products of a mixture of experts, with the sort before them; the routing is even.
+fn experts(gpu: &mut Gpu, weights: u64, x: u64, tokens: usize) {
+    const N_EXPERTS: usize = 128;
+    const TOP_K: usize = 8;
+    const HIDDEN: usize = 2048;
+    const INTERMEDIATE: usize = 768;
+    let n_pairs = tokens * TOP_K;
+    let chosen: Vec<u32> = (0..n_pairs).map(|p| (p * 37 % N_EXPERTS) as u32).collect();
+    let chosen = send(gpu, &chosen);
+    let max_tiles = kernel::max_expert_tiles(n_pairs, N_EXPERTS);
+    let pairs = gpu.allocate("pairs", n_pairs * 4).unwrap();
+    let tiles = gpu.allocate("tiles", max_tiles * 16 + 16).unwrap();
+    let n_tiles = gpu.allocate("tiles", 4).unwrap();
+    let gate_up = gpu
+        .allocate("gates", n_pairs * 2 * INTERMEDIATE * 2)
+        .unwrap();
+    let results = gpu.allocate("results", n_pairs * HIDDEN * 2).unwrap();
+    let layer = N_EXPERTS * 3 * INTERMEDIATE * HIDDEN * 2;
+    let sets = (CACHE_BYTES / layer).clamp(1, LAUNCHES);
+    let group = GroupByExpertArgs {
+        chosen: chosen.into(),
+        pairs: pairs.into(),
+        tiles: tiles.into(),
+        n_tiles: n_tiles.into(),
+        n_pairs: n_pairs as u32,
+        n_experts: N_EXPERTS as u32,
+    };
+    let us = time(gpu, |gpu, i| {
+        let set = weights + (i % sets * layer) as u64;
+        let first = GroupedGemmArgs {
+            out: gate_up.into(),
+            x: x.into(),
+            weight: set.into(),
+            pairs: pairs.into(),
+            tiles: tiles.into(),
+            n_tiles: n_tiles.into(),
+            out_stride: 2 * INTERMEDIATE as u32,
+            x_stride: HIDDEN as u32,
+            weight_stride: HIDDEN as u32,
+            inner: HIDDEN as u32,
+            cols: 2 * INTERMEDIATE as u32,
+            pairs_per_token: TOP_K as u32,
+        };
+        let second = GroupedGemmArgs {
+            out: results.into(),
+            x: gate_up.into(),
+            weight: (set + (N_EXPERTS * 2 * INTERMEDIATE * HIDDEN * 2) as u64).into(),
+            out_stride: HIDDEN as u32,
+            x_stride: 2 * INTERMEDIATE as u32,
+            weight_stride: INTERMEDIATE as u32,
+            inner: INTERMEDIATE as u32,
+            cols: HIDDEN as u32,
+            pairs_per_token: 0,
+            ..first
+        };
+        // SAFETY: experts are below N_EXPERTS, for which everything was allocated above.
+        unsafe {
+            gpu.launch(kernel::group_by_expert(N_EXPERTS), &group)
+                .unwrap();
+            let launch = kernel::grouped_gemm(max_tiles, 2 * INTERMEDIATE);
+            gpu.launch(launch, &first).unwrap();
+            gpu.launch(kernel::grouped_gemm(max_tiles, HIDDEN), &second)
+                .unwrap();
+        }
+    });
+    let bytes = N_EXPERTS.min(n_pairs) * 3 * INTERMEDIATE * HIDDEN * 2;
+    let flop = 2.0 * (n_pairs * 3 * INTERMEDIATE * HIDDEN) as f64;
+    println!(
+        "{{\"what\": \"experts\", \"rows\": {tokens}, \"us\": {us:.2}, \"gb_s\": {:.0}, \"tflop_s\": {:.0}}}",
+        bytes as f64 / us / 1e3,
+        flop / us / 1e6
     );
 }
 
@@ -349,10 +431,10 @@ fn small(gpu: &mut Gpu, x: u64, logits: u64, rows: usize) {
     let residual = gpu.allocate("residual", rows * 4096 * 2).unwrap();
     let us = time(gpu, |gpu, _| {
         let args = RmsNormArgs {
-            out,
-            residual,
-            x,
-            weight: x,
+            out: out.into(),
+            residual: residual.into(),
+            x: x.into(),
+            weight: x.into(),
             cols: 4096,
             chunks: 512,
             out_stride: 4096,
@@ -361,22 +443,22 @@ fn small(gpu: &mut Gpu, x: u64, logits: u64, rows: usize) {
             epsilon: 1e-5,
         };
         // SAFETY: all areas hold `rows` rows.
-        unsafe { gpu.launch("rms_norm", kernel::rms_norm(rows), &args) }.unwrap();
+        unsafe { gpu.launch(kernel::rms_norm(rows), &args) }.unwrap();
     });
     report("add_rms_norm", rows * 4096 * 2 * 4, us);
     let us = time(gpu, |gpu, _| {
-        let args = SwigluArgs {
-            out,
-            gate_up: x,
+        let args = GatedActivationArgs {
+            out: out.into(),
+            gate_up: x.into(),
             n: 14336,
             out_stride: 14336,
             in_stride: 28672,
-            unused: 0,
+            activation: SILU,
         };
         // SAFETY: all areas hold `rows` rows.
-        unsafe { gpu.launch("swiglu", kernel::swiglu(rows, 14336), &args) }.unwrap();
+        unsafe { gpu.launch(kernel::gated_activation(rows, 14336), &args) }.unwrap();
     });
-    report("swiglu", rows * 14336 * 2 * 3, us);
+    report("gated_activation", rows * 14336 * 2 * 3, us);
     if rows > 256 {
         return;
     }
@@ -385,8 +467,8 @@ fn small(gpu: &mut Gpu, x: u64, logits: u64, rows: usize) {
         top_p: 1.0,
         top_k: 0,
         output_index: 0,
-        seed: [0; 2],
-        score: kernel::DRAW,
+        seed: 0,
+        score: kernel::NO_SCORE,
         n_logprobs: -1,
     };
     let random = SampleRow {
@@ -396,20 +478,21 @@ fn small(gpu: &mut Gpu, x: u64, logits: u64, rows: usize) {
     };
     for (what, row) in [("sample greedy", greedy), ("sample top-p", random)] {
         let asked = send(gpu, &vec![row; rows]);
-        let drawn = gpu.allocate("draws", rows * 4).unwrap();
+        let room = rows * 4 * kernel::MAX_TOP as usize;
+        let sampled = gpu.allocate("samples", room).unwrap();
         let us = time(gpu, |gpu, _| {
             let args = SampleArgs {
-                logits,
-                rows: asked,
-                tokens: drawn,
-                logprobs: drawn,
-                top_ids: drawn,
-                top_logprobs: drawn,
+                logits: logits.into(),
+                rows: asked.into(),
+                tokens: sampled.into(),
+                logprobs: sampled.into(),
+                top_ids: sampled.into(),
+                top_logprobs: sampled.into(),
                 vocabulary: 128_256,
                 stride: 128_256,
             };
             // SAFETY: 256 rows of logits lie there; no log-probabilities are asked for.
-            unsafe { gpu.launch("sample", kernel::sample(rows), &args) }.unwrap();
+            unsafe { gpu.launch(kernel::sample(rows), &args) }.unwrap();
         });
         report(what, rows * 128_256 * 4, us);
     }

@@ -12,8 +12,6 @@
 template <int D>
 constexpr int row_stride = D + 8;
 
-constexpr float MINUS_INFINITY = -__builtin_huge_valf();
-
 /// 16 M query rows, [16 M][D] in shared memory; kept in registers where there is room for them.
 template <int D, int M>
 struct Queries {
@@ -75,6 +73,18 @@ static __device__ inline void scores(float (&s)[M][N][4], const Queries<D, M>& q
             }
         }
     }
+}
+
+/// Soft cap: s becomes tanh(s * scale), 1 - 2 / (e^2x + 1) within 2^-21; the cap itself is a factor of what comes after.
+template <int M, int N>
+static __device__ inline void cap_scores(float (&s)[M][N][4], float scale) {
+    const float exponent = scale * 2.8853900818f;  // 2 log2(e)
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[m][n][i] = 1.0f - quotient(2.0f, 1.0f + power_of_two(s[m][n][i] * exponent));
 }
 
 /// The running softmax of 16 M rows: o = sum of exp2(scale (s - top)) v, l this lane's share of the sum of those powers.

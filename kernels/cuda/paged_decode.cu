@@ -1,52 +1,17 @@
-// Attention of one new token a sequence over its paged KV cache (flash decoding: split over the KV length).
+// Attention of single tokens over the paged KV cache of their sequence (flash decoding: split over the KV length).
 //
-// Grid (items, kv heads * tiles of 16 grouped query heads); 4 warps. An item is a partition of a sequence, 256 consecutive
-// positions: the host lists them, so that a crowd of unequal lengths leaves no block without work. Its tiles of 16 tokens
-// go to the warps in turn, and every tile of K and V is read once for all query heads of its group. Each warp runs its own
-// pipeline of asynchronous copies. Warps are merged in order, partitions by merge_partitions in a fixed order: the result
-// depends on the absolute positions only, not on the batch or the grid.
+// Grid (split-KV tiles, kv heads * tiles of 16 grouped query heads); 4 warps. A split-KV tile is a partition of what one
+// token sees, up to 256 consecutive positions: the host lists them, so that a crowd of unequal lengths leaves no block
+// without work. What is wholly before the window is not listed. A partition's tiles of 16 keys go to the warps in turn, and
+// every tile of K and V is read once for all query heads of its group. Each warp runs its own pipeline of asynchronous
+// copies. Warps are merged in order, partitions by combine_split_kv in a fixed order: the result depends on the absolute
+// positions only, not on the batch or the grid.
 //
 // Measured: e2e/gpu/RESULTS.md.
 #include "attention_tile.cuh"
 #include "kv_cache.cuh"
 
-struct DecodeItem {
-    uint32_t row;     // of the block tables
-    uint32_t token;   // row of qkv and out
-    uint32_t length;  // tokens of the sequence, this one included; 0: inert
-    uint32_t start;   // first position of the partition
-};
-
-struct DecodeSequence {
-    uint32_t token;       // row of out
-    uint32_t first_item;  // its items follow each other
-    uint32_t n_items;
-    uint32_t unused;
-};
-
-struct PagedDecodeArgs {
-    KvCache cache;
-    bf16* out;                        // [T, out_stride]: n_heads heads
-    const bf16* qkv;                  // [T, qkv_stride]: query heads first, rotated
-    const DecodeItem* items;          // [grid x]
-    const DecodeSequence* sequences;  // of merge_partitions
-    float* partial_out;               // [item][head][head_dim], unnormalised
-    float* partial_softmax;           // [item][head][2]: maximum (log2), sum
-    uint32_t out_stride, qkv_stride;
-    uint32_t n_heads;
-    float scale_log2;  // scale * log2(e)
-};
-
-constexpr int PARTITION = 256;
-constexpr int DECODE_WARPS = 4;
-constexpr int DECODE_TILE = 16;
-constexpr uint32_t MERGE_GROUPS = 4;
-constexpr uint32_t MERGE_TOGETHER = 16;
-
-/// Stages of a warp's pipeline. Three blocks share a multiprocessor at head sizes to 128: they hide each other's starts and
-/// ends. A block that has the multiprocessor to itself (`alone`) rather loads all tiles of its warps at once.
-template <int D, bool alone>
-constexpr int decode_stages = alone ? (D <= 192 ? 4 : 3) : (D <= 64 ? 4 : 2);
+static_assert(PARTITION % DECODE_TILE == 0, "a tile lies in one partition");
 
 /// Elements of a tile of keys, or of values.
 template <int D>
@@ -60,11 +25,17 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     constexpr int stage_elements = 2 * decode_tile_elements<D>;
     constexpr int result_stride = row_stride<D>;  // Rows of the accumulator lie in different banks here too.
     static_assert(stage_elements * sizeof(bf16) == 16 * result_stride * sizeof(float), "a warp's result is one stage");
+    static_assert((16 * row_stride<D> + DECODE_WARPS * stages * stage_elements) * sizeof(bf16) +
+                          DECODE_WARPS * 16 * 2 * sizeof(float) == decode_shared_bytes<D, alone>,
+                  "what a launch brings holds all of it");
     const KvCache& cache = args.cache;
-    const DecodeItem item = args.items[blockIdx.x];
-    const uint32_t length = item.length, start = item.start;
-    if (start >= length) return;  // inert
-    const uint32_t end = min(start + PARTITION, length);
+    const SplitKvTile part = args.tiles[blockIdx.x];
+    const uint32_t length = part.length;
+    if (part.start >= length) return;  // inert
+    // The positions of the partition that the token sees, and the tile that the first of them is in.
+    const uint32_t seen_from = first_visible(length - 1, args.window);
+    const uint32_t begin = max(part.start, seen_from), end = min(part.start + PARTITION, length);
+    const uint32_t start = begin / DECODE_TILE * DECODE_TILE;
     const uint32_t group = args.n_heads / cache.n_kv_heads;
     const uint32_t head_tiles = (group + 15) / 16;
     const uint32_t kv_head = blockIdx.y / head_tiles;
@@ -85,14 +56,14 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
         const uint32_t tile = warp + j * DECODE_WARPS;
         bf16* keys = ring + j % stages * stage_elements;
         if (tile < n_tiles)
-            load_tokens<D, DECODE_TILE, row_stride<D>>(keys, keys + decode_tile_elements<D>, cache, item.row, kv_head,
-                                                       start + tile * DECODE_TILE, end);
+            load_tokens<D, DECODE_TILE, row_stride<D>>(keys, keys + decode_tile_elements<D>, cache, part.row, kv_head,
+                                                       start + tile * DECODE_TILE, begin, end);
         copy_async_commit();
     };
 #pragma unroll
     for (int j = 0; j < stages - 1; ++j) load(j);
 
-    const bf16* query = args.qkv + uint64_t(item.token) * args.qkv_stride + first_head * D;
+    const bf16* query = args.qkv + uint64_t(part.token) * args.qkv_stride + first_head * D;
     for (uint32_t chunk = threadIdx.x; chunk < 16 * D / 8; chunk += blockDim.x) {
         const uint32_t r = chunk / (D / 8), c = chunk % (D / 8);
         *reinterpret_cast<uint4*>(shared_queries + r * row_stride<D> + c * 8) =
@@ -109,13 +80,15 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
         const bf16* keys = ring + j % stages * stage_elements;
         float s[1][DECODE_TILE / 8][4];
         scores(s, queries, keys);
-        const uint32_t first = start + (warp + j * DECODE_WARPS) * DECODE_TILE;
+        if (args.tanh_scale != 0.0f) cap_scores(s, args.tanh_scale);
+        // Counted from `begin`: what is before it wraps round and is large.
+        const uint32_t first = start + (warp + j * DECODE_WARPS) * DECODE_TILE - begin;
 #pragma unroll
-        for (int n = 0; n < DECODE_TILE / 8; ++n)
+        for (uint32_t n = 0; n < DECODE_TILE / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint32_t position = first + n * 8 + lane % 4 * 2 + i % 2;
-                s[0][n][i] = position < end ? s[0][n][i] : MINUS_INFINITY;
+                s[0][n][i] = position < end - begin ? s[0][n][i] : MINUS_INFINITY;
             }
         accumulator.add(s, keys + decode_tile_elements<D>, args.scale_log2);
     }
@@ -143,16 +116,16 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     for (uint32_t e = threadIdx.x; e < n_rows * D; e += blockDim.x) {
         const uint32_t r = e / D, d = e % D;
         float top = MINUS_INFINITY;
-        for (int w = 0; w < DECODE_WARPS; ++w) top = fmaxf(top, maxima[w * 16 + r]);
+        for (uint32_t w = 0; w < DECODE_WARPS; ++w) top = fmaxf(top, maxima[w * 16 + r]);
         float o = 0.0f, l = 0.0f;
-        for (int w = 0; w < DECODE_WARPS; ++w) {
+        for (uint32_t w = 0; w < DECODE_WARPS; ++w) {
             const float share = power_of_two(maxima[w * 16 + r] - top);
             o += share * reinterpret_cast<const float*>(rings + w * stages * stage_elements)[r * result_stride + d];
             l += share * sums[w * 16 + r];
         }
         const uint32_t head = first_head + r;
-        if (length <= PARTITION) {  // the only partition
-            args.out[uint64_t(item.token) * args.out_stride + head * D + d] = to_bf16(o / l);
+        if (seen_from / PARTITION == (length - 1) / PARTITION) {  // the only partition
+            args.out[uint64_t(part.token) * args.out_stride + head * D + d] = to_bf16(o / l);
             continue;
         }
         const uint64_t at = uint64_t(blockIdx.x) * args.n_heads + head;
@@ -164,52 +137,52 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
     }
 }
 
-KERNEL(paged_decode_64, PagedDecodeArgs, 128, 3) { paged_decode<64, false>(args); }
-KERNEL(paged_decode_80, PagedDecodeArgs, 128, 3) { paged_decode<80, false>(args); }
-KERNEL(paged_decode_96, PagedDecodeArgs, 128, 3) { paged_decode<96, false>(args); }
-KERNEL(paged_decode_128, PagedDecodeArgs, 128, 3) { paged_decode<128, false>(args); }
-KERNEL(paged_decode_192, PagedDecodeArgs, 128, 1) { paged_decode<192, false>(args); }
-KERNEL(paged_decode_256, PagedDecodeArgs, 128, 1) { paged_decode<256, false>(args); }
+KERNEL(paged_decode_64) { paged_decode<64, false>(args); }
+KERNEL(paged_decode_80) { paged_decode<80, false>(args); }
+KERNEL(paged_decode_96) { paged_decode<96, false>(args); }
+KERNEL(paged_decode_128) { paged_decode<128, false>(args); }
+KERNEL(paged_decode_192) { paged_decode<192, false>(args); }
+KERNEL(paged_decode_256) { paged_decode<256, false>(args); }
 
-KERNEL(paged_decode_alone_64, PagedDecodeArgs, 128, 1) { paged_decode<64, true>(args); }
-KERNEL(paged_decode_alone_80, PagedDecodeArgs, 128, 1) { paged_decode<80, true>(args); }
-KERNEL(paged_decode_alone_96, PagedDecodeArgs, 128, 1) { paged_decode<96, true>(args); }
-KERNEL(paged_decode_alone_128, PagedDecodeArgs, 128, 1) { paged_decode<128, true>(args); }
-KERNEL(paged_decode_alone_192, PagedDecodeArgs, 128, 1) { paged_decode<192, true>(args); }
-KERNEL(paged_decode_alone_256, PagedDecodeArgs, 128, 1) { paged_decode<256, true>(args); }
+KERNEL(paged_decode_alone_64) { paged_decode<64, true>(args); }
+KERNEL(paged_decode_alone_80) { paged_decode<80, true>(args); }
+KERNEL(paged_decode_alone_96) { paged_decode<96, true>(args); }
+KERNEL(paged_decode_alone_128) { paged_decode<128, true>(args); }
+KERNEL(paged_decode_alone_192) { paged_decode<192, true>(args); }
+KERNEL(paged_decode_alone_256) { paged_decode<256, true>(args); }
 
-// Grid (heads, sequences); whole warps that hold one group of head_dim threads, or MERGE_GROUPS where a sequence of the
-// step has more than MERGE_TOGETHER items. Such a sequence's items are shared out, g, g + MERGE_GROUPS, ..., to the groups,
-// whose sums are summed in order; a shorter one's are summed in order by the first. The order depends on its own length
-// only. Shared memory: a result for each group, then the maximum of each item of the longest sequence.
-KERNEL(merge_partitions, PagedDecodeArgs, 1024, 1) {
-    const DecodeSequence sequence = args.sequences[blockIdx.y];
-    const uint32_t n = sequence.n_items;
+// Grid (heads, sequences); whole warps that hold one group of head_dim threads, or COMBINE_GROUPS where a sequence of the
+// step may have more than COMBINE_TOGETHER tiles. Such a sequence's tiles are shared out, g, g + COMBINE_GROUPS, ..., to
+// the groups, whose sums are summed in order; a shorter one's are summed in order by the first. The order depends on its
+// own length only. Shared memory: a result for each group, then the maximum of each tile of the longest sequence.
+KERNEL(combine_split_kv) {
+    const SplitKvSequence sequence = args.sequences[blockIdx.y];
+    const uint32_t n = sequence.n_tiles;
     if (n <= 1) return;  // inert, or paged_decode wrote the result
     const uint32_t head_dim = args.cache.head_dim;
     const uint32_t group = threadIdx.x / head_dim, d = threadIdx.x % head_dim;
-    const uint64_t first = uint64_t(sequence.first_item) * args.n_heads + blockIdx.x;
+    const uint64_t first = uint64_t(sequence.first_tile) * args.n_heads + blockIdx.x;
     const float* softmax = args.partial_softmax + 2 * first;
     const float* partial = args.partial_out + first * head_dim;
     const uint32_t step = 2 * args.n_heads;
     bf16* out = args.out + uint64_t(sequence.token) * args.out_stride + blockIdx.x * head_dim;
     float top = MINUS_INFINITY, o = 0.0f, l = 0.0f;
 
-    if (n <= MERGE_TOGETHER) {
+    if (n <= COMBINE_TOGETHER) {
         if (group != 0) return;
         // All is asked for before any of it is used: the time is one trip to the cache.
-        float maxima[MERGE_TOGETHER], sums[MERGE_TOGETHER], parts[MERGE_TOGETHER];
+        float maxima[COMBINE_TOGETHER], sums[COMBINE_TOGETHER], parts[COMBINE_TOGETHER];
 #pragma unroll
-        for (uint32_t p = 0; p < MERGE_TOGETHER; ++p) {
+        for (uint32_t p = 0; p < COMBINE_TOGETHER; ++p) {
             const bool there = p < n;
             maxima[p] = there ? softmax[p * step] : MINUS_INFINITY;
             sums[p] = there ? softmax[p * step + 1] : 0.0f;
             parts[p] = there ? partial[uint64_t(p) * args.n_heads * head_dim + d] : 0.0f;
         }
 #pragma unroll
-        for (uint32_t p = 0; p < MERGE_TOGETHER; ++p) top = fmaxf(top, maxima[p]);
+        for (uint32_t p = 0; p < COMBINE_TOGETHER; ++p) top = fmaxf(top, maxima[p]);
 #pragma unroll
-        for (uint32_t p = 0; p < MERGE_TOGETHER; ++p) {
+        for (uint32_t p = 0; p < COMBINE_TOGETHER; ++p) {
             const float share = power_of_two(maxima[p] - top);
             o += share * parts[p];
             l += share * sums[p];
@@ -217,15 +190,15 @@ KERNEL(merge_partitions, PagedDecodeArgs, 1024, 1) {
         out[d] = to_bf16(o / l);
         return;
     }
-    float* results = reinterpret_cast<float*>(shared_memory());  // [MERGE_GROUPS][head_dim + 1], the last a sum
-    float* maxima = results + MERGE_GROUPS * (head_dim + 1);
+    float* results = reinterpret_cast<float*>(shared_memory());  // [COMBINE_GROUPS][head_dim + 1], the last a sum
+    float* maxima = results + COMBINE_GROUPS * (head_dim + 1);
     for (uint32_t p = threadIdx.x; p < n; p += blockDim.x) maxima[p] = softmax[p * step];
     __syncthreads();
     for (uint32_t p = threadIdx.x % 32; p < n; p += 32) top = fmaxf(top, maxima[p]);
     for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, lanes));
-    if (group >= MERGE_GROUPS) return;
+    if (group >= COMBINE_GROUPS) return;
 #pragma unroll 16
-    for (uint32_t p = group; p < n; p += MERGE_GROUPS) {
+    for (uint32_t p = group; p < n; p += COMBINE_GROUPS) {
         const float share = power_of_two(maxima[p] - top);
         o += share * partial[uint64_t(p) * args.n_heads * head_dim + d];
         l += share * softmax[p * step + 1];
@@ -234,7 +207,7 @@ KERNEL(merge_partitions, PagedDecodeArgs, 1024, 1) {
     if (d == 0) results[group * (head_dim + 1) + head_dim] = l;
     __syncthreads();
     if (group != 0) return;
-    for (uint32_t g = 1; g < MERGE_GROUPS; ++g) {
+    for (uint32_t g = 1; g < COMBINE_GROUPS; ++g) {
         o += results[g * (head_dim + 1) + d];
         l += results[g * (head_dim + 1) + head_dim];
     }

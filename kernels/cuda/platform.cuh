@@ -1,15 +1,23 @@
 // What a kernel's source sees of the machine: CUDA, or the shim that runs the same source on a CPU (shim/shim.h).
 //
-// Every kernel is declared with KERNEL, takes one struct of arguments and has its shared memory sized at the launch, so
-// that both kinds of launch are alike: a name, a grid, a block, bytes of shared memory, bytes of arguments.
+// Every kernel is defined with KERNEL, takes one struct of arguments and has its shared memory sized at the launch, so
+// that both kinds of launch are alike: a name, a grid, a block, bytes of shared memory, bytes of arguments. The struct, the
+// launch bounds and all constants that Rust needs too come from interface.h, which build.rs writes.
 #pragma once
 
 #include <cstdint>
 
+/// A bfloat16's bits.
+using bf16 = uint16_t;
+
 #ifdef KVASIR_SHIM
 #include "shim/shim.h"
+
+#include "interface.h"
 constexpr bool AT_LEAST_SM_90 = true;
 #else
+
+#include "interface.h"
 
 #if __CUDA_ARCH__ >= 900
 constexpr bool AT_LEAST_SM_90 = true;
@@ -26,14 +34,14 @@ static __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
-#define KERNEL(name, Args, threads, blocks_per_multiprocessor)                                 \
-    static __device__ __forceinline__ void name##_block(const Args& args);                     \
-    extern "C" __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)           \
-        name(const __grid_constant__ Args args) {                                              \
-        wait_for_previous_kernel();                                                            \
-        name##_block(args);                                                                    \
-    }                                                                                          \
-    static __device__ __forceinline__ void name##_block(const Args& args)
+#define KERNEL(name)                                                                                     \
+    static __device__ __forceinline__ void name##_block(const name##_interface::Args& args);             \
+    extern "C" __global__ void __launch_bounds__(name##_interface::threads, name##_interface::blocks)    \
+        name(const __grid_constant__ name##_interface::Args args) {                                      \
+        wait_for_previous_kernel();                                                                      \
+        name##_block(args);                                                                              \
+    }                                                                                                    \
+    static __device__ __forceinline__ void name##_block(const name##_interface::Args& args)
 
 extern __shared__ __align__(16) unsigned char kvasir_shared_memory[];
 
@@ -89,6 +97,9 @@ static __device__ inline float power_of_two(float x) {
     return y;
 }
 
+/// a / b within two units of the last place, for b below 2^126; 0 where b is infinite.
+static __device__ inline float quotient(float a, float b) { return __fdividef(a, b); }
+
 /// Two floats rounded to the nearest bfloat16, `low` in the lower half.
 static __device__ inline uint32_t pack_bf16(float low, float high) {
     uint32_t packed;
@@ -98,9 +109,7 @@ static __device__ inline uint32_t pack_bf16(float low, float high) {
 
 #endif
 
-/// A bfloat16's bits.
-using bf16 = uint16_t;
-
+constexpr float MINUS_INFINITY = -__builtin_huge_valf();
 constexpr uint32_t ALL_LANES = 0xffffffff;
 
 static __device__ inline float to_float(bf16 x) { return __uint_as_float(uint32_t(x) << 16); }

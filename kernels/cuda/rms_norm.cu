@@ -5,21 +5,10 @@
 // then a butterfly over the lanes, then the warps in order. Padding columns are zeros and stay zeros.
 #include "platform.cuh"
 
-struct RmsNormArgs {
-    bf16* out;            // [T, out_stride]
-    bf16* residual;       // [T, residual_stride], updated; null: no addition
-    const bf16* x;        // [T, x_stride]
-    const float* weight;  // [8 * chunks], zeros past `cols`
-    uint32_t cols, chunks;
-    uint32_t out_stride, residual_stride, x_stride;
-    float epsilon;
-};
-
-constexpr int NORM_THREADS = 256;
-constexpr int NORM_WARPS = NORM_THREADS / 32;
+constexpr int NORM_THREADS = NORM_WARPS * 32;
 
 // Shared memory: NORM_WARPS floats.
-KERNEL(rms_norm, RmsNormArgs, NORM_THREADS, 1) {
+KERNEL(rms_norm) {
     float* sums = reinterpret_cast<float*>(shared_memory());
     const uint4* x = reinterpret_cast<const uint4*>(args.x + uint64_t(blockIdx.x) * args.x_stride);
     uint4* residual =
@@ -44,7 +33,7 @@ KERNEL(rms_norm, RmsNormArgs, NORM_THREADS, 1) {
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
     float total = 0.0f;
-    for (int w = 0; w < NORM_WARPS; ++w) total += sums[w];
+    for (uint32_t w = 0; w < NORM_WARPS; ++w) total += sums[w];
     const float inverse = 1.0f / sqrtf(total / float(args.cols) + args.epsilon);
 
     const uint4* source = residual ? residual : x;

@@ -1,4 +1,4 @@
-// Draws or scores rows of logits, token for token what kernels/src/sampling.rs gives: the same fixed sequences of
+// Samples or scores rows of logits, token for token what kernels/src/sampling.rs gives: the same fixed sequences of
 // correctly rounded binary32 operations (never fused), the same integers, the same ties.
 //
 // One block of 1024 threads a row. The kept set of top-k and top-p is a threshold on a 64-bit key (logit, then lowest
@@ -7,35 +7,12 @@
 // compared with each other, or, where they are many, selected by radix, 8 bits at a time.
 #include "sampling.cuh"
 
-struct SampleRow {
-    float temperature, top_p;
-    uint32_t top_k;         // 0 keeps all
-    uint32_t output_index;
-    uint64_t seed;
-    uint32_t score;         // the token to report on; all ones: draw one
-    int32_t n_logprobs;     // -1: none
-};
-
-struct SampleArgs {
-    const float* logits;     // [L, stride]
-    const SampleRow* rows;   // [L]
-    uint32_t* tokens;        // [L]; the next step's embed reads them
-    float* logprobs;         // [L]
-    uint32_t* top_ids;       // [L, MAX_TOP], most likely first
-    float* top_logprobs;     // [L, MAX_TOP]
-    uint32_t vocabulary, stride;
-};
-
-constexpr int SAMPLE_THREADS = 1024;
 constexpr int SAMPLE_WARPS = SAMPLE_THREADS / 32;
-constexpr int MAX_TOP = 256;
 
 constexpr int BINS = SAMPLE_THREADS;
 /// Bins for each unit of the logit.
 constexpr float BINS_OF_ONE = 64.0f;
-/// The limbs of a bin hold the weights of so many tokens without a carry: the largest vocabulary.
-constexpr uint64_t BINNED_TOKENS = 1 << 18;
-static_assert(BINNED_TOKENS * 0x3fff < 1ull << 32, "a limb of a bin is 32 bits");
+static_assert(uint64_t(MAX_VOCABULARY) * 0x3fff < 1ull << 32, "a limb of a bin is 32 bits");
 
 struct SampleShared {
     uint32_t bins[BINS][3];  // weights in limbs of 14 bits: shared memory adds 32 bits at a time
@@ -47,6 +24,7 @@ struct SampleShared {
     uint64_t rest;                 // weight still to be reached below it
     uint32_t bucket, count;
 };
+static_assert(sizeof(SampleShared) == SAMPLE_SHARED_BYTES, "what a launch brings holds all of it");
 
 /// The largest of all threads' integers: of keys, the larger score, and the lower token among equals.
 static __device__ inline uint64_t largest_of_block(SampleShared& shared, uint64_t key) {
@@ -184,7 +162,7 @@ static __device__ inline uint64_t select_key(SampleShared& shared, const float* 
 }
 
 /// Shared memory: SampleShared.
-KERNEL(sample, SampleArgs, SAMPLE_THREADS, 1) {
+KERNEL(sample) {
     SampleShared& shared = *reinterpret_cast<SampleShared*>(shared_memory());
     const SampleRow row = args.rows[blockIdx.x];
     const float* logits = args.logits + uint64_t(blockIdx.x) * args.stride;
@@ -202,7 +180,7 @@ KERNEL(sample, SampleArgs, SAMPLE_THREADS, 1) {
     const float max = logits[best];
 
     uint32_t token = best;
-    if (row.score != 0xffffffff) {
+    if (row.score != NO_SCORE) {
         token = row.score;
     } else if (row.temperature != 0.0f && fabsf(max) < -MINUS_INFINITY) {
         const auto mass = [&](float logit) { return mass_of(scaled(logit, max, row.temperature)); };
@@ -250,7 +228,7 @@ KERNEL(sample, SampleArgs, SAMPLE_THREADS, 1) {
     const auto logprob = [&](float logit) { return __fsub_rn(__fsub_rn(logit, max), ln_sum); };
     if (threadIdx.x == 0) args.logprobs[blockIdx.x] = logprob(logits[token]);
 
-    const uint32_t n_top = min(min(uint32_t(row.n_logprobs), n), uint32_t(MAX_TOP));
+    const uint32_t n_top = min(min(uint32_t(row.n_logprobs), n), MAX_TOP);
     if (n_top == 0) return;
     const uint64_t scanned = fill_bins(shared, logits, n, max, 0, one);
     const uint64_t floor = select_key(shared, logits, n, max, 0, scanned, n_top, one);

@@ -4,7 +4,6 @@
 
 #include "platform.cuh"
 
-constexpr float MINUS_INFINITY = -__builtin_huge_valf();
 /// Units of fixed-point mass in 1.
 constexpr float MASS_ONE = 1099511627776.0f;
 constexpr float LN_2_HIGH = 0.6933594f;

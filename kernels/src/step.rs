@@ -437,3 +437,6 @@ impl Step {
         self.requests.clear();
     }
 }
+
+#[cfg(test)]
+mod tests;

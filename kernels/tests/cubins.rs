@@ -42,7 +42,9 @@ fn the_instructions_meant_are_there() {
         ("paged_prefill", vec![tensor, copy, matrices]),
         ("rope_append", vec!["LDG.E.128", "STG.E.128"]),
         ("rms_norm", vec!["LDG.E.128", "STG.E.128"]),
-        ("swiglu", vec!["LDG.E.128", "STG.E.128"]),
+        ("grouped_gemm", vec![tensor, copy, matrices]),
+        ("gated_activation", vec!["LDG.E.128", "STG.E.128"]),
+        ("combine_experts", vec!["LDG.E.128", "STG.E.128"]),
         ("embed", vec!["LDG.E.128", "STG.E.128"]),
         ("gather_rows", vec!["LDG.E.128", "STG.E.128"]),
         ("copy_blocks", vec!["LDG.E.128", "STG.E.128"]),
@@ -51,7 +53,7 @@ fn the_instructions_meant_are_there() {
             let functions = functions(source, architecture);
             assert!(!functions.is_empty(), "{source} for {architecture}");
             for (name, code) in functions {
-                if name == "merge_partitions" {
+                if name == "combine_split_kv" {
                     continue; // It sums floats in order, a thread each.
                 }
                 for instruction in &wanted {
@@ -77,6 +79,10 @@ fn kernels_wait_for_those_before_them() {
         "rms_norm",
         "paged_decode",
         "paged_prefill",
+        "route_experts",
+        "group_by_expert",
+        "grouped_gemm",
+        "combine_experts",
         "sample",
     ] {
         for (name, code) in functions(source, "sm_90a") {

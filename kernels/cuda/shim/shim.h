@@ -17,11 +17,13 @@
 #define __device__
 #define __forceinline__ inline
 
-#define KERNEL(name, Args, threads, blocks_per_multiprocessor)                                         \
-    static void name##_thread(const Args& args);                                                       \
-    extern "C" void name(const void* args) { name##_thread(*static_cast<const Args*>(args)); }         \
-    extern "C" const uint32_t name##_args_bytes = sizeof(Args);                                        \
-    static void name##_thread(const Args& args)
+#define KERNEL(name)                                                                                   \
+    static void name##_thread(const name##_interface::Args& args);                                     \
+    extern "C" void name(const void* args) {                                                           \
+        name##_thread(*static_cast<const name##_interface::Args*>(args));                              \
+    }                                                                                                  \
+    extern "C" const uint32_t name##_args_bytes = sizeof(name##_interface::Args);                      \
+    static void name##_thread(const name##_interface::Args& args)
 
 struct uint4 {
     uint32_t x, y, z, w;
@@ -112,6 +114,11 @@ T min(T a, T b) {
     return b < a ? b : a;
 }
 
+template <typename T>
+T max(T a, T b) {
+    return a < b ? b : a;
+}
+
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -124,6 +131,7 @@ inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) *
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)(a)*b >> 64); }
 
 inline float power_of_two(float x) { return exp2f(x); }
+inline float quotient(float a, float b) { return a / b; }
 inline uint32_t pack_bf16(float low, float high) { return shim::round_to_bf16(low) | shim::round_to_bf16(high) << 16; }
 inline void load_matrices(uint32_t (&out)[4], const void* row) { shim::load_matrices<false>(out, row); }
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) { shim::load_matrices<true>(out, row); }

@@ -3,24 +3,55 @@
 //! [`super::gpu::Gpu`] is the real one; `super::shim::Shim` runs the kernels' own source on the CPU, so that everything
 //! above this trait is proved without a GPU. It knows no model and no step.
 
+use std::collections::BTreeMap;
+
 use crate::device::DeviceError;
 
-/// The shape of a launch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Launch {
-    /// Blocks along x, y, z.
-    pub grid: [u32; 3],
-    /// Threads of a block.
-    pub threads: u32,
-    /// Dynamic shared memory of a block, in bytes.
-    pub shared_bytes: u32,
+use super::interface::{In, Out};
+use super::kernel::{Arguments, Launch};
+
+/// The memory that a driver has allocated: what kernels, products and copies may touch.
+#[derive(Debug, Default)]
+pub struct Allocations(BTreeMap<u64, u64>);
+
+impl Allocations {
+    /// Takes a new one in. It lives as long as its driver.
+    pub fn add(&mut self, address: u64, bytes: u64) {
+        self.0.insert(address, bytes);
+    }
+
+    /// Asserts that all of `address..address + bytes` is in one allocation. No bytes are anywhere.
+    pub fn assert_within(&self, what: &str, address: u64, bytes: u64) {
+        let within = |(&start, &size): (&u64, &u64)| address - start + bytes <= size;
+        let found = self.0.range(..=address).next_back();
+        assert!(
+            bytes == 0 || found.is_some_and(within),
+            "{what}: {bytes} bytes at {address:#x} are not in the device's memory"
+        );
+    }
 }
 
-/// A kernel's struct of arguments, as its source declares it; addresses are of the device.
-///
-/// # Safety
-/// `repr(C)`, without padding, and the same fields in the same order as the struct of the source.
-pub unsafe trait Arguments: Copy {}
+/// What the arguments of a launch are held against, for [`Arguments::check`].
+#[derive(Debug)]
+pub struct Bounds<'a> {
+    /// The kernel's name.
+    pub(super) what: &'static str,
+    pub(super) memory: &'a Allocations,
+}
+
+impl Bounds<'_> {
+    /// The kernel reads `n` elements.
+    pub fn reads<T>(&self, from: In<T>, n: u64) {
+        self.memory
+            .assert_within(self.what, from.address(), n * size_of::<T>() as u64);
+    }
+
+    /// The kernel writes (and may read) `n` elements.
+    pub fn writes<T>(&self, to: Out<T>, n: u64) {
+        self.memory
+            .assert_within(self.what, to.address(), n * size_of::<T>() as u64);
+    }
+}
 
 /// Host memory that the device copies from and to without a detour. It lives as long as its driver.
 #[derive(Debug)]
@@ -54,11 +85,11 @@ impl Pinned {
     }
 }
 
-/// `out[r] = weight * x[r] + bias`, sums in binary32. `x` is `[rows, inner]`, `weight` `[cols, inner]`, both bfloat16;
+/// `out[r] = weight * x[r] + bias`, sums in f32. `x` is `[rows, inner]`, `weight` `[cols, inner]`, both bfloat16;
 /// all strides are in elements and multiples of 8, `inner` too (padding is zeros in both factors).
 #[derive(Clone, Copy, Debug)]
-pub struct Product {
-    /// Address of the result: bfloat16, or binary32 where `wide`.
+pub struct Gemm {
+    /// Address of the result.
     pub out: u64,
     /// Address of `x`.
     pub x: u64,
@@ -67,12 +98,12 @@ pub struct Product {
     /// Address of `cols` bfloat16; only where the result is bfloat16.
     pub bias: Option<u64>,
     /// What decides how it is computed.
-    pub shape: ProductShape,
+    pub shape: GemmShape,
 }
 
-/// The shape of a product.
+/// The shape of a [`Gemm`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ProductShape {
+pub struct GemmShape {
     /// Rows of `x` and of the result.
     pub rows: usize,
     /// Length of the sums.
@@ -85,10 +116,53 @@ pub struct ProductShape {
     pub weight_stride: usize,
     /// From row to row of the result.
     pub out_stride: usize,
-    /// Whether the result is binary32.
-    pub wide: bool,
-    /// Whether there is a bias.
-    pub biased: bool,
+    /// What the result is kept in.
+    pub out: GemmOutput,
+}
+
+/// What the result of a [`Gemm`] is kept in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GemmOutput {
+    /// bfloat16.
+    Bf16,
+    /// bfloat16, with a bias added before it is rounded.
+    BiasedBf16,
+    /// f32.
+    F32,
+}
+
+impl GemmOutput {
+    /// Bytes of an element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 | Self::BiasedBf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+impl Gemm {
+    /// Asserts that all of it lies in `memory`.
+    pub(super) fn check(&self, memory: &Allocations) {
+        let shape = &self.shape;
+        let matrix = |rows: usize, stride: usize, cols: usize| {
+            rows.checked_sub(1).map_or(0, |last| last * stride + cols) as u64
+        };
+        let x = matrix(shape.rows, shape.x_stride, shape.inner) * 2;
+        let weight = matrix(shape.cols, shape.weight_stride, shape.inner) * 2;
+        let out = matrix(shape.rows, shape.out_stride, shape.cols) * shape.out.bytes() as u64;
+        memory.assert_within("a product's rows", self.x, x);
+        memory.assert_within("a product's weight", self.weight, weight);
+        memory.assert_within("a product's result", self.out, out);
+        assert_eq!(
+            self.bias.is_some(),
+            shape.out == GemmOutput::BiasedBf16,
+            "a bias where the shape says so"
+        );
+        if let Some(bias) = self.bias {
+            memory.assert_within("a product's bias", bias, shape.cols as u64 * 2);
+        }
+    }
 }
 
 /// A GPU's memory, in bytes.
@@ -104,9 +178,9 @@ pub struct DeviceMemory {
 pub type FillRow<'a> = &'a (dyn Fn(usize, &mut [u8]) + Sync);
 
 /// One GPU and one stream on it: everything below runs in the order in which it was asked for, except where it says
-/// that it waits.
+/// that it waits. Whatever an operation names must lie in the driver's own allocations, which is asserted.
 pub trait Driver: Send {
-    /// A recorded sequence of launches and products.
+    /// A recorded sequence of launches and products. It ends before its driver.
     type Graph: Send;
     /// A point in the stream.
     type Event: Send;
@@ -119,10 +193,10 @@ pub trait Driver: Send {
     fn n_multiprocessors(&self) -> u32;
     /// Zeros on the device, aligned to 256 bytes, for as long as the driver lives.
     fn allocate(&mut self, what: &'static str, bytes: usize) -> Result<u64, DeviceError>;
-    /// Host memory for [`Driver::copy_in`] and [`Driver::copy_out`].
+    /// Host memory for [`Driver::h2d`] and [`Driver::d2h`].
     fn pinned(&mut self, bytes: usize) -> Result<Pinned, DeviceError>;
 
-    /// Sends `n_rows` rows of `row_bytes` up to `to`, `stride_bytes` apart, pipelined through pinned memory. `fill` has
+    /// Sends `n_rows` rows of `row_bytes` up to `to`, one after another, pipelined through pinned memory. `fill` has
     /// been called for every row when this returns.
     fn upload(
         &mut self,
@@ -132,9 +206,9 @@ pub trait Driver: Send {
         fill: FillRow<'_>,
     ) -> Result<(), DeviceError>;
     /// Starts a copy of the first `bytes` to the device. `from` stays as it is until an event after it was waited for.
-    fn copy_in(&mut self, to: u64, from: &Pinned, bytes: usize) -> Result<(), DeviceError>;
+    fn h2d(&mut self, to: u64, from: &Pinned, bytes: usize) -> Result<(), DeviceError>;
     /// Starts a copy to `to[at..at + bytes]`. Nobody looks at it until an event after it was waited for.
-    fn copy_out(
+    fn d2h(
         &mut self,
         to: &mut Pinned,
         at: usize,
@@ -142,21 +216,18 @@ pub trait Driver: Send {
         bytes: usize,
     ) -> Result<(), DeviceError>;
 
-    /// Launches the kernel `name`.
+    /// Launches a kernel; nothing where its grid is empty.
     ///
     /// # Safety
-    /// `args` is that kernel's struct, and every address in it is valid for what the kernel does with it.
+    /// What the kernel reads from the device's memory as an index (tokens, rows, positions, blocks, tiles, pairs) is in
+    /// range of what the arguments name. The addresses themselves are checked ([`Arguments::check`]).
     unsafe fn launch<A: Arguments>(
         &mut self,
-        name: &'static str,
-        launch: Launch,
+        launch: Launch<A>,
         args: &A,
     ) -> Result<(), DeviceError>;
     /// Starts a product.
-    ///
-    /// # Safety
-    /// Every address is valid for what [`Product`] says of it.
-    unsafe fn product(&mut self, product: &Product) -> Result<(), DeviceError>;
+    fn gemm(&mut self, gemm: &Gemm) -> Result<(), DeviceError>;
 
     /// From here to [`Driver::end_capture`], launches and products are recorded and not run.
     fn begin_capture(&mut self) -> Result<(), DeviceError>;
@@ -165,8 +236,10 @@ pub trait Driver: Send {
     /// Runs what was recorded. What it reads and writes is still valid: memory is never freed.
     fn replay(&mut self, graph: &Self::Graph) -> Result<(), DeviceError>;
 
-    /// Marks this point of the stream.
-    fn mark(&mut self) -> Result<Self::Event, DeviceError>;
+    /// Records this point of the stream.
+    fn record(&mut self) -> Result<Self::Event, DeviceError>;
     /// Waits until the stream has come to a point.
-    fn wait(&mut self, event: Self::Event) -> Result<(), DeviceError>;
+    fn synchronize(&mut self, event: Self::Event) -> Result<(), DeviceError>;
+    /// Waits for everything that was asked for.
+    fn synchronize_all(&mut self) -> Result<(), DeviceError>;
 }

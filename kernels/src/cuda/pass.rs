@@ -1,65 +1,92 @@
 //! The operations of a forward pass as launches of kernels and products, in the driver's stream.
 //!
-//! Addresses come from the device's world and from the step's layout; the first error stops the pass.
+//! Addresses come from the device's buffers and from the step's layout; the first error stops the pass.
 
-use crate::device::{Buffer, DeviceError, Ops, Rows, Vector, Weight};
+mod attention;
+mod experts;
 
-use super::driver::{Arguments, Driver, Launch, Product, ProductShape};
-use super::kernel;
-use super::plan::{Layout, Plan};
-use super::world::{Area, World};
+use crate::device::{
+    Activation, Buffer, DeviceError, Experts, HeadNorms, Logits, Model, Ops, Rows, Vector, Weight,
+};
+use crate::shape::LayerId;
 
-/// One pass.
+use super::buffers::{ActivationBuffer, DeviceBuffers, Matrix};
+use super::driver::{Driver, Gemm, GemmOutput, GemmShape};
+use super::kernel::{self, Arguments, In, Launch, Out};
+use super::model::ModelState;
+
+/// One pass of one model.
 pub(super) struct Pass<'a, D: Driver> {
     driver: &'a mut D,
-    world: &'a World,
-    plan: &'a Plan,
-    layout: Layout,
+    buffers: &'a DeviceBuffers,
+    number: Model,
+    model: &'a ModelState,
     result: Result<(), DeviceError>,
 }
 
 impl<'a, D: Driver> Pass<'a, D> {
-    /// Runs `forward`, whose step lies in the world's input as `plan` says.
+    /// Runs `forward`, whose step was planned and lies in the model's input.
     pub(super) fn run(
         driver: &'a mut D,
-        world: &'a World,
-        plan: &'a Plan,
-        forward: &mut dyn FnMut(&mut dyn Ops),
+        buffers: &'a DeviceBuffers,
+        (number, model): (Model, &'a ModelState),
+        forward: &dyn Fn(&mut dyn Ops),
     ) -> Result<(), DeviceError> {
         let mut pass = Self {
             driver,
-            world,
-            plan,
-            layout: plan.shape.layout(),
+            buffers,
+            number,
+            model,
             result: Ok(()),
         };
         forward(&mut pass);
         pass.result
     }
 
-    fn area(&self, buffer: Buffer) -> Area {
-        self.world.buffers[buffer.0 as usize]
+    fn activations(&self, buffer: Buffer) -> ActivationBuffer {
+        let found = self.buffers.activations[buffer.0 as usize];
+        assert_eq!(found.model, self.number, "a buffer of another model");
+        found
     }
 
+    fn weight(&self, weight: Weight) -> Matrix {
+        self.buffers.weights[weight.0 as usize]
+    }
+
+    /// Rows of a buffer in this step, padding included.
     fn n_rows(&self, rows: Rows) -> usize {
+        let shape = self.model.plan.shape();
         match rows {
-            Rows::Tokens => self.plan.shape.tokens,
-            Rows::Logits => self.plan.shape.logits,
+            Rows::Tokens => shape.tokens,
+            Rows::Logits => shape.logits,
         }
     }
 
     /// Address of one of the step's arrays.
-    fn input(&self, offset: usize) -> u64 {
-        self.world.input + offset as u64
+    fn input<T>(&self, offset: usize) -> In<T> {
+        (self.model.buffers.input + offset as u64).into()
     }
 
-    fn launch<A: Arguments>(&mut self, name: &'static str, launch: Launch, args: &A) {
-        if self.result.is_err() || launch.grid.contains(&0) {
+    /// Address of the positions, by input token.
+    fn positions(&self) -> In<u32> {
+        self.input(self.model.plan.layout().positions)
+    }
+
+    fn launch<A: Arguments>(&mut self, launch: Launch<A>, args: &A) {
+        if self.result.is_err() {
             return;
         }
-        // SAFETY: every caller below takes addresses from the world and the layout, whose areas have room for the
-        // largest step; rows are at most what the areas have; Step has checked every token's place and every block.
-        self.result = unsafe { self.driver.launch(name, launch, args) };
+        // SAFETY: what lies on the device as an index was written by Plan, from a step whose every token, row, position
+        // and block Step has checked against the model's shape, by which the buffers were allocated; padding is inert or
+        // index 0; or by `sample` (a token of the vocabulary), or by `route_experts` and `group_by_expert` (an expert, a
+        // pair of the step). Every operation checks the widths of its buffers.
+        self.result = unsafe { self.driver.launch(launch, args) };
+    }
+
+    fn gemm(&mut self, gemm: &Gemm) {
+        if self.result.is_ok() && gemm.shape.rows > 0 {
+            self.result = self.driver.gemm(gemm);
+        }
     }
 
     fn norm(
@@ -70,44 +97,73 @@ impl<'a, D: Driver> Pass<'a, D> {
         weight: Vector,
         epsilon: f32,
     ) {
-        let (out, x) = (self.area(out), self.area(x));
-        let residual = residual.map(|buffer| self.area(buffer));
-        let weight = self.world.vectors[weight.0 as usize];
+        let (out, x) = (self.activations(out), self.activations(x));
+        let residual = residual.map(|buffer| self.activations(buffer));
+        let weight = self.buffers.vectors[weight.0 as usize];
+        let fits = |r: ActivationBuffer| r.cols == x.cols && r.rows == x.rows;
         assert!(
-            out.cols == x.cols && weight.len == x.cols && residual.is_none_or(|r| r.cols == x.cols),
+            fits(out) && weight.len == x.cols && residual.is_none_or(fits),
             "a norm of another width"
         );
         let args = kernel::RmsNormArgs {
-            out: out.address,
-            residual: residual.map_or(0, |area| area.address),
-            x: x.address,
-            weight: weight.binary32,
+            out: out.address.into(),
+            residual: residual.map_or(Out::NULL, |buffer| buffer.address.into()),
+            x: x.address.into(),
+            weight: weight.f32.into(),
             cols: x.cols as u32,
             chunks: (x.stride / 8) as u32,
             out_stride: out.stride as u32,
-            residual_stride: residual.map_or(0, |area| area.stride) as u32,
+            residual_stride: residual.map_or(0, |buffer| buffer.stride) as u32,
             x_stride: x.stride as u32,
             epsilon,
         };
-        self.launch("rms_norm", kernel::rms_norm(self.n_rows(x.rows)), &args);
+        self.launch(kernel::rms_norm(self.n_rows(x.rows)), &args);
+    }
+
+    /// `activation(gate) * up` of `rows` rows.
+    fn gate(
+        &mut self,
+        rows: usize,
+        out: (u64, usize),
+        gate_up: (u64, usize),
+        n: usize,
+        activation: Activation,
+    ) {
+        let args = kernel::GatedActivationArgs {
+            out: out.0.into(),
+            gate_up: gate_up.0.into(),
+            n: n as u32,
+            out_stride: out.1 as u32,
+            in_stride: gate_up.1 as u32,
+            activation: match activation {
+                Activation::Silu => kernel::SILU,
+                Activation::GeluTanh => kernel::GELU_TANH,
+            },
+        };
+        self.launch(kernel::gated_activation(rows, n), &args);
     }
 }
 
 impl<D: Driver> Ops for Pass<'_, D> {
-    fn embed(&mut self, out: Buffer, table: Weight) {
-        let (out, table) = (self.area(out), self.world.weights[table.0 as usize]);
-        assert_eq!(out.cols, table.cols, "an embedding of another width");
+    fn embed(&mut self, out: Buffer, table: Weight, scale: f32) {
+        let (out, table) = (self.activations(out), self.weight(table));
+        assert!(
+            out.cols == table.cols
+                && out.rows == Rows::Tokens
+                && table.rows >= self.model.shape.vocab_size,
+            "an embedding of another width"
+        );
         let args = kernel::EmbedArgs {
-            out: out.address,
-            table: table.address,
-            tokens: self.input(self.layout.tokens),
-            previous: self.world.drawn.tokens,
+            out: out.address.into(),
+            table: table.address.into(),
+            tokens: self.input(self.model.plan.layout().tokens),
+            previous: self.model.buffers.sampled.tokens.into(),
             chunks: (table.stride / 8) as u32,
             out_stride: out.stride as u32,
             table_stride: table.stride as u32,
-            unused: 0,
+            scale,
         };
-        self.launch("embed", kernel::move_rows(self.n_rows(out.rows)), &args);
+        self.launch(kernel::embed(self.n_rows(out.rows)), &args);
     }
 
     fn rms_norm(&mut self, out: Buffer, x: Buffer, weight: Vector, epsilon: f32) {
@@ -126,169 +182,112 @@ impl<D: Driver> Ops for Pass<'_, D> {
     }
 
     fn matmul(&mut self, out: Buffer, x: Buffer, weight: Weight, bias: Option<Vector>) {
-        let (out, x) = (self.area(out), self.area(x));
-        let weight = self.world.weights[weight.0 as usize];
+        let (out, x, weight) = (
+            self.activations(out),
+            self.activations(x),
+            self.weight(weight),
+        );
+        let bias = bias.map(|bias| self.buffers.vectors[bias.0 as usize]);
         assert!(
-            x.cols == weight.cols && out.cols == weight.rows && out.rows == x.rows,
+            x.cols == weight.cols
+                && out.cols == weight.rows
+                && out.rows == x.rows
+                && bias.is_none_or(|bias| bias.len == out.cols),
             "a product of another width"
         );
-        assert!(bias.is_none() || !out.wide, "logits have no bias");
-        let rows = self.n_rows(x.rows);
-        if self.result.is_err() || rows == 0 {
-            return;
-        }
-        let product = Product {
+        let gemm = Gemm {
             out: out.address,
             x: x.address,
             weight: weight.address,
-            bias: bias.map(|bias| self.world.vectors[bias.0 as usize].bfloat16),
-            shape: ProductShape {
-                rows,
+            bias: bias.map(|bias| bias.bf16),
+            shape: GemmShape {
+                rows: self.n_rows(x.rows),
                 inner: weight.stride,
                 cols: weight.rows,
                 x_stride: x.stride,
                 weight_stride: weight.stride,
                 out_stride: out.stride,
-                wide: out.wide,
-                biased: bias.is_some(),
+                out: match bias {
+                    Some(_) => GemmOutput::BiasedBf16,
+                    None => GemmOutput::Bf16,
+                },
             },
         };
-        // SAFETY: the areas have room for the padded rows of the largest step, and the widths were just checked.
-        self.result = unsafe { self.driver.product(&product) };
+        self.gemm(&gemm);
     }
 
-    fn rope_append(&mut self, qkv: Buffer, layer: usize) {
-        let qkv = self.area(qkv);
-        let args = kernel::RopeAppendArgs {
-            cache: self.world.kv_cache(layer),
-            qkv: qkv.address,
-            positions: self.input(self.layout.positions),
-            rows: self.input(self.layout.rows),
-            inverse_frequencies: self.world.inverse_frequencies,
-            n_heads: self.world.config.attention.n_heads as u32,
-            stride: qkv.stride as u32,
-            scale: self.world.config.rope.scale,
-            unused: 0,
-        };
-        let head_dim = self.world.head_dim.elements();
-        self.launch(
-            "rope_append",
-            kernel::rope_append(self.n_rows(qkv.rows), head_dim),
-            &args,
-        );
+    fn rope_append(&mut self, qkv: Buffer, layer: LayerId, norms: Option<HeadNorms>) {
+        self.append(self.activations(qkv), layer, norms);
     }
 
-    fn attention(&mut self, out: Buffer, qkv: Buffer, layer: usize, scale: f32) {
-        let (out, qkv) = (self.area(out), self.area(qkv));
-        let shape = &self.world.config.attention;
-        let (n_heads, n_kv_heads) = (shape.n_heads as u32, shape.n_kv_heads as u32);
-        let head_dim = self.world.head_dim;
-        let cache = self.world.kv_cache(layer);
-        let scale_log2 = scale * std::f32::consts::LOG2_E;
-        let prefill = kernel::PagedPrefillArgs {
-            cache,
-            out: out.address,
-            qkv: qkv.address,
-            tiles: self.input(self.layout.tiles),
-            out_stride: out.stride as u32,
-            qkv_stride: qkv.stride as u32,
-            n_heads,
-            scale_log2,
-        };
-        let n_tiles = self.plan.shape.tiles;
-        self.launch(
-            head_dim.prefill(),
-            kernel::paged_prefill(n_tiles, n_kv_heads, head_dim),
-            &prefill,
-        );
-        for wave in &self.plan.waves {
-            let at = |layout: usize, first: usize| self.input(layout + first * 16);
-            let decode = kernel::PagedDecodeArgs {
-                cache,
-                out: out.address,
-                qkv: qkv.address,
-                items: at(self.layout.items, wave.items.start),
-                sequences: at(self.layout.sequences, wave.sequences.start),
-                partial_out: self.world.partial_out,
-                partial_softmax: self.world.partial_softmax,
-                out_stride: out.stride as u32,
-                qkv_stride: qkv.stride as u32,
-                n_heads,
-                scale_log2,
-            };
-            let (name, launch) = kernel::paged_decode(
-                wave.items.len(),
-                n_heads,
-                n_kv_heads,
-                head_dim,
-                self.driver.n_multiprocessors(),
-            );
-            self.launch(name, launch, &decode);
-            if self.plan.shape.partitions > 1 {
-                let launch = kernel::merge_partitions(
-                    wave.sequences.len(),
-                    self.plan.shape.partitions,
-                    n_heads,
-                    head_dim,
-                );
-                self.launch("merge_partitions", launch, &decode);
-            }
-        }
+    fn attention(&mut self, out: Buffer, qkv: Buffer, layer: LayerId) {
+        self.attend(self.activations(out), self.activations(qkv), layer);
     }
 
-    fn swiglu(&mut self, out: Buffer, gate_up: Buffer) {
-        let (out, gate_up) = (self.area(out), self.area(gate_up));
-        assert_eq!(gate_up.cols, 2 * out.cols, "gates and ups");
-        let args = kernel::SwigluArgs {
-            out: out.address,
-            gate_up: gate_up.address,
-            n: out.cols as u32,
-            out_stride: out.stride as u32,
-            in_stride: gate_up.stride as u32,
-            unused: 0,
-        };
-        self.launch(
-            "swiglu",
-            kernel::swiglu(self.n_rows(out.rows), out.cols),
-            &args,
+    fn gated_activation(&mut self, out: Buffer, gate_up: Buffer, activation: Activation) {
+        let (out, gate_up) = (self.activations(out), self.activations(gate_up));
+        assert!(
+            gate_up.cols == 2 * out.cols && gate_up.rows == out.rows,
+            "gates and ups"
         );
+        let (to, from) = ((out.address, out.stride), (gate_up.address, gate_up.stride));
+        self.gate(self.n_rows(out.rows), to, from, out.cols, activation);
+    }
+
+    fn experts(&mut self, out: Buffer, x: Buffer, router: Buffer, experts: Experts) {
+        let (out, x, router) = (
+            self.activations(out),
+            self.activations(x),
+            self.activations(router),
+        );
+        let experts = self.buffers.experts[experts.0 as usize];
+        assert_eq!(experts.model, self.number, "experts of another model");
+        self.mix(out, x, router, &experts);
     }
 
     fn gather_logits_rows(&mut self, out: Buffer, x: Buffer) {
-        let (out, x) = (self.area(out), self.area(x));
-        assert_eq!(out.cols, x.cols, "rows of another width");
+        let (out, x) = (self.activations(out), self.activations(x));
+        assert!(
+            out.cols == x.cols && out.rows == Rows::Logits && x.rows == Rows::Tokens,
+            "rows of another width"
+        );
         let args = kernel::GatherRowsArgs {
-            out: out.address,
-            x: x.address,
-            index: self.input(self.layout.index),
+            out: out.address.into(),
+            x: x.address.into(),
+            index: self.input(self.model.plan.layout().index),
             chunks: (x.stride / 8) as u32,
             out_stride: out.stride as u32,
             x_stride: x.stride as u32,
             unused: 0,
         };
-        self.launch(
-            "gather_rows",
-            kernel::move_rows(self.n_rows(out.rows)),
-            &args,
+        self.launch(kernel::gather_rows(self.n_rows(out.rows)), &args);
+    }
+
+    fn logits(&mut self, out: Logits, x: Buffer, weight: Weight) {
+        let out = self.buffers.logits[out.0 as usize];
+        let (x, weight) = (self.activations(x), self.weight(weight));
+        assert_eq!(out.model, self.number, "logits of another model");
+        assert!(
+            x.cols == weight.cols && out.cols == weight.rows && x.rows == Rows::Logits,
+            "logits of another width"
         );
+        let gemm = Gemm {
+            out: out.address,
+            x: x.address,
+            weight: weight.address,
+            bias: None,
+            shape: GemmShape {
+                rows: self.n_rows(Rows::Logits),
+                inner: weight.stride,
+                cols: weight.rows,
+                x_stride: x.stride,
+                weight_stride: weight.stride,
+                out_stride: out.stride,
+                out: GemmOutput::F32,
+            },
+        };
+        self.gemm(&gemm);
     }
 
     fn all_reduce(&mut self, _x: Buffer) {}
-
-    fn sample(&mut self, logits: Buffer) {
-        let area = self.area(logits);
-        assert!(area.wide, "logits are binary32");
-        let drawn = self.world.drawn;
-        let args = kernel::SampleArgs {
-            logits: area.address,
-            rows: self.input(self.layout.samples),
-            tokens: drawn.tokens,
-            logprobs: drawn.logprobs,
-            top_ids: drawn.top_ids,
-            top_logprobs: drawn.top_logprobs,
-            vocabulary: area.cols as u32,
-            stride: area.stride as u32,
-        };
-        self.launch("sample", kernel::sample(self.n_rows(Rows::Logits)), &args);
-    }
 }

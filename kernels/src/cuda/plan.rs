@@ -1,40 +1,49 @@
 //! Pure: what of a step goes up to the device, and where it lies there.
 //!
-//! A step has a [`Shape`], padded so that few different ones occur: a shape fixes where every array lies, so a graph
-//! captured for it holds good for every step of that shape. Padding rows are inert. It knows no addresses and no driver.
+//! A step has a [`StepShape`], padded so that few different ones occur: a shape fixes where every array lies, so a graph
+//! captured for it holds good for every step of that shape. Padding rows are inert. Each attention layer uses one list of
+//! split-KV tiles, that of its window, and one of prefill tiles. It knows no addresses and no driver.
 
-use crate::device::{LogitsRow, LogitsWant};
-use crate::step::Step;
 use std::num::NonZeroU32;
 use std::ops::Range;
 
+use crate::shape::{Limits, ModelShape};
+use crate::step::{LogitsRequest, LogitsRow, MAX_DECODE_TOKENS, Span, Step};
+
 use super::kernel::{
-    DRAW, DecodeItem, DecodeSequence, HeadDim, INERT, PARTITION, PrefillTile, SampleRow,
+    COMBINE_TOGETHER, HeadDim, INERT, NO_SCORE, NO_WINDOW, PARTITION, PrefillTile, SampleRow,
+    SplitKvSequence, SplitKvTile,
 };
 
+/// Partial results that have room at once, unless one sequence alone has more: 2M tokens of context.
+const WORKSPACE_TILES: usize = 8192;
+
 /// How many of each there are, padding included.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(super) struct Shape {
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct StepShape {
     /// Input tokens.
     pub(super) tokens: usize,
     /// Rows of logits.
     pub(super) logits: usize,
-    /// Partitions of sequences that decode.
-    pub(super) items: usize,
-    /// Sequences that decode.
-    pub(super) sequences: usize,
-    /// Tiles of prefill chunks; exact, for steps with some are not captured.
-    pub(super) tiles: usize,
-    /// Partitions of the longest sequence that decodes, up to a power of two; with 1 there is nothing to merge.
-    pub(super) partitions: usize,
+    /// Tokens that are decoded.
+    pub(super) decodes: usize,
+    /// By window.
+    pub(super) splits: Vec<SplitShape>,
+    /// Tiles of prefill chunks, by tiling; exact, for steps with some are not captured.
+    pub(super) prefills: Vec<usize>,
 }
 
-impl Shape {
-    /// Only decodes: such a step is captured and replayed.
-    pub(super) fn only_decodes(&self) -> bool {
-        self.tiles == 0 && self.items > 0
-    }
+/// How many there are of a window's split-KV tiles.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct SplitShape {
+    /// All of them.
+    pub(super) tiles: usize,
+    /// Those of one token, at most: 1, [`COMBINE_TOGETHER`], or as many as the longest sequence has. With 1 there is
+    /// nothing to combine.
+    pub(super) most: usize,
+}
 
+impl StepShape {
     /// Where the arrays lie.
     pub(super) fn layout(&self) -> Layout {
         let mut end = 0;
@@ -48,38 +57,153 @@ impl Shape {
             positions: take(self.tokens, 4),
             rows: take(self.tokens, 4),
             index: take(self.logits, 4),
-            samples: take(self.logits, size_of::<SampleRow>()),
-            items: take(self.items, size_of::<DecodeItem>()),
-            sequences: take(self.sequences, size_of::<DecodeSequence>()),
-            tiles: take(self.tiles, size_of::<PrefillTile>()),
+            splits: self
+                .splits
+                .iter()
+                .map(|split| SplitLayout {
+                    tiles: take(split.tiles, size_of::<SplitKvTile>()),
+                    sequences: take(self.decodes, size_of::<SplitKvSequence>()),
+                })
+                .collect(),
+            prefills: self
+                .prefills
+                .iter()
+                .map(|&tiles| take(tiles, size_of::<PrefillTile>()))
+                .collect(),
             end,
         }
     }
 }
 
 /// Bytes from the start of the step's input to each array, multiples of 16.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Layout {
     pub(super) tokens: usize,
     pub(super) positions: usize,
     pub(super) rows: usize,
     pub(super) index: usize,
-    pub(super) samples: usize,
-    pub(super) items: usize,
-    pub(super) sequences: usize,
-    pub(super) tiles: usize,
+    /// By window.
+    pub(super) splits: Vec<SplitLayout>,
+    /// By tiling.
+    pub(super) prefills: Vec<usize>,
     pub(super) end: usize,
 }
 
-/// Items and sequences whose partial results have room together.
+/// The same of a window's arrays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct SplitLayout {
+    pub(super) tiles: usize,
+    pub(super) sequences: usize,
+}
+
+/// How prefill chunks are cut for a layer: its query heads a KV head, and the rows of its kernel's tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tiling {
+    group: u32,
+    rows: u32,
+}
+
+/// Which lists an attention layer uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LayerLists {
+    /// Index into [`StepShape::splits`].
+    pub(super) split: usize,
+    /// Index into [`StepShape::prefills`].
+    pub(super) prefill: usize,
+}
+
+/// The lists that a model's layers need.
+#[derive(Clone, Debug, Default)]
+struct Lists {
+    windows: Vec<u32>,
+    tilings: Vec<Tiling>,
+    layers: Vec<LayerLists>,
+}
+
+impl Lists {
+    fn new(shape: &ModelShape) -> Self {
+        let mut lists = Self::default();
+        for layer in &shape.layers {
+            let cache = shape.caches[layer.cache.0 as usize];
+            let window = cache.window.map_or(NO_WINDOW, NonZeroU32::get);
+            let head_dim = HeadDim::new(cache.head_dim).expect("check() allowed this head size");
+            let tiling = Tiling {
+                group: (layer.n_heads / cache.n_kv_heads) as u32,
+                rows: head_dim.prefill_rows(),
+            };
+            lists.layers.push(LayerLists {
+                split: place(&mut lists.windows, window),
+                prefill: place(&mut lists.tilings, tiling),
+            });
+        }
+        lists
+    }
+}
+
+/// Where `x` is in `among`, at its end where it was not there.
+fn place<T: PartialEq>(among: &mut Vec<T>, x: T) -> usize {
+    among.iter().position(|y| *y == x).unwrap_or_else(|| {
+        among.push(x);
+        among.len() - 1
+    })
+}
+
+/// Split-KV tiles, and the tokens that they are of, whose partial results have room together.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Wave {
-    pub(super) items: Range<usize>,
+pub(super) struct WorkspaceChunk {
+    pub(super) tiles: Range<usize>,
     pub(super) sequences: Range<usize>,
 }
 
+/// The decoded tokens as one window sees them.
+#[derive(Debug, Default)]
+struct SplitList {
+    chunks: Vec<WorkspaceChunk>,
+    tiles: Vec<SplitKvTile>,
+    sequences: Vec<SplitKvSequence>,
+    most: usize,
+}
+
+impl SplitList {
+    fn clear(&mut self) {
+        self.chunks.clear();
+        self.tiles.clear();
+        self.sequences.clear();
+        self.most = 1;
+    }
+
+    fn push(&mut self, row: u32, token: u32, position: u32, window: u32, room: usize) {
+        let first = (position + 1).saturating_sub(window) / PARTITION;
+        let partitions = first..position / PARTITION + 1;
+        let fits = |chunk: &&mut WorkspaceChunk| chunk.tiles.len() + partitions.len() <= room;
+        let (end_of_tiles, end_of_sequences) = (self.tiles.len(), self.sequences.len());
+        let chunk = match self.chunks.last_mut().filter(fits) {
+            Some(chunk) => chunk,
+            None => self.chunks.push_mut(WorkspaceChunk {
+                tiles: end_of_tiles..end_of_tiles,
+                sequences: end_of_sequences..end_of_sequences,
+            }),
+        };
+        self.sequences.push(SplitKvSequence {
+            token,
+            first_tile: chunk.tiles.len() as u32,
+            n_tiles: partitions.len() as u32,
+            unused: 0,
+        });
+        self.most = self.most.max(partitions.len());
+        self.tiles.extend(partitions.map(|p| SplitKvTile {
+            row,
+            token,
+            length: position + 1,
+            start: p * PARTITION,
+        }));
+        chunk.tiles.end = self.tiles.len();
+        chunk.sequences.end = self.sequences.len();
+    }
+}
+
 /// `n` or a little more: a power of two to 8, then steps of an eighth of an octave, from 8 to at most `largest_step`.
-pub(super) fn bucket(n: usize, largest_step: usize) -> usize {
+fn bucket(n: usize, largest_step: usize) -> usize {
     match n {
         0 => 0,
         1..=8 => n.next_power_of_two(),
@@ -92,157 +216,202 @@ pub(super) fn bucket_rows(n: usize) -> usize {
     bucket(n, 64)
 }
 
-/// Padding of items costs a block that returns at once.
-pub(super) fn bucket_items(n: usize) -> usize {
-    bucket(n, usize::MAX)
+/// Padding of split-KV tiles costs a block that returns at once; each other number costs a graph.
+pub(super) fn bucket_tiles(n: usize) -> usize {
+    match n {
+        0 => 0,
+        1..=64 => n.next_power_of_two(),
+        _ => bucket(n, usize::MAX),
+    }
 }
 
-/// The plan of a step; its vectors keep their capacity.
-#[derive(Debug, Default)]
+/// Partitions that `n` consecutive positions are in, at most.
+fn partitions_of(n: usize) -> usize {
+    n.div_ceil(PARTITION as usize) + 1
+}
+
+/// Planning for one model; its vectors keep their capacity.
+#[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) shape: Shape,
-    pub(super) waves: Vec<Wave>,
-    items: Vec<DecodeItem>,
-    sequences: Vec<DecodeSequence>,
-    tiles: Vec<PrefillTile>,
+    lists: Lists,
+    /// Partitions of the longest sequence.
+    max_partitions: usize,
+    /// Split-KV tiles whose partial results have room at once, at least as many as a sequence has.
+    room: usize,
+    shape: StepShape,
+    layout: Layout,
+    splits: Vec<SplitList>,
+    prefills: Vec<Vec<PrefillTile>>,
 }
 
 impl Plan {
-    /// Plans `step` for `group` query heads a KV head and `room` items at once, at least as many as a sequence has.
-    pub(super) fn make(&mut self, step: &Step, head_dim: HeadDim, group: u32, room: usize) {
-        self.items.clear();
-        self.sequences.clear();
-        self.tiles.clear();
-        self.waves.clear();
-        let mut wave = Wave {
-            items: 0..0,
-            sequences: 0..0,
-        };
-        let mut longest = 1;
-        for span in &step.spans {
-            if span.n_tokens > 1 {
-                // The last tiles see the most keys: they start first, so that the short ones fill the end.
-                let starts = (0..span.n_tokens * group).step_by(head_dim.prefill_rows() as usize);
-                self.tiles.extend(starts.rev().map(|first_row| PrefillTile {
-                    row: span.row.0,
-                    first_token: span.first_token,
-                    n_tokens: span.n_tokens,
-                    first_position: span.first_position,
-                    first_row,
-                    unused: 0,
-                }));
-                continue;
-            }
-            let length = span.first_position + 1;
-            let n_items = length.div_ceil(PARTITION);
-            longest = longest.max(n_items);
-            if wave.items.len() + n_items as usize > room {
-                let (items, sequences) = (wave.items.end, wave.sequences.end);
-                self.waves.push(std::mem::replace(
-                    &mut wave,
-                    Wave {
-                        items: items..items,
-                        sequences: sequences..sequences,
-                    },
-                ));
-            }
-            self.sequences.push(DecodeSequence {
-                token: span.first_token,
-                first_item: wave.items.len() as u32,
-                n_items,
-                unused: 0,
-            });
-            self.items.extend((0..n_items).map(|i| DecodeItem {
-                row: span.row.0,
-                token: span.first_token,
-                length,
-                start: i * PARTITION,
-            }));
-            wave.items.end = self.items.len();
-            wave.sequences.end = self.sequences.len();
-        }
-        self.shape = Shape {
-            tokens: bucket_rows(step.tokens.len()),
-            logits: bucket_rows(step.logits.len()),
-            items: bucket_items(self.items.len()),
-            sequences: bucket_rows(self.sequences.len()),
-            tiles: self.tiles.len(),
-            partitions: (longest as usize).next_power_of_two(),
-        };
-        wave.items.end = self.shape.items;
-        wave.sequences.end = self.shape.sequences;
-        if !wave.items.is_empty() {
-            self.waves.push(wave);
+    /// No step yet.
+    pub(super) fn new(shape: &ModelShape) -> Self {
+        let longest = shape.limits.max_blocks_per_sequence * shape.block_size;
+        let max_partitions = longest.div_ceil(PARTITION as usize).max(1);
+        let lists = Lists::new(shape);
+        let all = max_decodes(&shape.limits) * max_partitions;
+        Self {
+            max_partitions,
+            room: all.min(WORKSPACE_TILES.max(max_partitions)),
+            shape: StepShape::default(),
+            layout: Layout::default(),
+            splits: lists.windows.iter().map(|_| SplitList::default()).collect(),
+            prefills: lists.tilings.iter().map(|_| Vec::new()).collect(),
+            lists,
         }
     }
 
-    /// Writes the step's arrays where [`Shape::layout`] says; padding is inert.
-    pub(super) fn write(&self, step: &Step, to: &mut [u8]) {
-        let (shape, layout) = (&self.shape, self.shape.layout());
-        put(
-            to,
-            layout.tokens,
-            shape.tokens,
-            step.tokens.iter().copied(),
-            0,
-        );
-        put(
-            to,
-            layout.positions,
-            shape.tokens,
-            step.positions.iter().copied(),
-            INERT,
-        );
-        put(
-            to,
-            layout.rows,
-            shape.tokens,
-            step.rows.iter().map(|row| row.0),
-            0,
-        );
-        put(
-            to,
-            layout.index,
-            shape.logits,
-            step.logits.iter().map(|row| row.token),
-            0,
-        );
-        put(
-            to,
-            layout.samples,
-            shape.logits,
-            step.logits.iter().map(sample_row),
-            GREEDY,
-        );
-        let no_item = DecodeItem {
-            row: 0,
-            token: 0,
-            length: 0,
-            start: 0,
+    /// The largest step that there can be.
+    pub(super) fn largest(&self, limits: &Limits) -> StepShape {
+        let decodes = max_decodes(limits);
+        let split = |&window: &u32| {
+            let seen = match window {
+                NO_WINDOW => self.max_partitions,
+                _ => self.max_partitions.min(partitions_of(window as usize)),
+            };
+            SplitShape {
+                tiles: bucket_tiles(decodes * seen),
+                most: self.max_partitions,
+            }
         };
-        put(
-            to,
-            layout.items,
-            shape.items,
-            self.items.iter().copied(),
-            no_item,
-        );
-        let no_sequence = DecodeSequence {
-            token: 0,
-            first_item: 0,
-            n_items: 0,
-            unused: 0,
+        let prefill = |tiling: &Tiling| {
+            limits.max_tokens * tiling.group as usize / tiling.rows as usize + limits.max_sequences
         };
-        put(
-            to,
-            layout.sequences,
-            shape.sequences,
-            self.sequences.iter().copied(),
-            no_sequence,
-        );
-        let tiles: &[u8] = bytemuck::cast_slice(&self.tiles);
-        to[layout.tiles..][..tiles.len()].copy_from_slice(tiles);
+        StepShape {
+            tokens: bucket_rows(limits.max_tokens),
+            logits: bucket_rows(limits.max_logits_rows),
+            decodes: bucket_rows(decodes),
+            splits: self.lists.windows.iter().map(split).collect(),
+            prefills: self.lists.tilings.iter().map(prefill).collect(),
+        }
     }
+
+    /// Split-KV tiles that the workspace for partial results must hold.
+    pub(super) fn workspace_tiles(&self) -> usize {
+        bucket_tiles(self.room)
+    }
+
+    /// Plans a step.
+    pub(super) fn make(&mut self, step: &Step) {
+        self.splits.iter_mut().for_each(SplitList::clear);
+        self.prefills.iter_mut().for_each(Vec::clear);
+        let mut n_decodes = 0;
+        for span in &step.spans {
+            if span.n_tokens > MAX_DECODE_TOKENS {
+                self.cut(span);
+                continue;
+            }
+            n_decodes += span.n_tokens as usize;
+            for (list, &window) in self.splits.iter_mut().zip(&self.lists.windows) {
+                for i in 0..span.n_tokens {
+                    let (token, position) = (span.first_token + i, span.first_position + i);
+                    list.push(span.row.0, token, position, window, self.room);
+                }
+            }
+        }
+        self.shape = StepShape {
+            tokens: bucket_rows(step.tokens.len()),
+            logits: bucket_rows(step.logits.len()),
+            decodes: bucket_rows(n_decodes),
+            splits: Vec::new(),
+            prefills: self.prefills.iter().map(Vec::len).collect(),
+        };
+        for list in &mut self.splits {
+            let split = SplitShape {
+                // What goes in several chunks is not captured: it needs no padding.
+                tiles: match list.chunks.len() {
+                    0 | 1 => bucket_tiles(list.tiles.len()),
+                    _ => list.tiles.len(),
+                },
+                most: match list.most {
+                    1 => 1,
+                    n if n <= COMBINE_TOGETHER as usize => COMBINE_TOGETHER as usize,
+                    _ => self.max_partitions,
+                },
+            };
+            if let Some(last) = list.chunks.last_mut() {
+                last.tiles.end = split.tiles;
+                last.sequences.end = self.shape.decodes;
+            }
+            self.shape.splits.push(split);
+        }
+        self.layout = self.shape.layout();
+    }
+
+    /// Cuts a prefill chunk into tiles.
+    fn cut(&mut self, span: &Span) {
+        for (tiles, tiling) in self.prefills.iter_mut().zip(&self.lists.tilings) {
+            // The last tiles see the most keys: they start first, so that the short ones fill the end.
+            let starts = (0..span.n_tokens * tiling.group).step_by(tiling.rows as usize);
+            tiles.extend(starts.rev().map(|first_row| PrefillTile {
+                row: span.row.0,
+                first_token: span.first_token,
+                n_tokens: span.n_tokens,
+                first_position: span.first_position,
+                first_row,
+                unused: 0,
+            }));
+        }
+    }
+
+    /// How large the step is.
+    pub(super) fn shape(&self) -> &StepShape {
+        &self.shape
+    }
+
+    /// Where its arrays lie.
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Whether the step's pass may be a graph: it only decodes, and all at once.
+    pub(super) fn can_be_captured(&self) -> bool {
+        self.shape.decodes > 0
+            && self.shape.prefills.iter().all(|&tiles| tiles == 0)
+            && self.splits.iter().all(|list| list.chunks.len() == 1)
+    }
+
+    /// The lists of a layer.
+    pub(super) fn lists_of(&self, layer: usize) -> LayerLists {
+        self.lists.layers[layer]
+    }
+
+    /// A window's chunks, one after another in the same workspace.
+    pub(super) fn chunks(&self, split: usize) -> &[WorkspaceChunk] {
+        &self.splits[split].chunks
+    }
+
+    /// Writes the step's arrays where [`Plan::layout`] says; padding is inert.
+    pub(super) fn write(&self, step: &Step, to: &mut [u8]) {
+        let (shape, layout) = (&self.shape, &self.layout);
+        let words = step.tokens.iter().copied();
+        put(to, layout.tokens, shape.tokens, words, 0);
+        let words = step.positions.iter().copied();
+        put(to, layout.positions, shape.tokens, words, INERT);
+        let words = step.rows.iter().map(|row| row.0);
+        put(to, layout.rows, shape.tokens, words, 0);
+        let words = step.logits.iter().copied();
+        put(to, layout.index, shape.logits, words, 0);
+        let no_tile: SplitKvTile = bytemuck::Zeroable::zeroed();
+        let no_sequence: SplitKvSequence = bytemuck::Zeroable::zeroed();
+        for ((list, split), at) in self.splits.iter().zip(&shape.splits).zip(&layout.splits) {
+            let tiles = list.tiles.iter().copied();
+            put(to, at.tiles, split.tiles, tiles, no_tile);
+            let sequences = list.sequences.iter().copied();
+            put(to, at.sequences, shape.decodes, sequences, no_sequence);
+        }
+        for (tiles, &at) in self.prefills.iter().zip(&layout.prefills) {
+            let bytes: &[u8] = bytemuck::cast_slice(tiles);
+            to[at..][..bytes.len()].copy_from_slice(bytes);
+        }
+    }
+}
+
+/// Tokens that a step decodes at most.
+fn max_decodes(limits: &Limits) -> usize {
+    let of_all = limits.max_sequences * MAX_DECODE_TOKENS as usize;
+    of_all.min(limits.max_tokens)
 }
 
 /// `n` elements from byte `at` on: those that there are, then `padding`.
@@ -259,173 +428,35 @@ fn put<T: bytemuck::Pod>(
     }
 }
 
-const GREEDY: SampleRow = SampleRow {
-    temperature: 0.0,
-    top_p: 1.0,
-    top_k: 0,
-    output_index: 0,
-    seed: [0; 2],
-    score: DRAW,
-    n_logprobs: -1,
-};
-
-/// A row of logits as `sample` reads it.
+/// What is wanted of a row of logits, as `sample` reads it.
 pub fn sample_row(row: &LogitsRow) -> SampleRow {
-    let plain = SampleRow {
+    let greedy = SampleRow {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        output_index: 0,
+        seed: 0,
+        score: NO_SCORE,
         n_logprobs: row.n_logprobs.map_or(-1, i32::from),
-        ..GREEDY
     };
-    match row.want {
-        LogitsWant::Score { token } => SampleRow {
+    match row.request {
+        LogitsRequest::Score { token } => SampleRow {
             score: token,
-            ..plain
+            ..greedy
         },
-        LogitsWant::Sample(sampling) => SampleRow {
-            temperature: sampling.temperature,
-            top_p: sampling.top_p,
-            top_k: sampling.top_k.map_or(0, NonZeroU32::get),
-            output_index: sampling.output_index,
-            seed: [sampling.seed as u32, (sampling.seed >> 32) as u32],
-            ..plain
+        LogitsRequest::Sample {
+            params,
+            output_index,
+        } => SampleRow {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            top_k: params.top_k.map_or(0, NonZeroU32::get),
+            seed: params.seed,
+            output_index,
+            ..greedy
         },
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::device::{
-        AttentionShape, DeviceConfig, Limits, Precision, Rope, Span, StepInput, TableRow,
-        TokenInput,
-    };
-
-    #[test]
-    fn buckets_are_few_and_close() {
-        for (n, rows, items) in [
-            (0, 0, 0),
-            (1, 1, 1),
-            (3, 4, 4),
-            (8, 8, 8),
-            (9, 16, 16),
-            (64, 64, 64),
-            (65, 72, 72),
-            (129, 144, 144),
-            (257, 288, 288),
-            (1000, 1024, 1024),
-            (5000, 5056, 5120),
-        ] {
-            assert_eq!((bucket_rows(n), bucket_items(n)), (rows, items), "{n}");
-        }
-        for n in 1..20_000 {
-            let padded = bucket_rows(n);
-            assert!(padded >= n && padded - n < 64 && bucket_rows(padded) == padded);
-            assert!(bucket_items(n) - n <= (n / 8).max(8), "{n}");
-        }
-    }
-
-    fn size() -> HeadDim {
-        HeadDim::new(64).unwrap()
-    }
-
-    fn step(spans: &[(u32, u32)]) -> Step {
-        let mut step = Step::new(&DeviceConfig {
-            attention: AttentionShape {
-                n_layers: 1,
-                n_heads: 8,
-                n_kv_heads: 2,
-                head_dim: 64,
-                block_size: 16,
-            },
-            limits: Limits {
-                max_tokens: 1024,
-                max_sequences: 16,
-                max_logits_rows: 16,
-                max_blocks_per_sequence: 256,
-            },
-            rope: Rope {
-                inverse_frequencies: vec![1.0; 32],
-                scale: 1.0,
-                max_positions: 4096,
-            },
-            precision: Precision::BF16,
-            memory_limit: None,
-        });
-        let mut input = StepInput::default();
-        for (row, &(first_position, n_tokens)) in spans.iter().enumerate() {
-            input.spans.push(Span {
-                row: TableRow(row as u32),
-                first_token: input.tokens.len() as u32,
-                n_tokens,
-                first_position,
-            });
-            input
-                .tokens
-                .extend((0..n_tokens).map(|_| TokenInput::Id(7)));
-        }
-        step.begin(&input);
-        step
-    }
-
-    #[test]
-    fn decodes_are_cut_into_partitions_and_chunks_into_tiles() {
-        let mut plan = Plan::default();
-        plan.make(
-            &step(&[(0, 1), (255, 1), (256, 1), (10, 40)]),
-            size(),
-            4,
-            100,
-        );
-        let items: Vec<_> = plan
-            .items
-            .iter()
-            .map(|i| (i.row, i.length, i.start))
-            .collect();
-        assert_eq!(items, [(0, 1, 0), (1, 256, 0), (2, 257, 0), (2, 257, 256)]);
-        let merged: Vec<_> = plan
-            .sequences
-            .iter()
-            .map(|s| (s.first_item, s.n_items))
-            .collect();
-        assert_eq!(merged, [(0, 1), (1, 1), (2, 2)]);
-        let tiles: Vec<_> = plan
-            .tiles
-            .iter()
-            .map(|t| (t.first_token, t.first_row))
-            .collect();
-        assert_eq!(tiles, [(3, 128), (3, 0)], "160 rows, the later ones first");
-        assert!(plan.shape.partitions == 2 && !plan.shape.only_decodes());
-    }
-
-    #[test]
-    fn what_has_no_room_together_goes_in_waves() {
-        let mut plan = Plan::default();
-        plan.make(
-            &step(&[(511, 1), (1023, 1), (0, 1), (700, 1)]),
-            size(),
-            4,
-            5,
-        );
-        let waves: Vec<_> = plan
-            .waves
-            .iter()
-            .map(|wave| (wave.items.clone(), wave.sequences.clone()))
-            .collect();
-        assert_eq!(waves, [(0..2, 0..1), (2..7, 1..3), (7..16, 3..4)]);
-        let first: Vec<u32> = plan.sequences.iter().map(|s| s.first_item).collect();
-        assert_eq!(first, [0, 0, 4, 0], "counted from the wave's first");
-    }
-
-    #[test]
-    fn padding_is_inert() {
-        let mut plan = Plan::default();
-        let step = step(&[(5, 1), (6, 1), (7, 1)]);
-        plan.make(&step, size(), 4, 100);
-        let layout = plan.shape.layout();
-        let mut bytes = vec![0xaa; layout.end];
-        plan.write(&step, &mut bytes);
-        let positions: &[u32] = bytemuck::cast_slice(&bytes[layout.positions..layout.rows]);
-        assert_eq!(positions, [5, 6, 7, INERT]);
-        let items: &[DecodeItem] = bytemuck::cast_slice(&bytes[layout.items..layout.sequences]);
-        assert_eq!(items[3].length, 0);
-    }
-}
+mod tests;

@@ -7,11 +7,12 @@
 use std::alloc::Layout;
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString, c_void};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::device::DeviceError;
 
-use super::driver::{Arguments, DeviceMemory, Driver, FillRow, Launch, Pinned, Product};
+use super::driver::{Allocations, DeviceMemory, Driver, FillRow, Gemm, GemmOutput, Pinned};
+use super::kernel::{Arguments, Launch};
 
 /// What the driver says the GPU has.
 const TOTAL_BYTES: u64 = 1 << 30;
@@ -20,6 +21,9 @@ const TOTAL_BYTES: u64 = 1 << 30;
 #[derive(Debug, Default)]
 pub struct Shim {
     memory: Vec<Block>,
+    allocations: Allocations,
+    /// One more for each graph.
+    graphs: Arc<()>,
     queue: VecDeque<Work>,
     recording: Option<Vec<Work>>,
     n_done: u64,
@@ -46,13 +50,12 @@ impl Drop for Block {
 #[derive(Clone, Debug)]
 enum Work {
     Launch {
-        name: &'static str,
-        launch: Launch,
+        launch: Launch<()>,
         /// The bytes of the arguments, aligned to 8.
         args: Vec<u64>,
         bytes: usize,
     },
-    Product(Product),
+    Gemm(Gemm),
     Copy {
         to: u64,
         from: u64,
@@ -93,20 +96,17 @@ impl Shim {
     unsafe fn run(&mut self, work: &Work) {
         match work {
             Work::Launch {
-                name,
                 launch,
                 args,
                 bytes,
             } => {
                 self.n_launches += 1;
                 // SAFETY: the promise of `Driver::launch`.
-                unsafe {
-                    self::launch(name, *launch, args.as_ptr().cast(), *bytes, self.n_launches)
-                };
+                unsafe { run(launch, args.as_ptr().cast(), *bytes, self.n_launches) };
             }
-            // SAFETY: the promise of `Driver::product`.
-            Work::Product(product) => unsafe { multiply(product) },
-            // SAFETY: the promises of the copies' callers.
+            // SAFETY: all of it lies in memory that lives as long as self, which was checked when it was queued.
+            Work::Gemm(gemm) => unsafe { multiply(gemm) },
+            // SAFETY: likewise.
             Work::Copy { to, from, bytes } => unsafe {
                 std::ptr::copy_nonoverlapping(*from as *const u8, *to as *mut u8, *bytes);
             },
@@ -114,11 +114,43 @@ impl Shim {
     }
 }
 
+impl Drop for Shim {
+    fn drop(&mut self) {
+        // On a GPU, a graph that ends after its context is a crash.
+        let n_graphs = Arc::strong_count(&self.graphs) - 1;
+        assert!(
+            n_graphs == 0 || std::thread::panicking(),
+            "{n_graphs} graphs outlive their driver"
+        );
+    }
+}
+
 /// Runs a kernel to its end, its threads in an order that `seed` chooses.
 ///
 /// # Safety
+/// The addresses in `args` are valid for what the kernel does with them.
+pub unsafe fn launch<A: Arguments>(launch: Launch<A>, args: &A, seed: u64) {
+    let bytes = size_of::<A>();
+    // SAFETY: the caller's promise.
+    unsafe {
+        run(
+            &launch.erased(),
+            std::ptr::from_ref(args).cast(),
+            bytes,
+            seed,
+        )
+    }
+}
+
+/// The same with the arguments' bytes.
+///
+/// # Safety
 /// `args` is the kernel's struct of `bytes` bytes; its addresses are valid for what the kernel does with them.
-pub unsafe fn launch(name: &str, launch: Launch, args: *const c_void, bytes: usize, seed: u64) {
+unsafe fn run(launch: &Launch<()>, args: *const c_void, bytes: usize, seed: u64) {
+    if launch.is_empty() {
+        return;
+    }
+    let name = launch.name;
     type Run = unsafe extern "C" fn(*mut c_void, *const u32, u32, u32, *const c_void, u64);
     // SAFETY: `kvasir_shim_launch` has this signature (shim.cpp), and `<name>_args_bytes` is a u32 (shim.h).
     unsafe {
@@ -169,9 +201,9 @@ fn last_error() -> String {
 /// A product in plain loops.
 ///
 /// # Safety
-/// As for `Driver::product`.
-unsafe fn multiply(product: &Product) {
-    let shape = &product.shape;
+/// All of it lies in memory ([`Gemm::check`]).
+unsafe fn multiply(gemm: &Gemm) {
+    let shape = &gemm.shape;
     // SAFETY: the caller's promise.
     let value = |address: u64, at: usize| unsafe {
         half::bf16::from_bits(*(address as *const u16).add(at)).to_f32()
@@ -180,18 +212,18 @@ unsafe fn multiply(product: &Product) {
         for c in 0..shape.cols {
             let sum: f32 = (0..shape.inner)
                 .map(|i| {
-                    value(product.x, r * shape.x_stride + i)
-                        * value(product.weight, c * shape.weight_stride + i)
+                    value(gemm.x, r * shape.x_stride + i)
+                        * value(gemm.weight, c * shape.weight_stride + i)
                 })
                 .sum();
-            let sum = sum + product.bias.map_or(0.0, |bias| value(bias, c));
+            let sum = sum + gemm.bias.map_or(0.0, |bias| value(bias, c));
             let at = r * shape.out_stride + c;
             // SAFETY: the caller's promise.
             unsafe {
-                match shape.wide {
-                    true => *(product.out as *mut f32).add(at) = sum,
-                    false => {
-                        *(product.out as *mut u16).add(at) = half::bf16::from_f32(sum).to_bits()
+                match shape.out {
+                    GemmOutput::F32 => *(gemm.out as *mut f32).add(at) = sum,
+                    GemmOutput::Bf16 | GemmOutput::BiasedBf16 => {
+                        *(gemm.out as *mut u16).add(at) = half::bf16::from_f32(sum).to_bits();
                     }
                 }
             }
@@ -200,7 +232,7 @@ unsafe fn multiply(product: &Product) {
 }
 
 impl Driver for Shim {
-    type Graph = Vec<GraphNode>;
+    type Graph = ShimGraph;
     type Event = u64;
 
     fn describe(&self) -> String {
@@ -220,7 +252,9 @@ impl Driver for Shim {
     }
 
     fn allocate(&mut self, _what: &'static str, bytes: usize) -> Result<u64, DeviceError> {
-        Ok(self.take(bytes) as u64)
+        let address = self.take(bytes) as u64;
+        self.allocations.add(address, bytes as u64);
+        Ok(address)
     }
 
     fn pinned(&mut self, bytes: usize) -> Result<Pinned, DeviceError> {
@@ -236,16 +270,20 @@ impl Driver for Shim {
         row_bytes: usize,
         fill: FillRow<'_>,
     ) -> Result<(), DeviceError> {
+        self.allocations
+            .assert_within("an upload", to, (n_rows * row_bytes) as u64);
         self.run_until(self.n_queued);
         for r in 0..n_rows {
             let at = (to as usize + r * row_bytes) as *mut u8;
-            // SAFETY: the caller's promise that the rows are there; nothing else runs.
+            // SAFETY: the rows are there, as was just checked; nothing else runs.
             fill(r, unsafe { std::slice::from_raw_parts_mut(at, row_bytes) });
         }
         Ok(())
     }
 
-    fn copy_in(&mut self, to: u64, from: &Pinned, bytes: usize) -> Result<(), DeviceError> {
+    fn h2d(&mut self, to: u64, from: &Pinned, bytes: usize) -> Result<(), DeviceError> {
+        self.allocations
+            .assert_within("a copy to the device", to, bytes as u64);
         self.push(Work::Copy {
             to,
             from: from.bytes()[..bytes].as_ptr() as u64,
@@ -254,13 +292,15 @@ impl Driver for Shim {
         Ok(())
     }
 
-    fn copy_out(
+    fn d2h(
         &mut self,
         to: &mut Pinned,
         at: usize,
         from: u64,
         bytes: usize,
     ) -> Result<(), DeviceError> {
+        self.allocations
+            .assert_within("a copy from the device", from, bytes as u64);
         self.push(Work::Copy {
             to: to.bytes_mut()[at..at + bytes].as_mut_ptr() as u64,
             from,
@@ -271,24 +311,27 @@ impl Driver for Shim {
 
     unsafe fn launch<A: Arguments>(
         &mut self,
-        name: &'static str,
-        launch: Launch,
+        launch: Launch<A>,
         args: &A,
     ) -> Result<(), DeviceError> {
+        if launch.is_empty() {
+            return Ok(());
+        }
+        args.check(&launch, &launch.bounds(&self.allocations));
         let mut words = vec![0_u64; size_of::<A>().div_ceil(8)];
-        // SAFETY: `Arguments` have no padding, and the words have room for them.
+        // SAFETY: the words have room for the arguments, which have no padding.
         unsafe { words.as_mut_ptr().cast::<A>().write_unaligned(*args) };
         self.push(Work::Launch {
-            name,
-            launch,
+            launch: launch.erased(),
             args: words,
             bytes: size_of::<A>(),
         });
         Ok(())
     }
 
-    unsafe fn product(&mut self, product: &Product) -> Result<(), DeviceError> {
-        self.push(Work::Product(*product));
+    fn gemm(&mut self, gemm: &Gemm) -> Result<(), DeviceError> {
+        gemm.check(&self.allocations);
+        self.push(Work::Gemm(*gemm));
         Ok(())
     }
 
@@ -299,27 +342,38 @@ impl Driver for Shim {
     }
 
     fn end_capture(&mut self) -> Result<Self::Graph, DeviceError> {
-        let recorded = self.recording.take().expect("a capture was begun");
-        Ok(recorded.into_iter().map(GraphNode).collect())
+        let work = self.recording.take().expect("a capture was begun");
+        Ok(ShimGraph {
+            work,
+            _alive: Arc::clone(&self.graphs),
+        })
     }
 
     fn replay(&mut self, graph: &Self::Graph) -> Result<(), DeviceError> {
-        for GraphNode(work) in graph {
+        for work in &graph.work {
             self.push(work.clone());
         }
         Ok(())
     }
 
-    fn mark(&mut self) -> Result<u64, DeviceError> {
+    fn record(&mut self) -> Result<u64, DeviceError> {
         Ok(self.n_queued)
     }
 
-    fn wait(&mut self, event: u64) -> Result<(), DeviceError> {
+    fn synchronize(&mut self, event: u64) -> Result<(), DeviceError> {
         self.run_until(event);
+        Ok(())
+    }
+
+    fn synchronize_all(&mut self) -> Result<(), DeviceError> {
+        self.run_until(self.n_queued);
         Ok(())
     }
 }
 
-/// One recorded launch or product.
+/// Recorded launches and products.
 #[derive(Debug)]
-pub struct GraphNode(Work);
+pub struct ShimGraph {
+    work: Vec<Work>,
+    _alive: Arc<()>,
+}

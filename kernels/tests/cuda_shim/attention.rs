@@ -2,11 +2,36 @@
 
 use crate::shim::{Noise, address, assert_near, launch, value};
 use kvasir_kernels::cuda::kernel::{
-    self, DecodeItem, DecodeSequence, HeadDim, INERT, KvCache, PARTITION, PagedDecodeArgs,
-    PagedPrefillArgs, PrefillTile, RopeAppendArgs,
+    self, HEAD_DIMS, HeadDim, INERT, In, KvCache, NO_WINDOW, PARTITION, PagedDecodeArgs,
+    PagedPrefillArgs, PrefillTile, RopeAppendArgs, SplitKvSequence, SplitKvTile,
 };
 
-const HEAD_DIMS: [usize; 6] = [64, 80, 96, 128, 192, 256];
+/// What a query sees, and how scores are capped.
+#[derive(Clone, Copy, Debug)]
+struct Local {
+    window: u32,
+    soft_cap: Option<f32>,
+}
+
+const GLOBAL: Local = Local {
+    window: NO_WINDOW,
+    soft_cap: None,
+};
+
+impl Local {
+    fn first_visible(&self, position: usize) -> usize {
+        (position + 1).saturating_sub(self.window as usize)
+    }
+
+    /// `scale_log2` and `tanh_scale`.
+    fn scales(&self) -> (f32, f32) {
+        let log2_e = std::f32::consts::LOG2_E;
+        match self.soft_cap {
+            Some(cap) => (cap * log2_e, SCALE / cap),
+            None => (SCALE * log2_e, 0.0),
+        }
+    }
+}
 
 #[derive(Clone, Copy)]
 struct Shape {
@@ -16,25 +41,35 @@ struct Shape {
     block_size: usize,
 }
 
-/// Sequences of some lengths, paged: the tables, and the cache with only their tokens written.
-struct World {
+/// Rows of heads before the layer's first page.
+const FIRST_ROW: usize = 1;
+
+impl Shape {
+    /// Rows from page to page, what belongs to other layers among them.
+    fn page_rows(&self) -> usize {
+        2 * self.n_kv_heads * self.block_size + 3
+    }
+}
+
+/// Sequences of some lengths, paged: the tables, and the cache with only their tokens written. Between pages, and before
+/// the first, lies what belongs to other layers.
+struct PagedSequences {
     shape: Shape,
     table_width: usize,
     tables: Vec<u32>,
     cache: Vec<u16>,
 }
 
-impl World {
+impl PagedSequences {
     fn new(shape: Shape, lengths: &[usize], noise: &mut Noise) -> Self {
         let longest = lengths.iter().copied().max().unwrap_or(1);
         let table_width = longest.div_ceil(shape.block_size).max(1);
         let n_blocks = lengths.len() * table_width;
-        let block = 2 * shape.n_kv_heads * shape.block_size * shape.head_dim;
         let mut world = Self {
             shape,
             table_width,
             tables: noise.permutation(n_blocks),
-            cache: vec![0xffff; n_blocks * block],
+            cache: vec![0xffff; n_blocks * shape.page_rows() * shape.head_dim],
         };
         for (row, &length) in lengths.iter().enumerate() {
             for (position, head) in
@@ -59,24 +94,35 @@ impl World {
             ..
         } = self.shape;
         let block = self.tables[row * self.table_width + position / block_size] as usize;
-        (((block * 2 + part) * n_kv_heads + head) * block_size + position % block_size) * head_dim
+        let in_page = (part * n_kv_heads + head) * block_size + position % block_size;
+        (FIRST_ROW + block * self.shape.page_rows() + in_page) * head_dim
+    }
+
+    /// Makes NaN of what a query at `position` does not see.
+    fn forget_before(&mut self, row: usize, position: usize, local: Local) {
+        for p in 0..local.first_visible(position) {
+            for (head, part) in (0..self.shape.n_kv_heads).flat_map(|h| [(h, 0), (h, 1)]) {
+                let at = self.at(row, p, head, part);
+                self.cache[at..][..self.shape.head_dim].fill(0xffff);
+            }
+        }
     }
 
     fn argument(&mut self) -> KvCache {
         KvCache {
-            layer: address(self.cache.as_mut_ptr()),
+            layer: address(self.cache[FIRST_ROW * self.shape.head_dim..].as_mut_ptr()),
             tables: address(self.tables.as_ptr()),
             table_width: self.table_width as u32,
             block_size: self.shape.block_size as u32,
             block_size_magic: KvCache::magic(self.shape.block_size as u32),
             n_kv_heads: self.shape.n_kv_heads as u32,
             head_dim: self.shape.head_dim as u32,
-            unused: 0,
+            page_rows: self.shape.page_rows() as u32,
         }
     }
 
     /// Attention of one token's query heads, in f64.
-    fn attend(&self, row: usize, position: usize, queries: &[u16], scale: f64) -> Vec<f64> {
+    fn attend(&self, row: usize, position: usize, queries: &[u16], local: Local) -> Vec<f64> {
         let Shape {
             n_heads,
             n_kv_heads,
@@ -89,20 +135,21 @@ impl World {
                 let at = self.at(row, p, h / (n_heads / n_kv_heads), part);
                 self.cache[at..][..head_dim].iter().map(|&x| value(x))
             };
-            let scores: Vec<f64> = (0..=position)
+            let seen = local.first_visible(position)..=position;
+            let scores: Vec<f64> = seen
+                .clone()
                 .map(|p| {
-                    query
-                        .iter()
-                        .zip(vector(p, 0))
-                        .map(|(&q, k)| value(q) * k)
-                        .sum::<f64>()
-                        * scale
+                    let products = query.iter().zip(vector(p, 0)).map(|(&q, k)| value(q) * k);
+                    let score = products.sum::<f64>() * f64::from(SCALE);
+                    local.soft_cap.map_or(score, |cap| {
+                        f64::from(cap) * (score / f64::from(cap)).tanh()
+                    })
                 })
                 .collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
             let mut mean = vec![0.0; head_dim];
-            for (p, score) in scores.iter().enumerate() {
+            for (p, score) in seen.zip(&scores) {
                 let share = (score - max).exp() / sum;
                 mean.iter_mut()
                     .zip(vector(p, 1))
@@ -118,6 +165,7 @@ impl World {
         &mut self,
         sequences: &[[usize; 3]],
         qkv: &[u16],
+        local: Local,
         n_multiprocessors: u32,
         seed: u64,
     ) -> Vec<u16> {
@@ -130,55 +178,65 @@ impl World {
         let qkv_stride = (n_heads + 2 * n_kv_heads) * head_dim;
         let n_tokens = qkv.len() / qkv_stride;
         let mut out = vec![0xffff_u16; n_tokens * n_heads * head_dim];
-        let (mut items, mut merged) = (Vec::new(), Vec::new());
+        let (mut tiles, mut combined) = (Vec::new(), Vec::new());
         for &[row, token, length] in sequences {
-            let n_items = (length as u32).div_ceil(PARTITION);
-            merged.push(DecodeSequence {
+            let first = local.first_visible(length.max(1) - 1) as u32 / PARTITION;
+            let partitions = first..(length as u32).div_ceil(PARTITION);
+            combined.push(SplitKvSequence {
                 token: token as u32,
-                first_item: items.len() as u32,
-                n_items,
+                first_tile: tiles.len() as u32,
+                n_tiles: partitions.len() as u32,
                 unused: 0,
             });
-            // An inert one has an item too, as padding has.
-            items.extend((0..n_items.max(1)).map(|i| DecodeItem {
+            // An inert one has a tile too, as padding has.
+            let listed = first..partitions.end.max(first + 1);
+            tiles.extend(listed.map(|p| SplitKvTile {
                 row: row as u32,
                 token: token as u32,
                 length: length as u32,
-                start: i * PARTITION,
+                start: p * PARTITION,
             }));
         }
-        let n_partials = items.len() * n_heads;
+        let n_partials = tiles.len() * n_heads;
+        let (scale_log2, tanh_scale) = local.scales();
         let mut partial_out = vec![f32::NAN; n_partials * head_dim];
         let mut partial_softmax = vec![f32::NAN; n_partials * 2];
         let args = PagedDecodeArgs {
             cache: self.argument(),
             out: address(out.as_mut_ptr()),
             qkv: address(qkv.as_ptr()),
-            items: address(items.as_ptr()),
-            sequences: address(merged.as_ptr()),
+            tiles: address(tiles.as_ptr()),
+            sequences: address(combined.as_ptr()),
             partial_out: address(partial_out.as_mut_ptr()),
             partial_softmax: address(partial_softmax.as_mut_ptr()),
             out_stride: (n_heads * head_dim) as u32,
             qkv_stride: qkv_stride as u32,
             n_heads: n_heads as u32,
-            scale_log2: SCALE * std::f32::consts::LOG2_E,
+            window: local.window,
+            scale_log2,
+            tanh_scale,
         };
         let size = HeadDim::new(head_dim).unwrap();
         let (heads, kv_heads) = (n_heads as u32, n_kv_heads as u32);
-        let (name, split) =
-            kernel::paged_decode(items.len(), heads, kv_heads, size, n_multiprocessors);
-        let most = merged.iter().map(|s| s.n_items as usize).max().unwrap_or(0);
-        let merge = kernel::merge_partitions(merged.len(), most, heads, size);
+        let split = kernel::paged_decode(tiles.len(), heads, kv_heads, size, n_multiprocessors);
+        let most = combined.iter().map(|s| s.n_tiles as usize).max();
+        let combine = kernel::combine_split_kv(combined.len(), most.unwrap_or(0), heads, size);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
         unsafe {
-            launch(name, split, seed, &args);
-            launch("merge_partitions", merge, seed, &args);
+            launch(split, seed, &args);
+            launch(combine, seed, &args);
         }
         out
     }
 
     /// Spans of (row, first token, tokens, first position).
-    fn prefill(&mut self, spans: &[[usize; 4]], qkv: &[u16], seed: u64) -> Vec<u16> {
+    fn prefill(
+        &mut self,
+        spans: &[[usize; 4]],
+        qkv: &[u16],
+        local: Option<Local>,
+        seed: u64,
+    ) -> Vec<u16> {
         let Shape {
             n_heads,
             n_kv_heads,
@@ -189,6 +247,7 @@ impl World {
         let group = n_heads / n_kv_heads;
         let qkv_stride = (n_heads + 2 * n_kv_heads) * head_dim;
         let mut out = vec![0xffff_u16; qkv.len() / qkv_stride * n_heads * head_dim];
+        let (scale_log2, tanh_scale) = local.unwrap_or(GLOBAL).scales();
         let tiles: Vec<PrefillTile> = spans
             .iter()
             .flat_map(|&[row, first_token, n_tokens, first_position]| {
@@ -212,11 +271,13 @@ impl World {
             out_stride: (n_heads * head_dim) as u32,
             qkv_stride: qkv_stride as u32,
             n_heads: n_heads as u32,
-            scale_log2: SCALE * std::f32::consts::LOG2_E,
+            window: local.unwrap_or(GLOBAL).window,
+            scale_log2,
+            tanh_scale,
         };
-        let grid = kernel::paged_prefill(tiles.len(), n_kv_heads as u32, size);
+        let grid = kernel::paged_prefill(tiles.len(), n_kv_heads as u32, size, local.is_some());
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
-        unsafe { launch(size.prefill(), grid, seed, &args) };
+        unsafe { launch(grid, seed, &args) };
         out
     }
 }
@@ -254,7 +315,7 @@ fn decode_is_close_and_the_same_alone_and_in_a_crowd() {
     for shape in shapes() {
         // The last has so many partitions that groups of threads share them.
         let lengths = [1, 2, 16, 17, 255, 256, 257, 700, 17 * 256 + 3];
-        let mut world = World::new(shape, &lengths, &mut noise);
+        let mut world = PagedSequences::new(shape, &lengths, &mut noise);
         let stride = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim;
         let qkv = noise.bf16s(lengths.len() * stride);
         let mut sequences: Vec<[usize; 3]> = lengths
@@ -263,13 +324,13 @@ fn decode_is_close_and_the_same_alone_and_in_a_crowd() {
             .map(|(i, &length)| [i, i, length])
             .collect();
         sequences.push([0, 0, 0]);
-        let out = world.decode(&sequences, &qkv, 1, 1);
+        let out = world.decode(&sequences, &qkv, GLOBAL, 1, 1);
         for (i, &length) in lengths.iter().enumerate() {
-            let want = world.attend(i, length - 1, &qkv[i * stride..], f64::from(SCALE));
+            let want = world.attend(i, length - 1, &qkv[i * stride..], GLOBAL);
             let got = &out[i * want.len()..][..want.len()];
             let why = format!("decode, head size {}, length {length}", shape.head_dim);
             assert_near(&why, got, &want, |_| TOLERANCE);
-            let alone = world.decode(&sequences[i..=i], &qkv, 1000, 2);
+            let alone = world.decode(&sequences[i..=i], &qkv, GLOBAL, 1000, 2);
             assert_eq!(&alone[i * want.len()..][..want.len()], got, "{why}: alone");
         }
     }
@@ -280,11 +341,14 @@ fn prefill_is_close_and_the_same_in_chunks() {
     let mut noise = Noise(11);
     for shape in shapes() {
         let lengths = [1, 70, 150];
-        let mut world = World::new(shape, &lengths, &mut noise);
+        let mut world = PagedSequences::new(shape, &lengths, &mut noise);
         let stride = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim;
         let qkv = noise.bf16s(lengths.iter().sum::<usize>() * stride);
         let width = shape.n_heads * shape.head_dim;
-        let out = world.prefill(&[[0, 0, 1, 0], [1, 1, 70, 0], [2, 71, 150, 0]], &qkv, 1);
+        let spans = [[0, 0, 1, 0], [1, 1, 70, 0], [2, 71, 150, 0]];
+        let out = world.prefill(&spans, &qkv, None, 1);
+        let unmasked = world.prefill(&spans, &qkv, Some(GLOBAL), 3);
+        assert_eq!(unmasked, out, "head size {}: no window", shape.head_dim);
         let mut token = 0;
         for (row, &length) in lengths.iter().enumerate() {
             for position in 0..length {
@@ -292,8 +356,7 @@ fn prefill_is_close_and_the_same_in_chunks() {
                 if [0, 1, 31, 32, 63, 64, 65, 127, 128, 149].contains(&position)
                     || position == length - 1
                 {
-                    let want =
-                        world.attend(row, position, &qkv[token * stride..], f64::from(SCALE));
+                    let want = world.attend(row, position, &qkv[token * stride..], GLOBAL);
                     let why = format!(
                         "prefill, head size {}, position {position} of {length}",
                         shape.head_dim
@@ -311,6 +374,7 @@ fn prefill_is_close_and_the_same_in_chunks() {
                 [2, 136, 85, 65],
             ],
             &qkv,
+            None,
             2,
         );
         assert_eq!(
@@ -322,82 +386,198 @@ fn prefill_is_close_and_the_same_in_chunks() {
     }
 }
 
+/// A window that begins inside a tile, at a tile's edge, at a partition's edge, one that holds itself alone, and caps.
+fn locals() -> [Local; 5] {
+    let local = |window, soft_cap| Local { window, soft_cap };
+    [
+        local(1, None),
+        local(37, Some(0.5)),
+        local(256, None),
+        local(300, Some(2.0)),
+        local(NO_WINDOW, Some(1.0)),
+    ]
+}
+
+#[test]
+fn windows_and_caps_hold_in_decodes() {
+    let mut noise = Noise(13);
+    for shape in shapes() {
+        for local in locals() {
+            let lengths = [1, 16, 37, 38, 256, 257, 555, 800];
+            let mut world = PagedSequences::new(shape, &lengths, &mut noise);
+            let stride = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim;
+            let qkv = noise.bf16s(lengths.len() * stride);
+            for (row, &length) in lengths.iter().enumerate() {
+                world.forget_before(row, length - 1, local);
+            }
+            let list = |(i, &length): (usize, &usize)| [i, i, length];
+            let sequences: Vec<[usize; 3]> = lengths.iter().enumerate().map(list).collect();
+            let out = world.decode(&sequences, &qkv, local, 1, 1);
+            for (i, &length) in lengths.iter().enumerate() {
+                let want = world.attend(i, length - 1, &qkv[i * stride..], local);
+                let got = &out[i * want.len()..][..want.len()];
+                let why = format!("{local:?}, head size {}, length {length}", shape.head_dim);
+                assert_near(&why, got, &want, |_| TOLERANCE);
+                let alone = world.decode(&sequences[i..=i], &qkv, local, 1000, 2);
+                assert_eq!(&alone[i * want.len()..][..want.len()], got, "{why}: alone");
+            }
+        }
+    }
+}
+
+#[test]
+fn windows_and_caps_hold_in_chunks() {
+    let mut noise = Noise(14);
+    for (shape, local) in shapes().zip(locals().into_iter().cycle()) {
+        let length = 420;
+        let mut world = PagedSequences::new(shape, &[length], &mut noise);
+        let stride = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim;
+        let qkv = noise.bf16s(length * stride);
+        let width = shape.n_heads * shape.head_dim;
+        let out = world.prefill(&[[0, 0, length, 0]], &qkv, Some(local), 1);
+        let why = |position| format!("{local:?}, head size {}, {position}", shape.head_dim);
+        for position in [
+            0, 1, 36, 37, 38, 63, 64, 100, 255, 256, 299, 300, 301, 418, 419,
+        ] {
+            let want = world.attend(0, position, &qkv[position * stride..], local);
+            let got = &out[position * width..][..width];
+            assert_near(&why(position), got, &want, |_| TOLERANCE);
+        }
+        // A chunk reads nothing that its first token does not see.
+        let from = 333;
+        world.forget_before(0, from, local);
+        let chunk = [[0, 0, length - from, from]];
+        let later = world.prefill(&chunk, &qkv[from * stride..], Some(local), 2);
+        assert_eq!(later[..], out[from * width..], "{}", why(from));
+    }
+}
+
+/// What `rope_append` is given besides queries, keys and values.
+struct Turn {
+    /// Pairs.
+    n_frequencies: usize,
+    /// Weights of the norms of query and key heads.
+    norms: Option<[Vec<f32>; 2]>,
+}
+
+/// A head as the kernel is to leave it, in f64.
+fn turned(head: &[u16], position: u32, frequencies: &[f32], norm: Option<&[f32]>) -> Vec<f64> {
+    let mut x: Vec<f64> = head.iter().map(|&x| value(x)).collect();
+    if let Some(weight) = norm {
+        let squares: f64 = x.iter().map(|x| x * x).sum();
+        let inverse = 1.0 / (squares / x.len() as f64 + 1e-6).sqrt();
+        let normed = x
+            .iter()
+            .zip(weight)
+            .map(|(x, &w)| x * inverse * f64::from(w));
+        x = normed.collect();
+    }
+    let n = frequencies.len();
+    for i in 0..n {
+        let (sin, cos) = f64::from(position as f32 * frequencies[i]).sin_cos();
+        let (a, b) = (x[i], x[i + n]);
+        x[i] = (a * cos - b * sin) * 1.5;
+        x[i + n] = (b * cos + a * sin) * 1.5;
+    }
+    x
+}
+
 #[test]
 fn rope_turns_pairs_and_appends() {
     let mut noise = Noise(12);
     for shape in shapes() {
-        let Shape {
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            ..
-        } = shape;
-        let mut world = World::new(shape, &[0, 0, 300], &mut noise);
-        world.cache.fill(0xffff);
-        let stride = (n_heads + 2 * n_kv_heads) * head_dim;
-        let positions = vec![5_u32, INERT, 299, 0];
-        let rows = vec![1_u32, 0, 2, 0];
-        let half = head_dim / 2;
-        let frequencies: Vec<f32> = (0..half)
-            .map(|i| 10_000_f32.powf(-(i as f32) / half as f32))
-            .collect();
-        let before = noise.bf16s(positions.len() * stride);
-        let mut qkv = before.clone();
-        let args = RopeAppendArgs {
-            cache: world.argument(),
-            qkv: address(qkv.as_mut_ptr()),
-            positions: address(positions.as_ptr()),
-            rows: address(rows.as_ptr()),
-            inverse_frequencies: address(frequencies.as_ptr()),
-            n_heads: n_heads as u32,
-            stride: stride as u32,
-            scale: 1.5,
-            unused: 0,
-        };
-        let grid = kernel::rope_append(positions.len(), head_dim as u32);
-        // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
-        unsafe { launch("rope_append", grid, 3, &args) };
-        let mut n_written = 0;
-        for (t, (&position, &row)) in positions.iter().zip(&rows).enumerate() {
-            let (old, new) = (
-                &before[t * stride..][..stride],
-                &qkv[t * stride..][..stride],
-            );
-            if position == INERT {
-                assert_eq!(old, new, "an inert row");
+        let whole = shape.head_dim / 2;
+        for (n_frequencies, normed) in [
+            (whole, false),
+            (whole, true),
+            (13, false),
+            (16, true),
+            (0, false),
+        ] {
+            let mut weights = || (0..shape.head_dim).map(|_| noise.unit()).collect();
+            let norms = normed.then(|| [weights(), weights()]);
+            let turn = Turn {
+                n_frequencies,
+                norms,
+            };
+            check_rope(shape, &turn, &mut noise);
+        }
+    }
+}
+
+fn check_rope(shape: Shape, turn: &Turn, noise: &mut Noise) {
+    let Shape {
+        n_heads,
+        n_kv_heads,
+        head_dim,
+        ..
+    } = shape;
+    let mut world = PagedSequences::new(shape, &[0, 0, 300], noise);
+    world.cache.fill(0xffff);
+    let stride = (n_heads + 2 * n_kv_heads) * head_dim;
+    let (positions, rows) = (vec![5_u32, INERT, 299, 0], vec![1_u32, 0, 2, 0]);
+    let frequencies: Vec<f32> = (0..turn.n_frequencies)
+        .map(|i| 10_000_f32.powf(-(i as f32) / turn.n_frequencies as f32))
+        .collect();
+    let before = noise.bf16s(positions.len() * stride);
+    let mut qkv = before.clone();
+    let norm = |which: usize| {
+        turn.norms
+            .as_ref()
+            .map_or(In::NULL, |norms| address(norms[which].as_ptr()))
+    };
+    let args = RopeAppendArgs {
+        cache: world.argument(),
+        qkv: address(qkv.as_mut_ptr()),
+        positions: address(positions.as_ptr()),
+        rows: address(rows.as_ptr()),
+        inverse_frequencies: address(frequencies.as_ptr()),
+        query_norm: norm(0),
+        key_norm: norm(1),
+        n_heads: n_heads as u32,
+        stride: stride as u32,
+        n_frequencies: turn.n_frequencies as u32,
+        scale: 1.5,
+        epsilon: 1e-6,
+        unused: 0,
+    };
+    let grid = kernel::rope_append(positions.len(), head_dim as u32);
+    // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
+    unsafe { launch(grid, 3, &args) };
+    let mut n_written = 0;
+    for (t, (&position, &row)) in positions.iter().zip(&rows).enumerate() {
+        let (old, new) = (
+            &before[t * stride..][..stride],
+            &qkv[t * stride..][..stride],
+        );
+        if position == INERT {
+            assert_eq!(old, new, "an inert row");
+            continue;
+        }
+        for (h, (old, new)) in old.chunks(head_dim).zip(new.chunks(head_dim)).enumerate() {
+            if h >= n_heads + n_kv_heads {
+                assert_eq!(old, new, "a value");
                 continue;
             }
-            let n_rotated = (n_heads + n_kv_heads) * head_dim;
-            let mut want: Vec<f64> = old.iter().map(|&x| value(x)).collect();
-            for head in want[..n_rotated].chunks_mut(head_dim) {
-                for i in 0..half {
-                    let (sin, cos) = f64::from(position as f32 * frequencies[i]).sin_cos();
-                    let (a, b) = (head[i], head[i + half]);
-                    head[i] = (a * cos - b * sin) * 1.5;
-                    head[i + half] = (b * cos + a * sin) * 1.5;
-                }
-            }
-            // One rounding to bfloat16 is at most 2^-8 of the value; cancellation leaves binary32 noise.
+            let which = usize::from(h >= n_heads);
+            let norm = turn.norms.as_ref().map(|norms| &norms[which][..]);
+            let want = turned(old, position, &frequencies, norm);
+            // One rounding to bfloat16 is at most 2^-8 of the value; cancellation leaves noise of f32.
             assert_near("rope", new, &want, |want| want.abs() / 256.0 + 1e-5);
-            for head in 0..n_kv_heads {
-                let key = world.at(row as usize, position as usize, head, 0);
-                let at = (n_heads + head) * head_dim;
+        }
+        for head in 0..n_kv_heads {
+            for (part, first) in [(0, n_heads), (1, n_heads + n_kv_heads)] {
+                let at = world.at(row as usize, position as usize, head, part);
+                let from = (first + head) * head_dim;
                 assert_eq!(
-                    world.cache[key..][..head_dim],
-                    new[at..][..head_dim],
-                    "keys"
+                    world.cache[at..][..head_dim],
+                    new[from..][..head_dim],
+                    "keys and values"
                 );
-                let values = world.at(row as usize, position as usize, head, 1);
-                let at = (n_heads + n_kv_heads + head) * head_dim;
-                assert_eq!(
-                    world.cache[values..][..head_dim],
-                    new[at..][..head_dim],
-                    "values"
-                );
-                n_written += 2 * head_dim;
+                n_written += head_dim;
             }
         }
-        let written = world.cache.iter().filter(|&&x| x != 0xffff).count();
-        assert_eq!(written, n_written, "nothing else is written");
     }
+    let written = world.cache.iter().filter(|&&x| x != 0xffff).count();
+    assert_eq!(written, n_written, "nothing else is written");
 }

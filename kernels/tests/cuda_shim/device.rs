@@ -1,77 +1,127 @@
 //! The whole CUDA device against the f64 oracle: on the shim, or on a GPU (gpu.rs).
 
-use crate::layer::{MAX_BLOCKS, Model, Part, Shape, VOCABULARY, config, n_blocks, step_of};
+use crate::layer::{Layers, MAX_SEQUENCES, Part, Routing, Shape, TestModel, VOCABULARY};
 use kvasir_kernels::cuda::CudaDevice;
 use kvasir_kernels::cuda::shim::Shim;
 use kvasir_kernels::device::*;
 use kvasir_kernels::reference::ReferenceDevice;
+use kvasir_kernels::shape::*;
+use kvasir_kernels::step::*;
 use std::num::NonZeroU32;
 
-const SHAPES: [Shape; 4] = [
-    Shape {
-        n_heads: 3,
-        n_kv_heads: 3,
-        head_dim: 64,
-        hidden: 21,
-        intermediate: 35,
-        block_size: 8,
-    },
-    Shape {
-        n_heads: 10,
-        n_kv_heads: 2,
-        head_dim: 80,
-        hidden: 100,
-        intermediate: 130,
-        block_size: 24,
-    },
-    Shape {
-        n_heads: 8,
-        n_kv_heads: 1,
-        head_dim: 128,
-        hidden: 64,
-        intermediate: 257,
-        block_size: 128,
-    },
-    Shape {
-        n_heads: 1,
-        n_kv_heads: 1,
-        head_dim: 256,
-        hidden: 1,
-        intermediate: 1,
-        block_size: 16,
-    },
-];
+const LLAMA: Shape = Shape::llama([3, 3, 64, 21, 35, 8]);
 
-fn device(config: DeviceConfig) -> Box<dyn Device> {
+/// What a Llama needs, in several sizes; then one kind of difference each, and all of them together.
+fn shapes() -> Vec<(&'static str, Shape)> {
+    let small = Shape::llama([4, 2, 64, 48, 40, 16]);
+    let routing = Routing {
+        n_experts: 6,
+        top_k: 2,
+        renormalize: true,
+    };
+    vec![
+        ("odd sizes", LLAMA),
+        ("grouped heads", Shape::llama([10, 2, 80, 100, 130, 24])),
+        ("long blocks", Shape::llama([8, 1, 128, 64, 257, 128])),
+        ("hardly anything", Shape::llama([1, 1, 256, 1, 1, 16])),
+        (
+            "a window",
+            Shape {
+                window: Some(20),
+                ..small
+            },
+        ),
+        (
+            "a window over partitions, and a soft cap",
+            Shape {
+                window: Some(257),
+                soft_cap: Some(0.7),
+                ..small
+            },
+        ),
+        (
+            "norms of heads, and a partial rotary embedding",
+            Shape {
+                head_norms: true,
+                n_frequencies: 12,
+                ..small
+            },
+        ),
+        (
+            "no rotary frequencies",
+            Shape {
+                n_frequencies: 0,
+                ..small
+            },
+        ),
+        (
+            "GELU",
+            Shape {
+                activation: Activation::GeluTanh,
+                ..small
+            },
+        ),
+        (
+            "experts",
+            Shape {
+                routing: Some(routing),
+                ..small
+            },
+        ),
+        (
+            "all of it",
+            Shape {
+                window: Some(40),
+                soft_cap: Some(1.5),
+                head_norms: true,
+                n_frequencies: 16,
+                routing: Some(Routing {
+                    n_experts: 5,
+                    top_k: 3,
+                    renormalize: false,
+                }),
+                activation: Activation::GeluTanh,
+                ..small
+            },
+        ),
+    ]
+}
+
+const OPTIONS: DeviceOptions = DeviceOptions {
+    numerics: Numerics::uniform(Precision::BF16),
+    memory_limit: None,
+};
+
+pub(crate) fn device() -> Box<dyn Device> {
     #[cfg(feature = "cuda")]
     if crate::gpu::wanted() {
         let gpu = kvasir_kernels::cuda::gpu::Gpu::open().unwrap();
-        return Box::new(CudaDevice::new(gpu, config).unwrap());
+        return Box::new(CudaDevice::new(gpu, OPTIONS).unwrap());
     }
-    Box::new(CudaDevice::new(Shim::default(), config).unwrap())
+    Box::new(CudaDevice::new(Shim::default(), OPTIONS).unwrap())
 }
 
-fn cuda(shape: Shape) -> Model {
-    Model::new(device(config(shape, Precision::BF16)), shape)
+fn cuda(shape: &Shape) -> TestModel {
+    TestModel::new(device(), shape)
 }
 
-fn worst(want: &[Vec<f32>], got: &[Vec<f32>]) -> f32 {
-    assert_eq!(want.len(), got.len());
-    let pairs = want.iter().flatten().zip(got.iter().flatten());
-    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+fn oracle(shape: &Shape) -> TestModel {
+    TestModel::new(Box::new(ReferenceDevice::default()), shape)
+}
+
+/// The largest difference; NaN where there is one.
+fn worst(want: &[f32], got: &[f32]) -> f32 {
+    let errors = want.iter().zip(got).map(|(a, b)| (a - b).abs());
+    errors.fold(0.0, |worst, e| if e <= worst { worst } else { e })
 }
 
 #[test]
 fn mixed_steps_agree_with_f64() {
-    for shape in SHAPES {
-        let mut model = cuda(shape);
-        let mut oracle = Model::new(
-            Box::new(ReferenceDevice::new(config(shape, Precision::BF16))),
-            shape,
-        );
+    for (why, shape) in shapes() {
+        let (mut model, mut oracle) = (cuda(&shape), oracle(&shape));
         // A prefill with a partial last block beside an inert span; decodes beside a chunk; an empty step; decodes of
-        // one shape often enough to be captured and replayed, over more than one partition.
-        let steps: [&[Part]; 7] = [
+        // one shape often enough to be captured and replayed, over more than one partition; several tokens to verify.
+        let steps: [&[Part]; 8] = [
             &[(0, 0..19), (2, 0..0), (1, 0..1)],
             &[(0, 19..20), (1, 1..40), (3, 0..258)],
             &[],
@@ -79,160 +129,299 @@ fn mixed_steps_agree_with_f64() {
             &[(1, 41..42), (3, 259..260)],
             &[(3, 260..261), (0, 20..21)],
             &[(0, 21..22), (1, 42..43), (3, 261..262)],
+            &[(0, 22..27), (3, 262..270), (1, 43..44)],
         ];
+        let mut errors = Vec::new();
         for parts in steps {
-            let input = step_of(parts, shape.block_size, n_blocks(&model));
-            // Activations of order 1 are rounded to bfloat16 between operations, by 2^-9 each, some thirty times.
-            let error = worst(&oracle.step(&input), &model.step(&input));
-            assert!(error < 0.12, "{shape:?}, {parts:?}: {error}");
+            let (want, got) = (oracle.step(parts), model.step(parts));
+            assert_eq!(want.len(), got.len());
+            errors.extend(want.iter().zip(&got).map(|(want, got)| worst(want, got)));
+        }
+        errors.sort_by(f32::total_cmp);
+        // Logits of experts that nearly tie are rounded to the other order now and then, which changes a row for good.
+        let n_doubtful = if shape.routing.is_some() { 2 } else { 0 };
+        let sure = errors.len() - n_doubtful;
+        // Activations of order 1 are rounded to bfloat16 between operations, by 2^-9 each, some thirty times.
+        assert!(errors[sure - 1] < 0.12, "{why}: {errors:?}");
+        assert!(errors.iter().all(|error| *error < 2.0), "{why}: {errors:?}");
+    }
+}
+
+#[test]
+fn tokens_to_verify_equal_single_decodes() {
+    for (why, shape) in shapes() {
+        if why == "odd sizes" || shape.window.is_some() || shape.routing.is_some() {
+            let (mut together, mut one_by_one) = (cuda(&shape), cuda(&shape));
+            for model in [&mut together, &mut one_by_one] {
+                model.step(&[(0, 0..253), (5, 0..30)]);
+            }
+            let mut singles: Vec<Vec<f32>> = Vec::new();
+            for p in 253..253 + MAX_DECODE_TOKENS {
+                singles.extend(one_by_one.step(&[(0, p..p + 1)]));
+            }
+            // Three steps of one shape: run, captured, replayed.
+            for row in 0..3 {
+                let part = [(0, 253..253 + MAX_DECODE_TOKENS)];
+                let mut input = together.layers.input(&part);
+                // The last token is named twice, as where a prompt is answered more than once.
+                input.logits = (0..MAX_DECODE_TOKENS).collect();
+                input.logits[0] = 1;
+                let got = together.layers.step(&mut *together.device, &input);
+                assert_eq!(got[0], got[1], "{why}: two rows of one token");
+                for (i, (got, want)) in got.iter().zip(&singles).enumerate().skip(1) {
+                    // Products are the shim's here: their sums do not depend on the rows.
+                    let same = crate::gpu::wanted() || got == want;
+                    let near = worst(want, got);
+                    assert!(
+                        same && near < 0.05,
+                        "{why}: token {i} in step {row}: {near}"
+                    );
+                }
+            }
         }
     }
 }
 
-/// Decodes `n` tokens of three sequences, greedy and random, `ahead` steps before the tokens are known.
-fn decode(ahead: bool, n: u32) -> Vec<Vec<Sampled>> {
-    let shape = SHAPES[0];
-    let mut model = cuda(shape);
-    let n_blocks = n_blocks(&model);
-    let sampling = |l: u32, output_index| Sampling {
-        temperature: [0.0, 0.7, 1.3][l as usize],
-        top_p: [1.0, 0.9, 1.0][l as usize],
-        top_k: NonZeroU32::new([0, 0, 9][l as usize]),
-        seed: 7 + u64::from(l),
-        output_index,
-    };
-    let step = |i: u32, known: Option<&[Sampled]>| {
+#[test]
+fn two_models_in_turn_equal_each_alone() {
+    let all = shapes();
+    let find = |name| all.iter().find(|(why, _)| *why == name).unwrap().1;
+    for (first, second) in [
+        // Shares of a page of two sizes, then of one size in groups of two sizes.
+        (find("all of it"), find("grouped heads")),
+        (find("a window"), find("experts")),
+    ] {
+        let mut device = device();
+        let both = [
+            Layers::add(&mut *device, &first, 0),
+            Layers::add(&mut *device, &second, 1),
+        ];
+        // The second model's sequences take the blocks behind the first one's.
+        let offset = both[0].n_blocks();
+        device.allocate_kv(offset + both[1].n_blocks()).unwrap();
+        let mut alone = [cuda(&first), cuda_with_seed(&second, 1)];
+        let steps: [&[Part]; 5] = [
+            &[(0, 0..40), (1, 0..5)],
+            &[(0, 40..41), (1, 5..6)],
+            &[(0, 41..42), (1, 6..7)],
+            &[(0, 42..43), (1, 7..8)],
+            &[(0, 43..47), (1, 8..20)],
+        ];
+        for parts in steps {
+            for (i, layers) in both.iter().enumerate() {
+                let mut input = layers.input(parts);
+                let blocks = input.table_updates.iter_mut().flat_map(|u| &mut u.blocks);
+                blocks.for_each(|block| block.0 += offset * i as u32);
+                let got = layers.step(&mut *device, &input);
+                assert_eq!(got, alone[i].step(parts), "model {i}, {parts:?}");
+            }
+        }
+    }
+}
+
+fn cuda_with_seed(shape: &Shape, seed: u32) -> TestModel {
+    let mut device = device();
+    let layers = Layers::add(&mut *device, shape, seed);
+    device.allocate_kv(layers.n_blocks()).unwrap();
+    TestModel { device, layers }
+}
+
+/// Three sequences of which tokens are sampled, greedy and random.
+struct Decoding {
+    model: TestModel,
+}
+
+impl Decoding {
+    fn submit(&mut self, i: u32, known: Option<&[Sampled]>) -> Ticket {
+        let lengths = [5, 3, 30];
         let parts: Vec<Part> = match i {
-            0 => vec![(0, 0..5), (1, 0..3), (2, 0..30)],
-            _ => [5, 3, 30]
-                .iter()
-                .zip(0..)
-                .map(|(&p, s)| (s, p + i - 1..p + i))
+            0 => (0..).zip(lengths).map(|(s, n)| (s, 0..n)).collect(),
+            _ => (0..)
+                .zip(lengths)
+                .map(|(s, p)| (s, p + i - 1..p + i))
                 .collect(),
         };
-        let mut input = step_of(&parts, shape.block_size, n_blocks);
-        for (row, l) in input.logits.iter_mut().zip(0..) {
-            row.want = LogitsWant::Sample(sampling(l, i));
-        }
+        let mut input = self.model.layers.input(&parts);
         if i > 0 {
             for (token, l) in input.tokens.iter_mut().zip(0..) {
                 *token = match known {
-                    Some(drawn) => TokenInput::Id(drawn[l as usize].token),
+                    Some(sampled) => TokenInput::Id(sampled[l as usize].token),
                     None => TokenInput::Sampled { logits_row: l },
                 };
             }
         }
-        input
+        let request = |l: usize| LogitsRow {
+            request: LogitsRequest::Sample {
+                params: SamplingParams {
+                    temperature: [0.0, 0.7, 1.3][l],
+                    top_p: [1.0, 0.9, 1.0][l],
+                    top_k: NonZeroU32::new([0, 0, 9][l]),
+                    seed: 7 + l as u64,
+                },
+                output_index: i,
+            },
+            n_logprobs: Some(2),
+        };
+        let TestModel { device, layers } = &mut self.model;
+        let ticket = device.submit(&input, &|ops| layers.forward(ops)).unwrap();
+        let requests: Vec<LogitsRow> = (0..3).map(request).collect();
+        device.sample(&ticket, layers.logits, &requests).unwrap();
+        ticket
+    }
+
+    fn collect(&mut self, ticket: Ticket) -> Vec<Sampled> {
+        self.model.device.collect(ticket).unwrap().sampled
+    }
+}
+
+/// Decodes `n` tokens of each, `ahead` steps before the tokens are known.
+fn decode(ahead: bool, n: u32) -> Vec<Vec<Sampled>> {
+    let mut decoding = Decoding {
+        model: cuda(&LLAMA),
     };
-    let mut drawn: Vec<Vec<Sampled>> = Vec::new();
+    let mut sampled: Vec<Vec<Sampled>> = Vec::new();
     let mut under_way = Vec::new();
     for i in 0..n {
-        let known = if ahead {
-            None
-        } else {
-            drawn.last().map(Vec::as_slice)
-        };
-        under_way.push(model.submit(&step(i, known)));
-        if !ahead || under_way.len() == model.device.depth() {
-            drawn.push(model.device.collect(under_way.remove(0)).unwrap().sampled);
+        let known = if ahead { None } else { sampled.last().cloned() };
+        under_way.push(decoding.submit(i, known.as_deref()));
+        if !ahead || under_way.len() == decoding.model.device.depth() {
+            let oldest = under_way.remove(0);
+            sampled.push(decoding.collect(oldest));
         }
     }
     for ticket in under_way {
-        drawn.push(model.device.collect(ticket).unwrap().sampled);
+        sampled.push(decoding.collect(ticket));
     }
-    drawn
+    sampled
 }
 
 #[test]
 fn a_step_ahead_gives_the_same_tokens() {
     let known = decode(false, 9);
     assert_eq!(known.len(), 9);
-    assert!(
-        known
-            .iter()
-            .flatten()
-            .all(|s| s.logprob.is_some() && s.top.len() == 2)
-    );
+    let mut all = known.iter().flatten();
+    assert!(all.all(|s| s.logprob.is_some() && s.top.len() == 2));
     assert_eq!(decode(true, 9), known);
 }
 
 #[test]
-fn copied_blocks_hold_what_their_sources_do() {
-    let shape = SHAPES[0];
-    let mut model = cuda(shape);
-    let n_blocks = n_blocks(&model);
-    model.step(&step_of(&[(0, 0..20)], shape.block_size, n_blocks));
-    let want = model.step(&step_of(&[(0, 20..21)], shape.block_size, n_blocks));
-    let mut input = step_of(&[(0, 20..21)], shape.block_size, n_blocks);
-    let blocks = input.table_updates[0].blocks.clone();
-    input.copies = blocks
-        .iter()
-        .zip(100..)
-        .map(|(&from, to)| (from, BlockId(to)))
-        .collect();
-    input.table_updates[0].blocks = (100..).map(BlockId).take(blocks.len()).collect();
-    assert_eq!(model.step(&input), want);
+fn a_device_with_graphs_and_steps_under_way_ends_in_order() {
+    // The shim's driver refuses to end before its graphs.
+    let mut decoding = Decoding {
+        model: cuda(&LLAMA),
+    };
+    for i in 0..6 {
+        let ticket = decoding.submit(i, None);
+        decoding.collect(ticket);
+    }
+    let under_way = [decoding.submit(6, None), decoding.submit(7, None)];
+    assert_ne!(under_way[0], under_way[1]);
+    drop(decoding);
 }
 
 #[test]
-fn a_table_longer_than_one_trip_arrives() {
-    let shape = SHAPES[0];
-    let mut long = config(shape, Precision::BF16);
-    long.limits.max_blocks_per_sequence = 20_000;
-    let mut model = Model::new(device(long), shape);
-    let n_blocks = n_blocks(&model);
-    let want = model.step(&step_of(&[(1, 0..20)], shape.block_size, n_blocks));
+fn copied_blocks_hold_what_their_sources_do() {
+    for (why, shape) in shapes() {
+        let mut model = cuda(&shape);
+        model.step(&[(0, 0..45)]);
+        let want = model.step(&[(0, 45..46)]);
+        let mut input = model.layers.input(&[(0, 45..46)]);
+        // To where the last sequence's would be.
+        let last = MAX_SEQUENCES as u32 - 1;
+        let n_groups = model.layers.n_groups as u32;
+        let blocks = input.table_updates.iter_mut().flat_map(|u| &mut u.blocks);
+        for block in blocks {
+            let to = BlockId(block.0 + last * n_groups);
+            input.copies.push((*block, to));
+            *block = to;
+        }
+        let got = model.layers.step(&mut *model.device, &input);
+        assert_eq!(got, want, "{why}");
+    }
+}
+
+#[test]
+fn more_table_changes_than_one_trip_takes_arrive() {
+    let want = cuda(&LLAMA).step(&[(1, 0..20)]);
+    let mut model = cuda(&LLAMA);
     // The entries that count come last, behind more others than go in one trip.
-    let mut input = step_of(&[(1, 0..20)], shape.block_size, n_blocks);
+    let mut input = model.layers.input(&[(1, 0..20)]);
     let others = TableUpdate {
+        group: 0,
         row: TableRow(0),
         first: 0,
-        blocks: (0..18_000)
-            .map(|i| BlockId(i % MAX_BLOCKS as u32))
-            .collect(),
+        blocks: (0..80).map(BlockId).collect(),
     };
-    for entry in &mut input.table_updates[0].blocks {
-        entry.0 = (entry.0 + 60) % n_blocks;
+    for _ in 0..500 {
+        input.table_updates.insert(0, others.clone());
     }
-    input.table_updates.insert(0, others);
-    assert_eq!(model.step(&input), want);
+    let got = model.layers.step(&mut *model.device, &input);
+    assert_eq!(got, want);
 }
 
 #[test]
 fn memory_is_accounted_for() {
-    let shape = SHAPES[0];
-    let model = cuda(shape);
+    let model = cuda(&LLAMA);
     let memory = model.device.memory();
-    assert!(memory.weights >= (VOCABULARY * shape.hidden * 2) as u64);
+    assert!(memory.weights >= (VOCABULARY * LLAMA.hidden * 2) as u64);
     assert!(memory.workspace > 0 && memory.other > 0);
     assert!(memory.weights + memory.workspace + memory.other < memory.limit);
 }
 
 #[test]
 fn what_is_not_supported_is_said_in_words() {
-    let refused = |change: fn(&mut DeviceConfig)| {
-        let mut config = config(SHAPES[0], Precision::BF16);
-        change(&mut config);
-        let device = CudaDevice::new(Shim::default(), config);
-        device.err().unwrap().to_string()
+    let f32_weights = DeviceOptions {
+        numerics: Numerics {
+            weights: Precision::F32,
+            ..OPTIONS.numerics
+        },
+        ..OPTIONS
     };
-    for (change, want) in [
+    let refused = CudaDevice::new(Shim::default(), f32_weights);
+    assert_eq!(
+        refused.err().unwrap().to_string(),
+        "the cuda device does not support weights in float32; use --dtype bfloat16, or --device cpu"
+    );
+    let shape = |change: fn(&mut ModelShape)| {
+        let mut shape = LLAMA.model_shape();
+        change(&mut shape);
+        shape
+    };
+    for (shape, want) in [
         (
-            (|config| {
-                config.attention.head_dim = 48;
-                config.rope.inverse_frequencies.truncate(24);
-            }) as fn(&mut DeviceConfig),
+            Shape::llama([3, 3, 48, 21, 35, 8]).model_shape(),
             "the cuda device does not support head_dim 48; [64, 80, 96, 128, 192, 256] are",
         ),
         (
-            |config| config.attention.block_size = 4,
+            shape(|shape| shape.block_size = 4),
             "the cuda device does not support --block-size 4; 8 to 128 tokens are",
         ),
         (
-            |config| config.precision = Precision::F32,
-            "the cuda device does not support float32; use --dtype bfloat16, or --device cpu",
+            shape(|shape| shape.max_positions = 1 << 26),
+            "the cuda device does not support 67108864 positions; 33554432 are",
         ),
     ] {
-        assert_eq!(refused(change), want);
+        assert_eq!(device().add_model(&shape).err().unwrap().to_string(), want);
     }
+    let mut large = device();
+    let shape = shape(|shape| shape.vocab_size = 1 << 19);
+    large.add_model(&shape).unwrap();
+    assert_eq!(
+        large.plan_logits().err().unwrap().to_string(),
+        "the cuda device does not support a vocabulary of 524288 tokens; 262144 are"
+    );
+}
+
+#[test]
+#[should_panic(expected = "a buffer of another model")]
+fn a_buffer_of_another_model_is_refused() {
+    let mut device = device();
+    let first = Layers::add(&mut *device, &LLAMA, 0);
+    let second = Layers::add(&mut *device, &LLAMA, 1);
+    device.allocate_kv(first.n_blocks()).unwrap();
+    let input = StepInput {
+        model: second.model,
+        ..second.input(&[(0, 0..1)])
+    };
+    let _ = device.submit(&input, &|ops| first.forward(ops));
 }

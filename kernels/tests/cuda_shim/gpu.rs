@@ -3,7 +3,7 @@
 //! Every allocation of the process then comes from one mapped, pinned arena, so that the tests' vectors have the same
 //! address on both sides; a vector on the stack would not.
 
-use kvasir_kernels::cuda::driver::{Arguments, Launch};
+use kvasir_kernels::cuda::kernel::{Arguments, Launch};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -75,21 +75,21 @@ pub(crate) fn wanted() -> bool {
 /// # Safety
 /// As for the shim's launch.
 #[cfg(feature = "cuda")]
-pub(crate) unsafe fn launch<A: Arguments>(name: &'static str, launch: Launch, args: &A) {
+pub(crate) unsafe fn launch<A: Arguments>(launch: Launch<A>, args: &A) {
     use kvasir_kernels::cuda::driver::Driver;
     use kvasir_kernels::cuda::gpu::Gpu;
     use std::sync::{Mutex, OnceLock, PoisonError};
     static GPU: OnceLock<Mutex<Gpu>> = OnceLock::new();
     let gpu = GPU.get_or_init(|| {
-        let gpu = Gpu::open().unwrap();
+        let mut gpu = Gpu::open().unwrap();
         // SAFETY: the arena is mapped for ever, and nothing else has registered it.
         unsafe { gpu.share_host_memory(base() as *mut u8, ARENA_BYTES) }.unwrap();
         Mutex::new(gpu)
     });
     let mut gpu = gpu.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: the caller's promise.
-    unsafe { gpu.launch(name, launch, args) }.unwrap();
-    gpu.synchronize().unwrap();
+    unsafe { gpu.launch(launch, args) }.unwrap();
+    gpu.synchronize_all().unwrap();
 }
 
 /// There is none in this build.
@@ -97,6 +97,6 @@ pub(crate) unsafe fn launch<A: Arguments>(name: &'static str, launch: Launch, ar
 /// # Safety
 /// None is needed.
 #[cfg(not(feature = "cuda"))]
-pub(crate) unsafe fn launch<A: Arguments>(_: &'static str, _: Launch, _: &A) {
+pub(crate) unsafe fn launch<A: Arguments>(_: Launch<A>, _: &A) {
     unreachable!("built without the feature `cuda`");
 }

@@ -12,12 +12,14 @@
 
 mod attention;
 mod device;
+mod experts;
 mod gpu;
 #[path = "../layer/model.rs"]
 mod layer;
 mod rows;
 mod sampling;
 mod shim;
+mod stored;
 
 use std::process::{Command, Output};
 

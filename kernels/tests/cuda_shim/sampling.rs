@@ -1,10 +1,12 @@
 //! Sampling, token for token and bit for bit what `kvasir_kernels::sampling` gives.
 
 use crate::shim::{Noise, address, launch};
-use kvasir_kernels::cuda::kernel::{self, MAX_TOP, SampleArgs, SampleRow};
-use kvasir_kernels::device::{LogitsRow, LogitsWant, Sampling};
+use kvasir_kernels::cuda::kernel::{self, SampleArgs, SampleRow};
 use kvasir_kernels::sampling::{Scratch, sample_row};
+use kvasir_kernels::step::{LogitsRequest, LogitsRow, SamplingParams};
 use std::num::NonZeroU32;
+
+const MAX_TOP: usize = kernel::MAX_TOP as usize;
 
 fn check(why: &str, logits: &[f32], rows: &[LogitsRow], seed: u64) {
     let vocabulary = logits.len() / rows.len();
@@ -23,7 +25,7 @@ fn check(why: &str, logits: &[f32], rows: &[LogitsRow], seed: u64) {
         stride: vocabulary as u32,
     };
     // SAFETY: every vector holds what the fields above say.
-    unsafe { launch("sample", kernel::sample(n), seed, &args) };
+    unsafe { launch(kernel::sample(n), seed, &args) };
     let mut scratch = Scratch::default();
     for (l, row) in rows.iter().enumerate() {
         let want = sample_row(&logits[l * vocabulary..][..vocabulary], row, &mut scratch);
@@ -60,17 +62,19 @@ fn rows(noise: &mut Noise, vocabulary: usize) -> Vec<LogitsRow> {
                 NonZeroU32::new(40),
                 NonZeroU32::new(1_000_000),
             ] {
-                let sampling = Sampling {
+                let params = SamplingParams {
                     temperature,
                     top_p,
                     top_k,
                     seed: noise.word(),
-                    output_index: noise.word() as u32,
                 };
+                let output_index = noise.word() as u32;
                 let n_logprobs = [None, Some(0), Some(20), Some(255)][out.len() % 4];
                 out.push(LogitsRow {
-                    token: 0,
-                    want: LogitsWant::Sample(sampling),
+                    request: LogitsRequest::Sample {
+                        params,
+                        output_index,
+                    },
                     n_logprobs,
                 });
             }
@@ -78,15 +82,14 @@ fn rows(noise: &mut Noise, vocabulary: usize) -> Vec<LogitsRow> {
     }
     let token = (noise.word() % vocabulary as u64) as u32;
     out.push(LogitsRow {
-        token: 0,
-        want: LogitsWant::Score { token },
+        request: LogitsRequest::Score { token },
         n_logprobs: Some(5),
     });
     out
 }
 
 #[test]
-fn draws_are_those_of_the_host() {
+fn samples_are_those_of_the_host() {
     let mut noise = Noise(20);
     for (why, vocabulary, seed) in [
         ("one token", 1, 1),

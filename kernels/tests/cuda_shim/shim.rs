@@ -1,33 +1,25 @@
 //! Launches of single kernels, and the noise that they are fed.
 
-use kvasir_kernels::cuda::driver::{Arguments, Launch};
+use kvasir_kernels::cuda::kernel::{Arguments, Launch};
 pub(crate) use kvasir_kernels::cuda::shim::sanitized;
 
-/// Runs the kernel `name` to its end, its threads in an order that `seed` chooses.
+/// Runs a kernel to its end, its threads in an order that `seed` chooses.
 ///
 /// # Safety
-/// `args` is the kernel's struct of arguments; its addresses are valid for what the kernel does with them.
-pub(crate) unsafe fn launch<A: Arguments>(name: &'static str, launch: Launch, seed: u64, args: &A) {
-    if crate::gpu::wanted() {
-        // SAFETY: the caller's promise.
-        return unsafe { crate::gpu::launch(name, launch, args) };
-    }
-    let bytes = size_of::<A>();
+/// The addresses in `args` are valid for what the kernel does with them.
+pub(crate) unsafe fn launch<A: Arguments>(launch: Launch<A>, seed: u64, args: &A) {
     // SAFETY: the caller's promise.
     unsafe {
-        kvasir_kernels::cuda::shim::launch(
-            name,
-            launch,
-            std::ptr::from_ref(args).cast(),
-            bytes,
-            seed,
-        );
+        match crate::gpu::wanted() {
+            true => crate::gpu::launch(launch, args),
+            false => kvasir_kernels::cuda::shim::launch(launch, args, seed),
+        }
     }
 }
 
 /// The address of what a kernel reads or writes.
-pub(crate) fn address<T>(of: *const T) -> u64 {
-    of.expose_provenance() as u64
+pub(crate) fn address<T, P: From<u64>>(of: *const T) -> P {
+    P::from(of.expose_provenance() as u64)
 }
 
 /// Repeatable noise: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).

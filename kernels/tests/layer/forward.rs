@@ -1,8 +1,5 @@
 //! One forward pass over transformer layers, as a model drives a device: what the tests and the CPU benchmark share.
 
-// The benchmark has no experts.
-#![allow(dead_code)]
-
 use kvasir_kernels::device::*;
 use kvasir_kernels::shape::LayerId;
 

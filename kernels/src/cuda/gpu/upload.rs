@@ -1,15 +1,16 @@
 //! Weights on their way up: threads fill one piece of pinned memory while another is copied.
 
 use cudarc::driver::result;
-use cudarc::driver::sys::{self, CUstream};
+use cudarc::driver::sys::CUstream;
 
 use crate::device::DeviceError;
 
 use super::super::driver::{Driver, FillRow, Pinned};
-use super::{Gpu, failed};
+use super::Gpu;
+use super::context::{Event, failed};
 
-/// Bytes of a piece. Two are enough: filling is slower than the link.
 const PIECE_BYTES: usize = 32 << 20;
+/// One is filled, one is copied, and one gives the copy time to end: filling is slower than the link.
 const N_PIECES: usize = 3;
 /// Below this one thread is quicker than many.
 const BYTES_OF_A_THREAD: usize = 1 << 20;
@@ -23,7 +24,7 @@ pub(super) struct Staging {
 struct Piece {
     memory: Pinned,
     /// Recorded behind the piece's last copy.
-    copied: sys::CUevent,
+    copied: Event,
 }
 
 impl Staging {
@@ -31,8 +32,7 @@ impl Staging {
         let mut piece = || {
             Ok(Piece {
                 memory: gpu.pinned(PIECE_BYTES)?,
-                copied: result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
-                    .map_err(|error| failed("making an event", error))?,
+                copied: Event::new(&gpu.context)?,
             })
         };
         let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(12));
@@ -66,16 +66,16 @@ impl Staging {
             let piece = &mut self.pieces[self.next];
             self.next = (self.next + 1) % N_PIECES;
             // SAFETY: the event is valid; one that was never recorded counts as past.
-            unsafe { result::event::synchronize(piece.copied) }
+            unsafe { result::event::synchronize(piece.copied.raw()) }
                 .map_err(|error| failed("uploading", error))?;
             let bytes = &mut piece.memory.bytes_mut()[..rows * row_bytes];
             fill_rows(bytes, row_bytes, first, self.n_threads, fill);
-            // SAFETY: the destination has room for all rows by the caller's account; the source is pinned, and is not
+            // SAFETY: the destination has room for all rows, as the caller has checked; the source is pinned, and is not
             // touched again before the event.
             unsafe {
                 let to = to + (first * row_bytes) as u64;
                 result::memcpy_htod_async(to, bytes, stream)
-                    .and_then(|()| result::event::record(piece.copied, stream))
+                    .and_then(|()| result::event::record(piece.copied.raw(), stream))
             }
             .map_err(|error| failed("uploading", error))?;
         }
