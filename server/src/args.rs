@@ -23,6 +23,8 @@ pub struct Args {
     pub host: IpAddr,
     /// `--port`; 0 lets the system choose.
     pub port: u16,
+    /// `--management-port`; `None` serves everything on `port`, 0 lets the system choose.
+    pub management_port: Option<u16>,
     /// `--dtype`.
     pub dtype: DtypeChoice,
     /// `--device`.
@@ -104,6 +106,10 @@ struct Written {
     /// The port to listen on; 0 lets the system choose.
     #[arg(long, env = "KVASIR_PORT", default_value = "8000")]
     port: String,
+    /// A port of its own for /health, /ready, /load and /metrics, which no crowd on --port can take away; 0 lets the
+    /// system choose [default: they are served on --port].
+    #[arg(long, env = "KVASIR_MANAGEMENT_PORT")]
+    management_port: Option<String>,
     /// The precision to serve in: auto, bfloat16 or float32.
     #[arg(long, env = "KVASIR_DTYPE", default_value = "auto")]
     dtype: String,
@@ -199,6 +205,20 @@ impl Checks {
             |_| true,
         );
         let port = self.value("port", &written.port, "a number from 0 to 65535", |_| true);
+        let management_port = self.optional(
+            "management-port",
+            written.management_port.as_deref(),
+            "a number from 0 to 65535",
+            |_| true,
+        );
+        if let (Some(port), Some(Some(management_port))) = (port, management_port)
+            && port == management_port
+            && port != 0
+        {
+            self.0.push(format!(
+                "--management-port: {port} is --port too; choose another"
+            ));
+        }
         let dtype = self.choice(
             "dtype",
             &written.dtype,
@@ -308,6 +328,7 @@ impl Checks {
             served_model_name: name?,
             host: host?,
             port: port?,
+            management_port: management_port?,
             dtype: dtype?,
             device: device?,
             max_model_len: max_model_len?,
@@ -481,6 +502,19 @@ mod tests {
             mistakes[0].contains("8 is less than --max-num-seqs, 64"),
             "{mistakes:?}"
         );
+    }
+
+    #[test]
+    fn the_management_port_is_one_of_its_own() {
+        assert_eq!(parse(&[]).unwrap().management_port, None);
+        let args = parse(&["--management-port", "8001"]).unwrap();
+        assert_eq!(args.management_port, Some(8001));
+        let mistakes = parse(&["--management-port", "8000"]).unwrap_err();
+        assert_eq!(
+            mistakes,
+            ["--management-port: 8000 is --port too; choose another"]
+        );
+        assert!(parse(&["--management-port", "0", "--port", "0"]).is_ok());
     }
 
     #[test]

@@ -38,6 +38,7 @@ use crate::output::Outputs;
 use crate::text::{TextPool, Tokenizer};
 use error::ApiError;
 pub use params::SamplingDefaults;
+use serve::OverLimit;
 
 /// Where the server stands. It only ever moves forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -161,6 +162,11 @@ impl App {
         });
     }
 
+    /// What one connection may cost.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
     /// Follows the phase.
     pub fn phase(&self) -> watch::Receiver<Phase> {
         self.phase.subscribe()
@@ -182,18 +188,35 @@ impl App {
     }
 }
 
-/// All routes.
-pub fn router(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/v1/models", get(models))
-        .route("/v1/models/{*name}", get(model))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/chat/completions", post(chat::chat))
-        .route("/tokenize", post(chat::tokenize))
-        .route("/health", get(health))
-        .route("/ready", get(ready))
-        .route("/metrics", get(metrics))
-        .route("/load", get(load))
+/// Which routes a port has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Routes {
+    /// Everything, where there is one port only.
+    All,
+    /// The API, and `/health`, which clients ask before they begin.
+    Api,
+    /// `/health`, `/ready`, `/load` and `/metrics`.
+    Management,
+}
+
+/// The routes of one port.
+pub fn router(app: Arc<App>, routes: Routes) -> Router {
+    let mut router = Router::new().route("/health", get(health));
+    if routes != Routes::Management {
+        router = router
+            .route("/v1/models", get(models))
+            .route("/v1/models/{*name}", get(model))
+            .route("/v1/completions", post(completions::completions))
+            .route("/v1/chat/completions", post(chat::chat))
+            .route("/tokenize", post(chat::tokenize));
+    }
+    if routes != Routes::Api {
+        router = router
+            .route("/ready", get(ready))
+            .route("/metrics", get(metrics))
+            .route("/load", get(load));
+    }
+    router
         .fallback(async |request: Request| {
             ApiError::new(
                 StatusCode::NOT_FOUND,
@@ -211,10 +234,6 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(middleware::from_fn_with_state(Arc::clone(&app), around))
         .with_state(app)
 }
-
-/// Marks connections beyond the limit: they are for probes only.
-#[derive(Clone, Copy, Debug)]
-struct OverLimit;
 
 /// Around every request: counts it, refuses what is over the limit, and says goodbye while draining.
 async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {

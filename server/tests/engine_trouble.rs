@@ -13,7 +13,8 @@ use client::{Answer, Client, send};
 use kvasir_kernels::device::{DeviceError, Dtype, Limits, Sampled, StepInput, StepOutput, Ticket};
 use kvasir_server::engine::executor::Executor;
 use kvasir_server::engine::{Engine, ModelFacts};
-use kvasir_server::http::{self, App, Ids, SamplingDefaults, Serving, serve};
+use kvasir_server::http::serve::{self, PortLimits};
+use kvasir_server::http::{self, App, Ids, Routes, SamplingDefaults, Serving};
 use kvasir_server::metrics::Metrics;
 use kvasir_server::model::ModelFiles;
 use kvasir_server::output::Outputs;
@@ -102,7 +103,18 @@ fn start() -> (Runtime, Client, Sender<Result<u32, DeviceError>>) {
     let runtime = Runtime::new().unwrap();
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    runtime.spawn(serve::serve(listener, app, Duration::ZERO));
+    let port_limits = PortLimits {
+        max_connections: limits.max_connections,
+        read_timeout: limits.read_timeout,
+    };
+    let router = http::router(Arc::clone(&app), Routes::All);
+    runtime.spawn(serve::serve(
+        listener,
+        router,
+        port_limits,
+        app.phase(),
+        Duration::ZERO,
+    ));
     (runtime, Client { address }, sender)
 }
 

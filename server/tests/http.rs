@@ -464,6 +464,64 @@ fn a_crowd_of_connections_does_not_hide_the_probes() {
 }
 
 #[test]
+fn with_every_connection_taken_probes_are_answered_on_the_management_port() {
+    let server = Server::start(&["--max-connections", "1", "--management-port", "0"]);
+    let management = server.management.as_ref().unwrap();
+    // One that may be served, and all that are answered beyond the limit: each sends half a request.
+    let mut held: Vec<_> = (0..1 + 64).map(|_| server.connect()).collect();
+    for stream in &mut held {
+        stream.write_all(b"GET /health HTTP/1.1\r\n").unwrap();
+    }
+    // One more is closed without a word, on the API's port.
+    let mut refused = server.connect();
+    let _ = refused.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n");
+    let mut answer = Vec::new();
+    let _ = refused.read_to_end(&mut answer);
+    assert!(answer.is_empty(), "every connection is taken");
+    for path in ["/health", "/ready", "/load", "/metrics"] {
+        assert_eq!(management.get(path).0, 200, "{path}");
+    }
+    drop(held);
+
+    // Each port has its own.
+    assert_eq!(management.get("/v1/models").0, 404);
+    // The API answers again as soon as it has seen that they left.
+    loop {
+        let mut stream = server.connect();
+        let _ =
+            stream.write_all(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        if answer.starts_with(b"HTTP/1.1 200") {
+            break;
+        }
+        std::thread::yield_now();
+    }
+    assert_eq!(server.get("/health").0, 200);
+    for path in ["/ready", "/load", "/metrics"] {
+        // 503 as long as the connection before still counts.
+        server.wait_for("it isn't there", path, |status, _| status == 404);
+    }
+}
+
+#[test]
+fn the_management_port_answers_through_the_whole_drain() {
+    let mut server = Server::start(&["--management-port", "0", "--drain-accept-seconds", "0"]);
+    let mut stream = server.open("POST", COMPLETIONS, &endless(true).to_string());
+    stream.chunk().unwrap();
+    server.signal("TERM");
+    let management = server.management.as_ref().unwrap();
+    management.wait_for("it drains", "/ready", |status, _| status == 503);
+    // The API's port is closed by now or soon; these stay.
+    assert_eq!(management.get("/health").0, 200);
+    let load: Value = serde_json::from_str(&management.get("/load").1).unwrap();
+    assert_eq!(load["draining"], true);
+    assert_eq!(load["queue"]["running"], 1, "{load}");
+    assert!(stream.text().ends_with("data: [DONE]\n\n"));
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
 fn heads_and_bodies_must_come_in_time() {
     let server = Server::start(&["--read-timeout-seconds", "0.3"]);
     let mut head = server.connect();

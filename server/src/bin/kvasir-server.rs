@@ -10,16 +10,20 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use kvasir_server::args::{Args, ArgsError, LogFormat, ModelSource};
 use kvasir_server::engine::EngineError;
-use kvasir_server::http::{App, Phase, serve};
+use kvasir_server::http::serve::{self, PortLimits};
+use kvasir_server::http::{self, App, Phase, Routes};
 use kvasir_server::metrics::Metrics;
 use kvasir_server::startup::{self, StartError, Started, Summary};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 /// The user can mend it.
 const MISTAKE: u8 = 2;
 const FAILED: u8 = 1;
+
+/// The kubelet, the operator and scrapes need a few.
+const MAX_MANAGEMENT_CONNECTIONS: usize = 64;
 
 fn main() -> std::process::ExitCode {
     let args = match Args::parse_from(std::env::args_os()) {
@@ -58,16 +62,38 @@ type Failure = (u8, String);
 
 async fn run(args: Args) -> Result<(), Failure> {
     let address = SocketAddr::new(args.host, args.port);
-    let listener = TcpListener::bind(address).await.map_err(|error| {
-        (MISTAKE, format!("--port: {address} can't be listened on ({error}); stop what listens there or choose another --port"))
-    })?;
-    let address = listener.local_addr().unwrap_or(address);
+    let (listener, address) = listen("port", address)?;
+    let management = args
+        .management_port
+        .map(|port| listen("management-port", SocketAddr::new(args.host, port)))
+        .transpose()?;
+    let listener =
+        TcpListener::from_std(listener).map_err(|error| (FAILED, format!("--port: {error}")))?;
     let metrics = Metrics::new(&args.served_model_name)
         .map(Arc::new)
         .map_err(|error| (MISTAKE, format!("--served-model-name: {error}")))?;
     let app = App::new(Arc::clone(&metrics), args.limits);
     follow_signals(Arc::clone(&app), args.drain_accept)?;
-    let server = tokio::spawn(serve::serve(listener, Arc::clone(&app), args.drain));
+    let routes = match management {
+        Some(_) => Routes::Api,
+        None => Routes::All,
+    };
+    let limits = PortLimits {
+        max_connections: args.limits.max_connections,
+        read_timeout: args.limits.read_timeout,
+    };
+    let router = http::router(Arc::clone(&app), routes);
+    let server = serve::serve(listener, router, limits, app.phase(), args.drain);
+    let server = tokio::spawn(server);
+    let management_address = management.as_ref().map(|(_, address)| *address);
+    if let Some((listener, _)) = management {
+        serve_management(listener, Arc::clone(&app)).map_err(|error| {
+            (
+                FAILED,
+                format!("the management port can't be served: {error}"),
+            )
+        })?;
+    }
 
     let (loaded, engine_ended) = (load(args.clone(), metrics), oneshot::channel());
     let Started {
@@ -81,7 +107,7 @@ async fn run(args: Args) -> Result<(), Failure> {
     let _ = writeln!(
         std::io::stdout(),
         "{}",
-        announcement(&args, address, &summary)
+        announcement(&args, address, management_address, &summary)
     );
     let (ended, engine_ended) = engine_ended;
     std::thread::spawn(move || {
@@ -106,6 +132,45 @@ async fn run(args: Args) -> Result<(), Failure> {
             Err((FAILED, why))
         }
     }
+}
+
+/// Listens at `address`, for the flag of that name; says where, because port 0 is the system's choice.
+fn listen(flag: &str, address: SocketAddr) -> Result<(std::net::TcpListener, SocketAddr), Failure> {
+    let failed = |error| {
+        (
+            MISTAKE,
+            format!(
+                "--{flag}: {address} can't be listened on ({error}); stop what listens there or choose another --{flag}"
+            ),
+        )
+    };
+    let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    Ok((listener, address))
+}
+
+/// Serves the management port until the process ends, on a thread of its own: however busy the API's threads are,
+/// probes are answered, through the whole drain.
+fn serve_management(listener: std::net::TcpListener, app: Arc<App>) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let serve = async move {
+        let listener = TcpListener::from_std(listener)?;
+        let limits = PortLimits {
+            max_connections: MAX_MANAGEMENT_CONNECTIONS,
+            read_timeout: app.limits().read_timeout,
+        };
+        let (_never_closing, phase) = watch::channel(Phase::Loading);
+        let router = http::router(app, Routes::Management);
+        serve::serve(listener, router, limits, phase, Duration::ZERO).await;
+        Ok::<_, std::io::Error>(())
+    };
+    std::thread::Builder::new()
+        .name("management".to_owned())
+        .spawn(move || runtime.block_on(serve))?;
+    Ok(())
 }
 
 /// An error with its causes, in one sentence.
@@ -156,7 +221,12 @@ fn progress_bar(args: &Args) -> ProgressBar {
 }
 
 /// What is served, how much fits, and how to ask.
-fn announcement(args: &Args, address: SocketAddr, summary: &Summary) -> String {
+fn announcement(
+    args: &Args,
+    address: SocketAddr,
+    management: Option<SocketAddr>,
+    summary: &Summary,
+) -> String {
     let Summary {
         device,
         dtype,
@@ -184,8 +254,11 @@ fn announcement(args: &Args, address: SocketAddr, summary: &Summary) -> String {
             names.join(" and ")
         ),
     };
+    let management = management.map_or(String::new(), |address| {
+        format!("Health, load and metrics at http://{address}\n")
+    });
     format!(
-        "Serving {name} at http://{address} ({device}; {dtype})\n\
+        "Serving {name} at http://{address} ({device}; {dtype})\n{management}\
          KV cache: {n_blocks} blocks of {block_size} tokens = {slots} tokens in {mib} MiB; the longest context is {max_model_len} tokens{warning}\n\
          Ask it:\n  curl http://{address}/v1/{path} -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{name}\", {body}}}'"
     )

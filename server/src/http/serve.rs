@@ -1,7 +1,7 @@
 //! Connections: a loop of our own over hyper, for the limits that a public port needs, and the drain.
 //!
-//! Connections beyond the limit are still answered, but only probes get more than a 503, so that a crowd can't make
-//! the kubelet kill the server. It knows phases and sockets, no routes.
+//! A few connections beyond the limit are still answered, marked with [`OverLimit`], so that the routes can refuse
+//! them in words; even more are closed at once. It knows sockets and phases, no routes and no model.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -19,23 +19,44 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
 use super::write_timeout::WriteTimeout;
-use super::{App, OverLimit, Phase, WRITE_TIMEOUT, router};
+use super::{Phase, WRITE_TIMEOUT};
 
-/// Connections beyond the limit, for probes. Even more are closed at once.
+/// Connections beyond the limit that get an answer. Even more are closed at once.
 const RESERVE: usize = 64;
 
 /// A connection that is to close still waits so long for a request. A client whose answer began before SIGTERM was not
 /// told to leave, and may send its next request the moment that the answer ends: closed then, it would lose that one.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// Accepts connections until the app is closing, then lets answers under way finish for at most `drain`. Returns how
-/// many connections were cut.
-pub async fn serve(listener: TcpListener, app: Arc<App>, drain: Duration) -> usize {
-    let most = app.limits.max_connections + RESERVE;
+/// Marks requests of connections beyond the limit.
+#[derive(Clone, Copy, Debug)]
+pub struct OverLimit;
+
+/// What one port may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortLimits {
+    /// Connections served at once.
+    pub max_connections: usize,
+    /// Time for the head of a request.
+    pub read_timeout: Duration,
+}
+
+/// Accepts connections until the phase is [`Phase::Closing`], then lets answers under way finish for at most `drain`.
+/// Returns how many connections were cut.
+pub async fn serve(
+    listener: TcpListener,
+    routes: axum::Router,
+    limits: PortLimits,
+    mut phase: watch::Receiver<Phase>,
+    drain: Duration,
+) -> usize {
+    let most = limits.max_connections + RESERVE;
     let open = Arc::new(Semaphore::new(most));
-    let routes = router(Arc::clone(&app));
-    let for_probes = routes.clone().layer(Extension(OverLimit));
-    let mut phase = app.phase();
+    let over_limit = routes.clone().layer(Extension(OverLimit));
+    let timeouts = Timeouts {
+        read: limits.read_timeout,
+        write: WRITE_TIMEOUT,
+    };
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -52,16 +73,11 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, drain: Duration) -> usi
         let Ok(permit) = Arc::clone(&open).try_acquire_owned() else {
             continue;
         };
-        let routes = if open.available_permits() < RESERVE {
-            &for_probes
-        } else {
-            &routes
+        let routes = match open.available_permits() < RESERVE {
+            true => &over_limit,
+            false => &routes,
         };
-        let timeouts = Timeouts {
-            read: app.limits.read_timeout,
-            write: WRITE_TIMEOUT,
-        };
-        let connection = connection(stream, routes.clone(), timeouts, app.phase());
+        let connection = connection(stream, routes.clone(), timeouts, phase.clone());
         tokio::spawn(async move {
             connection.await;
             drop(permit);

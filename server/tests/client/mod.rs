@@ -21,6 +21,8 @@ const LONG: Duration = Duration::from_secs(60);
 pub(crate) struct Server {
     pub(crate) child: Child,
     client: Client,
+    /// Where it has a management port.
+    pub(crate) management: Option<Client>,
 }
 
 impl Deref for Server {
@@ -34,6 +36,7 @@ impl Deref for Server {
 impl Server {
     /// Serves the demo model with these flags, and waits until it says so.
     pub(crate) fn start(flags: &[&str]) -> Self {
+        let has_management = flags.contains(&"--management-port");
         let mut child = Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
             .args(["--port", "0", "--num-gpu-blocks-override", "256"])
             .args(flags)
@@ -41,17 +44,20 @@ impl Server {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let address = lines.find_map(|line| {
-            let line = line.unwrap();
-            line.split_once("http://")
-                .map(|(_, rest)| rest.split(' ').next().unwrap().to_owned())
-        });
+        let mut addresses = BufReader::new(child.stdout.take().unwrap())
+            .lines()
+            .filter_map(|line| {
+                let line = line.unwrap();
+                line.split_once("http://")
+                    .map(|(_, rest)| rest.split(' ').next().unwrap().to_owned())
+            });
+        let mut client = || Client {
+            address: addresses.next().expect("the server says where it serves"),
+        };
         Self {
             child,
-            client: Client {
-                address: address.expect("the server says where it serves"),
-            },
+            client: client(),
+            management: has_management.then(client),
         }
     }
 
