@@ -188,6 +188,7 @@ impl EngineHandle {
             }),
             prefill_backlog_tokens: Some(load.prefill_backlog_tokens + prompts().sum::<u64>()),
             preemptions: Some(counters.preemptions),
+            ..LoadReport::default()
         }
     }
 
