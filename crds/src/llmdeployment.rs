@@ -96,7 +96,8 @@ pub struct LLMDeploymentSpec {
     pub drain_seconds: i32,
     /// Merged into the pods' template: metadata.labels, metadata.annotations and spec. Lists are merged by
     /// name; the container `server` is the operator's, of which env, envFrom, volumeMounts, volumeDevices,
-    /// securityContext, lifecycle and startupProbe may be set. Mistakes show in the condition Accepted.
+    /// securityContext, lifecycle and startupProbe (GET /ready on the port `management`) may be set. Mistakes
+    /// show in the condition Accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::open_object")]
     pub pod_template: Option<serde_json::Value>,

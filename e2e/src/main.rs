@@ -1,5 +1,5 @@
-//! The command line: a cluster up, down, and the image. It owns the flags and the order of the story that
-//! `up` tells, and nothing behind them.
+//! The command line: a cluster up, down, and the image. It owns the flags and the order in which `up` does its
+//! steps, and nothing behind them.
 
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};

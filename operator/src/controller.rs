@@ -4,6 +4,7 @@
 //! A change of the status alone triggers nothing. It holds no state that a restart would lose.
 
 use std::collections::HashMap;
+use std::error::Error as _;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -251,7 +252,8 @@ fn on_error(stored: Arc<Stored>, error: &Error, context: Arc<Context>) -> Action
         namespace = stored.namespace(),
         name = %stored.name_any(),
         step = error.step(),
-        error = error as &dyn std::error::Error,
+        %error,
+        cause = error.source().map(ToString::to_string),
         failures,
         retry_s = delay.as_secs(),
         "reconcile failed"

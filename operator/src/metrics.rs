@@ -115,7 +115,7 @@ impl Metrics {
                 .set(value);
         }
         let labels = &[namespace.as_str(), name.as_str()];
-        // What isn't known has no series: a 0 would be a lie. An error of a removal says that there was none.
+        // What isn't known has no series: a 0 would read as a measurement. A removal fails where there was none.
         let policy = deployment.spec().and_then(|spec| spec.autoscaling.as_ref());
         match policy {
             Some(policy) => {
