@@ -94,9 +94,10 @@ pub struct LLMDeploymentSpec {
     #[serde(default = "default_drain_seconds")]
     #[schemars(range(min = 5, max = 86_400))]
     pub drain_seconds: i32,
-    /// Laid over the pods' template: metadata.labels, metadata.annotations and spec. Lists are merged by
+    /// Merged into the pods' template: metadata.labels, metadata.annotations and spec. Lists are merged by
     /// name; the container `server` is the operator's, of which env, envFrom, volumeMounts, volumeDevices,
-    /// securityContext, lifecycle and startupProbe may be laid over. Mistakes show in the condition Accepted.
+    /// securityContext, lifecycle and startupProbe (GET /ready on the port `management`) may be set. Mistakes
+    /// show in the condition Accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::open_object")]
     pub pod_template: Option<serde_json::Value>,
@@ -175,8 +176,8 @@ pub struct Engine {
     /// More arguments of the server, after the operator's own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 4096)))]
-    #[x_kube(validation = Rule::new("self.all(arg, !arg.matches('^--(model|host|port|device|served-model-name)(=|$)'))")
-        .message("engine.extraArgs must not hold --model, --host, --port, --device or --served-model-name: the operator sets them from spec.model and spec.resources"))]
+    #[x_kube(validation = Rule::new("self.all(arg, !arg.matches('^--(model|host|port|management-port|device|served-model-name)(=|$)'))")
+        .message("engine.extraArgs must not hold --model, --host, --port, --management-port, --device or --served-model-name: the operator sets them"))]
     pub extra_args: Vec<String>,
     /// Environment variables of the server.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -1,5 +1,5 @@
-//! What a replica reports at `/load` and the autoscaler and the gateway read. It owns the names and units of
-//! the raw counts; it knows no policy: what counts as demand or as capacity is the reader's to decide.
+//! What a replica reports at `/load`, and the operator's autoscaler reads. It owns the names and units of the raw
+//! counts; it knows no policy: what counts as demand or as capacity is the reader's to decide.
 //!
 //! Only additive changes are allowed: readers ignore fields that they don't know, and a field that is missing
 //! is *unknown*, never zero.
@@ -25,9 +25,14 @@ pub struct LoadReport {
     pub draining: Option<bool>,
     /// The KV block pool.
     pub blocks: Option<BlockCounts>,
+    /// What a sequence takes of the pool.
+    pub page_demand: Option<PageDemand>,
+    /// Sequence slots.
+    pub slots: Option<SlotCounts>,
     /// Requests that wait and that run.
     pub queue: Option<QueueCounts>,
-    /// Prompt tokens accepted whose KV isn't computed yet, over waiting and running requests.
+    /// Prompt tokens accepted whose KV isn't computed yet, over waiting and running requests. A token is computed once:
+    /// one that a prefix hit brings is not in the backlog.
     pub prefill_backlog_tokens: Option<u64>,
     /// Sequences preempted since the start.
     pub preemptions: Option<u64>,
@@ -51,6 +56,32 @@ pub struct BlockCounts {
     pub waiting_need: u64,
 }
 
+/// What a sequence takes of the pool, so that others can turn tokens into demand: a sequence of `n` tokens needs
+/// `per_sequence + per_token_block * ceil(n / block_size)` pages, with [`BlockCounts::block_size`] and counted in the pages
+/// of [`BlockCounts`].
+///
+/// A model of one kind of layer has 0 and 1. One with several cache groups (local and global attention) takes a page for
+/// each group and block of tokens, and this counts a windowed group as if nothing of it were freed: an upper bound. One
+/// with recurrent layers also takes pages for their state, however long the sequence is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PageDemand {
+    /// Pages that each sequence holds, however short it is.
+    pub per_sequence: Option<u64>,
+    /// Pages that each begun block of `block_size` tokens needs.
+    pub per_token_block: Option<u64>,
+}
+
+/// Sequence slots: what the batch can hold at once. A request for several answers takes several.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SlotCounts {
+    /// Slots that a sequence of the running batch holds.
+    pub running: Option<u64>,
+    /// All slots: the most sequences that run at once.
+    pub limit: Option<u64>,
+}
+
 /// Requests by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -71,9 +102,38 @@ mod tests {
 
     #[test]
     fn unknown_fields_are_ignored_and_missing_ones_stay_unknown() {
-        let report: LoadReport =
-            serde_json::from_str(r#"{"schema":1,"novel":3,"blocks":{"total":7}}"#).unwrap();
+        let report: LoadReport = serde_json::from_str(
+            r#"{"schema":1,"novel":3,"blocks":{"total":7},"slots":{"running":2}}"#,
+        )
+        .unwrap();
         assert_eq!(report.blocks.map(|b| b.total), Some(7));
         assert_eq!(report.queue, None, "missing is unknown, not zero");
+        assert_eq!(report.page_demand, None, "a replica of before the field");
+        let slots = report.slots.unwrap();
+        assert_eq!((slots.running, slots.limit), (Some(2), None));
+    }
+
+    #[test]
+    fn names_on_the_wire() {
+        let report = LoadReport {
+            page_demand: Some(PageDemand {
+                per_sequence: Some(0),
+                per_token_block: Some(1),
+            }),
+            slots: Some(SlotCounts {
+                running: Some(3),
+                limit: Some(64),
+            }),
+            prefill_backlog_tokens: Some(5),
+            ..LoadReport::default()
+        };
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["pageDemand"]["perSequence"], 0);
+        assert_eq!(json["pageDemand"]["perTokenBlock"], 1);
+        assert_eq!(json["slots"]["running"], 3);
+        assert_eq!(json["slots"]["limit"], 64);
+        assert_eq!(json["prefillBacklogTokens"], 5);
+        let back: LoadReport = serde_json::from_value(json).unwrap();
+        assert_eq!(back, report);
     }
 }

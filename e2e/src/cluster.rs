@@ -16,10 +16,10 @@ use std::time::Duration;
 
 mod certificates;
 mod cgroup;
+pub mod cleanup;
 mod components;
 mod network;
 mod node;
-pub mod remains;
 
 pub use node::Node;
 
@@ -29,9 +29,9 @@ const STATE: &str = "/var/lib/kvasir-e2e";
 /// user; sudo alone hides all three.
 pub const AS_ROOT: &str = r#"sudo env PATH="$PATH" HOME="$HOME""#;
 /// How long any one part of the start may take before it counts as failed.
-const PATIENCE: Duration = Duration::from_secs(90);
+const START_TIMEOUT: Duration = Duration::from_secs(90);
 /// How often a condition is looked at meanwhile.
-const LOOK_EVERY: Duration = Duration::from_millis(150);
+const POLL_INTERVAL: Duration = Duration::from_millis(150);
 
 /// A cluster that runs.
 pub struct Cluster {
@@ -45,13 +45,14 @@ impl Cluster {
     ///
     /// # Errors
     /// Without root, when a program is missing, or when a part does not come up; what was started stays
-    /// for inspection until [`remains::remove`].
+    /// for inspection until [`cleanup::remove`].
     pub fn start(name: &Name, n_nodes: u8, tools: Toolchain) -> Result<Self, Error> {
         require_root()?;
-        remains::remove(name)?;
+        cleanup::remove(name)?;
         let step = progress::begin(format_args!(
-            "Starting Kubernetes {} with {n_nodes} node(s); its files are in {}",
+            "Starting Kubernetes {} with {n_nodes} {}; its files are in {}",
             crate::toolchain::KUBERNETES,
+            if n_nodes == 1 { "node" } else { "nodes" },
             name.folder().display()
         ));
         let folder = name.folder();
@@ -77,6 +78,7 @@ impl Cluster {
         components::start_controllers(&cluster, &pki)?;
         for node in &cluster.nodes {
             components::start_kubelet(&cluster, &pki, node)?;
+            components::start_proxy(&cluster, &pki, node)?;
         }
         cluster.await_nodes()?;
         cluster
@@ -186,13 +188,18 @@ impl Cluster {
         let archive = self.name.folder().join(file.replace(['/', ':'], "-"));
         image.write(&archive)?;
         for node in &self.nodes {
-            until("containerd takes images", PATIENCE, LOOK_EVERY, || {
-                run(node
-                    .command("ctr")
-                    .args(["-n", "k8s.io", "images", "import"])
-                    .arg(&archive))
-                .map(Seen::Yes)
-            })?;
+            until(
+                "containerd takes images",
+                START_TIMEOUT,
+                POLL_INTERVAL,
+                || {
+                    run(node
+                        .command("ctr")
+                        .args(["-n", "k8s.io", "images", "import"])
+                        .arg(&archive))
+                    .map(Seen::Yes)
+                },
+            )?;
         }
         fs::remove_file(&archive).map_err(Error::file("remove", &archive))
     }
@@ -223,23 +230,29 @@ impl Cluster {
     }
 
     fn await_api(&self) -> Result<(), Error> {
-        until("the API server is ready", PATIENCE, LOOK_EVERY, || {
-            let said = run(self
-                .kubectl()
-                .args(["get", "--raw=/readyz", "--request-timeout=3s"]))?;
-            Ok(if said == "ok" {
-                Seen::Yes(())
-            } else {
-                Seen::NotYet(said)
-            })
-        })
+        until(
+            "the API server is ready",
+            START_TIMEOUT,
+            POLL_INTERVAL,
+            || {
+                let said =
+                    run(self
+                        .kubectl()
+                        .args(["get", "--raw=/readyz", "--request-timeout=3s"]))?;
+                Ok(if said == "ok" {
+                    Seen::Yes(())
+                } else {
+                    Seen::NotYet(said)
+                })
+            },
+        )
         .map_err(|error| self.with_log(error, "kube-apiserver"))
     }
 
     fn await_nodes(&self) -> Result<(), Error> {
         let ready =
             "jsonpath={range .items[*]}{.status.conditions[?(@.type==\"Ready\")].status} {end}";
-        until("every node is Ready", PATIENCE, LOOK_EVERY, || {
+        until("every node is Ready", START_TIMEOUT, POLL_INTERVAL, || {
             let said = run(self.kubectl().args(["get", "nodes", "-o", ready]))?;
             let n_ready = said
                 .split_whitespace()
@@ -255,8 +268,8 @@ impl Cluster {
         .map_err(|error| self.with_log(error, "kubelet"))?;
         until(
             "the default service account exists",
-            PATIENCE,
-            LOOK_EVERY,
+            START_TIMEOUT,
+            POLL_INTERVAL,
             || run(self.kubectl().args(["get", "serviceaccount", "default"])).map(Seen::Yes),
         )
         .map(drop)
@@ -272,9 +285,12 @@ impl Cluster {
             "--timeout=90s",
         ]))?;
         let look = "import socket; socket.getaddrinfo('kubernetes.default.svc.cluster.local', 443)";
-        until("the cluster's DNS answers", PATIENCE, LOOK_EVERY, || {
-            run(self.nodes[0].command("python3").args(["-c", look])).map(Seen::Yes)
-        })
+        until(
+            "the cluster's DNS answers",
+            START_TIMEOUT,
+            POLL_INTERVAL,
+            || run(self.nodes[0].command("python3").args(["-c", look])).map(Seen::Yes),
+        )
         .map(drop)
     }
 

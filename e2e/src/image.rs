@@ -1,9 +1,11 @@
-//! Container images without a container engine: an OCI image layout in a tar archive, with one layer,
-//! the same bytes for the same content. What goes into which image is `recipes`'s.
+//! Container images without a container engine: an OCI image layout in a tar archive, with one
+//! layer, gzip-compressed: the same bytes for the same content. What goes into which image is `recipes`'s.
 //!
 //! Format: the OCI image specification 1.1, image-layout.md, config.md and layer.md.
 
 use crate::Error;
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeSet;
@@ -14,6 +16,7 @@ use std::path::{Path, PathBuf};
 pub mod recipes;
 
 /// An image to be written.
+#[derive(Clone, Debug)]
 pub struct Image {
     /// The reference it goes by, such as `kvasir.dev/kvasir:0.1.0`.
     pub reference: String,
@@ -28,6 +31,7 @@ pub struct Image {
 }
 
 /// One regular file of an image.
+#[derive(Clone, Debug)]
 pub struct ImageFile {
     /// Absolute path in the image.
     pub path: String,
@@ -44,6 +48,7 @@ impl Image {
     /// When a file cannot be read or the archive cannot be written.
     pub fn write(&self, archive: &Path) -> Result<(), Error> {
         let layer = self.layer()?;
+        let packed = gzip(&layer).map_err(Error::file("pack", archive))?;
         let config = json!({
             "architecture": architecture(),
             "os": "linux",
@@ -55,7 +60,7 @@ impl Image {
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": descriptor("application/vnd.oci.image.config.v1+json", config.as_bytes()),
-            "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", &layer)],
+            "layers": [descriptor("application/vnd.oci.image.layer.v1.tar+gzip", &packed)],
         })
         .to_string();
         let mut listed = descriptor(
@@ -74,7 +79,7 @@ impl Image {
         let failed = |path: &Path| Error::file("write", path);
         let file = File::create(archive).map_err(failed(archive))?;
         let mut out = tar::Builder::new(BufWriter::new(file));
-        let blobs = [config.as_bytes(), manifest.as_bytes(), layer.as_slice()];
+        let blobs = [config.as_bytes(), manifest.as_bytes(), packed.as_slice()];
         append(
             &mut out,
             "oci-layout",
@@ -92,7 +97,7 @@ impl Image {
             .map_err(failed(archive))
     }
 
-    /// The root file system as one uncompressed tar: files by path, each folder before what is in it.
+    /// The root file system as one tar, not yet compressed: files by path, each folder before what is in it.
     fn layer(&self) -> Result<Vec<u8>, Error> {
         let mut files: Vec<&ImageFile> = self.files.iter().collect();
         files.sort_by(|a, b| a.path.cmp(&b.path));
@@ -118,6 +123,13 @@ impl Image {
         tar.into_inner()
             .map_err(Error::file("pack", Path::new(&self.reference)))
     }
+}
+
+/// RFC 1952, without a name or a time: the same content has the same bytes.
+fn gzip(bytes: &[u8]) -> Result<Vec<u8>, std::io::Error> {
+    let mut packed = GzEncoder::new(Vec::new(), Compression::default());
+    packed.write_all(bytes)?;
+    packed.finish()
 }
 
 fn append<W: std::io::Write>(

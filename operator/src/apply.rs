@@ -1,79 +1,67 @@
-//! Carries a plan out: server-side apply of the children, deletion of orphans, events, and the status last.
+//! Carries a plan out: server-side apply of the children, then events, and the status last. It deletes nothing: children
+//! that belong to no `LLMDeployment` any more are the garbage collector's.
 //!
 //! It decides nothing. An object that already is as planned is not written again.
 
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
+use kvasir_crds::llmdeployment::LLMDeploymentStatus;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::observe::{Observed, Sources};
-use crate::plan::children::{Child, FIELD_MANAGER};
-use crate::plan::{Plan, Severity};
-use crate::stored::{Stored, version};
+use crate::error::Error;
+use crate::observe::Sources;
+use crate::observed::{Child, ObservedChildren};
+use crate::plan::children::{Children, FIELD_MANAGER};
+use crate::plan::{EventRecord, Plan, Severity};
+use crate::stored::Stored;
 
-/// Carries out `plan`, and lets the cache know how the API server answered. The version of the `LLMDeployment` with the new
-/// status, where that was written.
+/// Carries out `plan` for `stored`, and lets the cache know how the API server answered.
 ///
 /// # Errors
 /// What the API server says; what was written before stays, and the next reconcile goes on from there.
 pub async fn apply(
-    Sources { client, cache, .. }: &Sources,
-    deployment: &Stored,
-    observed: &Observed,
+    sources: &Sources,
+    stored: &Stored,
+    existing: &ObservedChildren,
     plan: &Plan,
-) -> kube::Result<Option<u64>> {
-    if let Some(children) = &plan.children {
-        child(client, &children.account, observed.account.as_deref()).await?;
-        child(client, &children.service, observed.service.as_deref()).await?;
-        child(client, &children.budget, observed.budget.as_deref()).await?;
-        let wanted = &children.deployment;
-        let existing = observed.deployment.as_deref();
-        let stands = existing.is_some_and(|existing| {
-            cache.answers(existing, wanted) && holds(&existing.metadata, &wanted.metadata)
-        });
-        if !stands && let Some(answer) = child(client, wanted, existing).await? {
-            cache.wrote(wanted, answer);
-        }
+) -> Result<(), Error> {
+    if let Some(wanted) = &plan.children {
+        children(sources, wanted, existing).await?;
     }
-    for note in &plan.events {
-        // A recorder of its own for each: a shared one would merge two scalings into one event with the first's words.
-        let reporter = Reporter {
-            controller: FIELD_MANAGER.into(),
-            instance: None,
-        };
-        let event = Event {
-            type_: match note.severity {
-                Severity::Normal => EventType::Normal,
-                Severity::Warning => EventType::Warning,
-            },
-            reason: note.reason.to_owned(),
-            note: Some(note.message.clone()),
-            action: note.action.to_owned(),
-            secondary: None,
-        };
-        Recorder::new(client.clone(), reporter)
-            .publish(&event, &deployment.object_ref(&()))
-            .await?;
+    for event in &plan.events {
+        publish(&sources.client, stored, event).await?;
     }
-    let Some(status) = &plan.status else {
-        return Ok(None);
-    };
-    let api: Api<Stored> =
-        Api::namespaced(client.clone(), &deployment.namespace().unwrap_or_default());
-    let patch = json!({
-        "apiVersion": Stored::api_version(&()), "kind": Stored::kind(&()), "status": status,
+    if let Some(status) = &plan.status {
+        write_status(sources, stored, status).await?;
+    }
+    Ok(())
+}
+
+/// Applies the children; the Deployment last, since its pods need the ServiceAccount.
+async fn children(
+    Sources { client, cache, .. }: &Sources,
+    wanted: &Children,
+    existing: &ObservedChildren,
+) -> Result<(), Error> {
+    let Children {
+        deployment,
+        service,
+        budget,
+        account,
+    } = wanted;
+    child(client, account, existing.account.as_deref()).await?;
+    child(client, service, existing.service.as_deref()).await?;
+    child(client, budget, existing.budget.as_deref()).await?;
+    let existing = existing.deployment.as_deref();
+    let stands = existing.is_some_and(|existing| {
+        cache.is_answer(existing, deployment) && holds(&existing.metadata, &deployment.metadata)
     });
-    let params = PatchParams::apply(FIELD_MANAGER).force();
-    match api
-        .patch_status(&deployment.name_any(), &params, &Patch::Apply(&patch))
-        .await
-    {
-        // Deleted in between: nothing to report on.
-        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(None),
-        written => Ok(version(written?.meta())),
+    if !stands && let Some(answer) = child(client, deployment, existing).await? {
+        cache.wrote_deployment(deployment, answer);
     }
+    Ok(())
 }
 
 /// Applies one child, unless what exists already holds every field of it.
@@ -81,7 +69,7 @@ async fn child<K: Child>(
     client: &Client,
     wanted: &K,
     existing: Option<&K>,
-) -> kube::Result<Option<K>> {
+) -> Result<Option<K>, Error> {
     if existing.is_some_and(|existing| holds(existing, wanted)) {
         return Ok(None);
     }
@@ -89,9 +77,60 @@ async fn child<K: Child>(
     let params = PatchParams::apply(FIELD_MANAGER).force();
     let written = api
         .patch(&wanted.name_any(), &params, &Patch::Apply(wanted))
-        .await?;
+        .await
+        .map_err(|source| Error::ApplyChild {
+            kind: K::kind(&()),
+            source,
+        })?;
     tracing::info!(kind = %K::kind(&()), name = %wanted.name_any(), "applied");
     Ok(Some(written))
+}
+
+async fn publish(client: &Client, stored: &Stored, record: &EventRecord) -> Result<(), Error> {
+    let reporter = Reporter {
+        controller: FIELD_MANAGER.into(),
+        instance: None,
+    };
+    let event = Event {
+        type_: match record.severity {
+            Severity::Normal => EventType::Normal,
+            Severity::Warning => EventType::Warning,
+        },
+        reason: record.reason.to_owned(),
+        note: Some(record.message.clone()),
+        action: record.action.to_owned(),
+        secondary: None,
+    };
+    // A recorder of its own for each: a shared one would merge two scalings into one event with the first's words.
+    Recorder::new(client.clone(), reporter)
+        .publish(&event, &stored.object_ref(&()))
+        .await
+        .map_err(|source| Error::PublishEvent {
+            reason: record.reason,
+            source,
+        })
+}
+
+async fn write_status(
+    Sources { client, cache, .. }: &Sources,
+    stored: &Stored,
+    status: &LLMDeploymentStatus,
+) -> Result<(), Error> {
+    let api: Api<Stored> = Api::namespaced(client.clone(), &stored.namespace().unwrap_or_default());
+    let patch = json!({
+        "apiVersion": Stored::api_version(&()), "kind": Stored::kind(&()), "status": status,
+    });
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    match api
+        .patch_status(&stored.name_any(), &params, &Patch::Apply(&patch))
+        .await
+    {
+        Ok(answer) => cache.wrote_status(answer),
+        // Deleted in between: nothing to report on.
+        Err(kube::Error::Api(status)) if status.is_not_found() => {}
+        Err(source) => return Err(Error::WriteStatus(source)),
+    }
+    Ok(())
 }
 
 /// `existing` has every field that `wanted` has: what others added to it is theirs. A field that the user took out of the

@@ -2,12 +2,12 @@
 //! thousands cost no read of the API server.
 //!
 //! It may be behind the API server, so two things are never concluded from it: that an object does not exist (it holds
-//! only what carries our label, and `observe` asks the API server instead), and that a child Deployment is as it was
-//! before we wrote it (the answer to our own write counts until the watch has caught up, or one scaling would be decided
-//! and told twice).
+//! only what carries our label, and `observe` asks the API server instead), and that an object is as it was before we
+//! wrote it. For child Deployments and statuses the answer to our own write counts until the watch has caught up
+//! ([`LastWrites`]); otherwise one scaling would be decided and reported twice, or the last one taken out of the status.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
@@ -18,8 +18,9 @@ use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
-use crate::pod::serves;
-use crate::stored::version;
+use crate::last_writes::LastWrites;
+use crate::pod::deployment_of;
+use crate::stored::Stored;
 
 /// Namespace and name.
 pub type Key = (String, String);
@@ -27,21 +28,16 @@ pub type Key = (String, String);
 /// The reading side.
 #[derive(Debug)]
 pub struct Cache {
+    /// Our last status of each `LLMDeployment`.
+    statuses: LastWrites<Stored>,
     deployments: Store<Deployment>,
     /// Our last write of each child Deployment.
-    written: Mutex<HashMap<Key, Written>>,
+    written_deployments: LastWrites<Deployment, Deployment>,
     services: Store<Service>,
     budgets: Store<PodDisruptionBudget>,
     accounts: Store<ServiceAccount>,
     pods: Arc<Pods>,
     ready: OnceCell<()>,
-}
-
-/// A write of a child Deployment.
-#[derive(Debug)]
-struct Written {
-    wanted: Deployment,
-    answer: Arc<Deployment>,
 }
 
 /// The writing side, to be fed by the watches.
@@ -76,8 +72,9 @@ impl Cache {
             pods: Arc::clone(&pods),
         };
         let cache = Self {
+            statuses: LastWrites::default(),
             deployments,
-            written: Mutex::default(),
+            written_deployments: LastWrites::default(),
             services,
             budgets,
             accounts,
@@ -103,38 +100,37 @@ impl Cache {
         self.ready.get_or_init(all).await;
     }
 
+    /// The `LLMDeployment` that the watch has brought, with a status no older than our last one.
+    pub fn resource(&self, seen: Arc<Stored>) -> Arc<Stored> {
+        self.statuses.latest(seen)
+    }
+
+    /// Records the API server's answer to our write of a status.
+    pub fn wrote_status(&self, mut answer: Stored) {
+        answer.meta_mut().managed_fields = None;
+        self.statuses.insert((), answer);
+    }
+
     /// The child Deployment, no older than our last write of it.
     pub fn deployment(&self, key: &Key) -> Option<Arc<Deployment>> {
         let seen = get(&self.deployments, key)?;
-        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let ours = written.get(key).map(|written| &written.answer);
-        Some(match ours {
-            Some(ours) if is_newer(ours, &seen) => Arc::clone(ours),
-            _ => seen,
-        })
+        Some(self.written_deployments.latest(seen))
     }
 
-    /// Takes note of the API server's answer to our write of `wanted`.
-    pub fn wrote(&self, wanted: &Deployment, answer: Deployment) {
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let (wanted, answer) = (wanted.clone(), Arc::new(answer));
-        written.insert(key_of(&wanted), Written { wanted, answer });
+    /// Records the API server's answer to our write of `wanted`.
+    pub fn wrote_deployment(&self, wanted: &Deployment, answer: Deployment) {
+        self.written_deployments.insert(wanted.clone(), answer);
     }
 
-    /// The spec of `existing` is the API server's answer to a write of `wanted`, which is not always equal to it: a
-    /// quantity of 1000m comes back as 1, an empty variable without a value.
-    pub fn answers(&self, existing: &Deployment, wanted: &Deployment) -> bool {
-        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let state = |d: &Deployment| (d.metadata.uid.clone(), d.metadata.generation);
-        written.get(&key_of(wanted)).is_some_and(|written| {
-            written.wanted == *wanted && state(&written.answer) == state(existing)
-        })
+    /// The spec of `existing` is the API server's answer to a write of `wanted`.
+    pub fn is_answer(&self, existing: &Deployment, wanted: &Deployment) -> bool {
+        self.written_deployments.is_answer(existing, wanted)
     }
 
     /// Forgets what was written for a deployment that is gone.
     pub fn forget(&self, key: &Key) {
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        written.remove(key);
+        self.statuses.remove(key);
+        self.written_deployments.remove(key);
     }
 
     /// The Service.
@@ -223,7 +219,7 @@ impl Index {
     fn put(&mut self, pod: &Pod) {
         let key = key_of(pod);
         self.take(&key);
-        if let Some(deployment) = serves(pod) {
+        if let Some(deployment) = deployment_of(pod) {
             let deployment = (key.0.clone(), deployment.to_owned());
             let pods = self.of_deployment.entry(deployment.clone()).or_default();
             pods.insert(key.1.clone(), Arc::new(pod.clone()));
@@ -256,12 +252,6 @@ where
     store.get(&ObjectRef::new(name).within(namespace))
 }
 
-/// Both are states of one object, and `ours` the later one; where a version is no number, the watch is right.
-fn is_newer(ours: &Deployment, seen: &Deployment) -> bool {
-    let versions = version(&ours.metadata).zip(version(&seen.metadata));
-    ours.metadata.uid == seen.metadata.uid && versions.is_some_and(|(ours, seen)| ours > seen)
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -271,9 +261,9 @@ mod tests {
 
     use super::*;
 
-    fn pod(name: &str, serves: &str) -> Pod {
+    fn pod(name: &str, deployment: &str) -> Pod {
         serde_json::from_value(json!({ "metadata": { "name": name, "namespace": "n",
-            "labels": { "kvasir.dev/llmdeployment": serves } } }))
+            "labels": { "kvasir.dev/llmdeployment": deployment } } }))
         .unwrap()
     }
 
@@ -383,80 +373,47 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_stands_for_what_was_wanted_until_either_changes() {
-        let (cache, _writers) = Cache::new();
-        let wanted = |cpu: &str| -> Deployment {
-            serde_json::from_value(json!({ "metadata": { "name": "d", "namespace": "n" },
-                "spec": { "selector": {}, "template": { "spec": { "containers": [
-                    { "name": "server", "resources": { "requests": { "cpu": cpu } } }] } } } }))
-            .unwrap()
-        };
-        let held = |uid: &str, generation: i64| {
-            let mut held = wanted("1");
-            held.metadata.uid = Some(uid.into());
-            held.metadata.generation = Some(generation);
-            held
-        };
-        assert!(
-            !cache.answers(&held("u", 4), &wanted("1000m")),
-            "never written"
-        );
-        cache.wrote(&wanted("1000m"), held("u", 4));
-        for (why, existing, wanted, stands) in [
-            ("in its own words", held("u", 4), wanted("1000m"), true),
-            ("edited since", held("u", 5), wanted("1000m"), false),
-            ("something else is wanted", held("u", 4), wanted("2"), false),
-            (
-                "another of the same name",
-                held("v", 4),
-                wanted("1000m"),
-                false,
-            ),
-        ] {
-            assert_eq!(cache.answers(&existing, &wanted), stands, "{why}");
-        }
-    }
-
-    #[test]
-    fn our_write_counts_until_the_watch_has_caught_up() {
+    fn a_written_deployment_is_read_back_where_the_watch_has_one() {
         let (cache, mut writers) = Cache::new();
         let version = || {
             let found = cache.deployment(&key("d"))?;
             found.metadata.resource_version.clone()
         };
-        cache.wrote(&deployment("", ""), deployment("u", "9"));
+        cache.wrote_deployment(&deployment("", ""), deployment("u", "9"));
         assert_eq!(
             version(),
             None,
             "what the watch lacks is asked of the API server"
         );
-        let mut see = |uid: &str, version: &str| {
-            let event = Event::Apply(deployment(uid, version));
-            writers.deployments.apply_watcher_event(&event);
+        let seen = Event::Apply(deployment("u", "9"));
+        writers.deployments.apply_watcher_event(&seen);
+        cache.wrote_deployment(&deployment("", ""), deployment("u", "10"));
+        assert_eq!(version().as_deref(), Some("10"), "the watch is behind");
+        cache.forget(&key("d"));
+        assert_eq!(version().as_deref(), Some("9"));
+    }
+
+    #[test]
+    fn a_written_status_is_read_back_until_another_wrote_over_it() {
+        let stored = |version: &str, replicas: i32| -> Arc<Stored> {
+            Arc::new(
+                serde_json::from_value(json!({
+                    "metadata": { "name": "d", "namespace": "n", "uid": "u", "resourceVersion": version },
+                    "spec": { "model": { "source": { "demo": {} } }, "replicas": 1 },
+                    "status": { "replicas": replicas }
+                }))
+                .unwrap(),
+            )
         };
-        see("u", "9");
-        cache.wrote(&deployment("", ""), deployment("u", "10"));
-        assert_eq!(
-            version().as_deref(),
-            Some("10"),
-            "the watch is behind: 10 is more than 9"
-        );
-        see("u", "10");
-        assert_eq!(version().as_deref(), Some("10"));
-        see("u", "12");
-        assert_eq!(version().as_deref(), Some("12"), "the watch is ahead");
-        cache.wrote(&deployment("", ""), deployment("u", "13"));
-        see("v", "7");
-        assert_eq!(
-            version().as_deref(),
-            Some("7"),
-            "another object of the same name"
-        );
-        cache.wrote(&deployment("", ""), deployment("v", "opaque"));
-        assert_eq!(
-            version().as_deref(),
-            Some("7"),
-            "a version that can't be compared"
-        );
+        let (cache, _writers) = Cache::new();
+        cache.wrote_status((*stored("9", 3)).clone());
+        for (why, seen, want) in [
+            ("the watch is behind", stored("8", 1), 3),
+            ("it has brought ours", stored("9", 3), 3),
+            ("another's", stored("10", 7), 7),
+        ] {
+            let status = cache.resource(seen).status().cloned().unwrap();
+            assert_eq!(status.replicas, want, "{why}");
+        }
     }
 }

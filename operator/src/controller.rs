@@ -4,6 +4,7 @@
 //! A change of the status alone triggers nothing. It holds no state that a restart would lose.
 
 use std::collections::HashMap;
+use std::error::Error as _;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,12 +22,13 @@ use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 use serde::de::DeserializeOwned;
 
 use crate::apply::apply;
-use crate::cache::{Cache, Key, Pods, key_of};
+use crate::cache::{Cache, Key, Pods, Writers, key_of};
+use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::observe::{LoadReader, Sources, observe};
-use crate::plan::children::Child;
-use crate::plan::{History, Now, plan, plan_unreadable};
-use crate::pod::serves;
+use crate::observed::Child;
+use crate::plan::{History, Now, plan};
+use crate::pod::{self, deployment_of};
 use crate::stored::Stored;
 
 /// Reconciles at once, at most: each waits for the API server most of its time.
@@ -100,19 +102,26 @@ pub async fn run(
     .applied_objects()
     .predicate_filter(predicates::generation, Default::default());
     let (cache, writers) = Cache::new();
-    let children = Watches {
+    let Writers {
+        deployments: child_deployments,
+        services,
+        budgets,
+        accounts,
+        pods,
+    } = writers;
+    let watches = Watches {
         client: &client,
         settings: &settings,
     };
     let controller = Controller::for_stream(deployments, store)
         .with_config(Config::default().concurrency(CONCURRENCY))
-        .owns_stream(children.reflect(writers.deployments))
-        .owns_stream(children.reflect(writers.services))
-        .owns_stream(children.reflect(writers.budgets))
-        .owns_stream(children.reflect(writers.accounts))
-        .watches_stream(children.pods(writers.pods), |pod| {
+        .owns_stream(watches.reflect(child_deployments))
+        .owns_stream(watches.reflect(services))
+        .owns_stream(watches.reflect(budgets))
+        .owns_stream(watches.reflect(accounts))
+        .watches_stream(watches.pods(pods), |pod| {
             let namespace = pod.namespace().unwrap_or_default();
-            serves(&pod).map(|name| ObjectRef::<Stored>::new(name).within(&namespace))
+            deployment_of(&pod).map(|name| ObjectRef::<Stored>::new(name).within(&namespace))
         });
     let context = Arc::new(Context {
         sources: Sources {
@@ -129,18 +138,26 @@ pub async fn run(
         .graceful_shutdown_on(stop)
         .run(reconcile, on_error, Arc::clone(&context))
         .for_each(|outcome| {
-            match outcome {
-                // The children of a deployment that is gone go after it, and trigger this for each.
-                Err(controller::Error::ObjectNotFound(gone)) => {
-                    context.forget(&(gone.namespace.unwrap_or_default(), gone.name));
-                }
-                // Nothing is reconciled before each watch has begun: one that is refused must be heard of.
-                Err(controller::Error::QueueError(error)) => tracing::warn!(%error, "watch failed"),
-                Err(_) | Ok(_) => {}
-            }
+            on_outcome(outcome, &context);
             std::future::ready(())
         })
         .await;
+}
+
+/// How a reconcile ended, or why none could begin. What failed in one is [`on_error`]'s.
+fn on_outcome(
+    outcome: Result<(ObjectRef<Stored>, Action), controller::Error<Error, watcher::Error>>,
+    context: &Context,
+) {
+    match outcome {
+        // The children of a deployment that is gone go after it, and trigger this for each.
+        Err(controller::Error::ObjectNotFound(gone)) => {
+            context.forget(&(gone.namespace.unwrap_or_default(), gone.name));
+        }
+        // Nothing is reconciled before each watch has begun: one that is refused must be heard of.
+        Err(controller::Error::QueueError(error)) => tracing::warn!(%error, "watch failed"),
+        Err(_) | Ok(_) => {}
+    }
 }
 
 /// The watches of what carries our label.
@@ -168,10 +185,7 @@ impl Watches<'_> {
 
     /// Pods into the cache, without what nobody reads.
     fn pods(&self, pods: Arc<Pods>) -> impl Stream<Item = watcher::Result<Pod>> + Send + use<> {
-        let events = self.watch::<Pod>().modify(|pod| {
-            drop_managed_fields(pod);
-            pod.spec = None;
-        });
+        let events = self.watch::<Pod>().modify(pod::strip);
         let seen = events.inspect_ok(move |event| pods.see(event));
         seen.touched_objects()
     }
@@ -192,7 +206,8 @@ where
 }
 
 #[tracing::instrument(skip_all, fields(namespace = stored.namespace(), name = stored.name_any()))]
-async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action, kube::Error> {
+async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action, Error> {
+    let stored = context.sources.cache.resource(stored);
     if stored.meta().deletion_timestamp.is_some() {
         // The garbage collector takes the children; there is no finalizer to hold it up.
         context.forget(&key_of(stored.as_ref()));
@@ -203,38 +218,29 @@ async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action,
         monotonic: context.started.elapsed(),
         wall: Timestamp::now(),
     };
-    let plan = context.memory(&stored, |memory| {
-        let (history, image) = (&mut memory.history, &context.settings.default_image);
-        match &stored.0 {
-            Ok(deployment) => plan(deployment, &observed, history, now, image),
-            Err(unreadable) => plan_unreadable(unreadable, &observed, history, now),
-        }
-    });
-    let version = match apply(&context.sources, &stored, &observed, &plan).await {
+    let history = context.memory(&stored, |memory| memory.history.clone());
+    let plan = plan(
+        &stored,
+        &observed,
+        &history,
+        now,
+        &context.settings.default_image,
+    );
+    match apply(&context.sources, &stored, &observed.children, &plan).await {
         // The deployment goes with it.
-        Err(error) if namespace_is_going(&error) => return Ok(Action::await_change()),
+        Err(error) if error.namespace_is_terminating() => return Ok(Action::await_change()),
         applied => applied?,
-    };
+    }
+    context.metrics.reconciled(&stored, &plan, &observed);
     context.memory(&stored, |memory| {
         memory.failures = 0;
-        if let Some((status, version)) = plan.status.clone().zip(version) {
-            memory.history.wrote(status, version);
-        }
+        // What was not carried out must not be remembered as if it were.
+        memory.history = plan.history;
     });
-    context.metrics.reconciled(&stored, &plan, &observed);
     Ok(Action::requeue(plan.recheck_after))
 }
 
-/// The API server makes nothing new in a namespace that is being deleted.
-fn namespace_is_going(error: &kube::Error) -> bool {
-    let kube::Error::Api(status) = error else {
-        return false;
-    };
-    let mut causes = status.details.iter().flat_map(|details| &details.causes);
-    causes.any(|cause| cause.reason == "NamespaceTerminating")
-}
-
-fn on_error(stored: Arc<Stored>, error: &kube::Error, context: Arc<Context>) -> Action {
+fn on_error(stored: Arc<Stored>, error: &Error, context: Arc<Context>) -> Action {
     let failures = context.memory(&stored, |memory| {
         memory.failures = memory.failures.saturating_add(1);
         memory.failures
@@ -242,7 +248,19 @@ fn on_error(stored: Arc<Stored>, error: &kube::Error, context: Arc<Context>) -> 
     let delay = FIRST_RETRY
         .saturating_mul(1 << failures.saturating_sub(1).min(6))
         .min(LONGEST_RETRY);
-    tracing::warn!(namespace = stored.namespace(), name = %stored.name_any(), %error, failures, retry_s = delay.as_secs(), "reconcile failed");
-    context.metrics.failed();
+    tracing::warn!(
+        namespace = stored.namespace(),
+        name = %stored.name_any(),
+        step = error.step(),
+        %error,
+        cause = error.source().map(ToString::to_string),
+        failures,
+        retry_s = delay.as_secs(),
+        "reconcile failed"
+    );
+    context.metrics.failed(error);
     Action::requeue(delay)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,12 @@
 //! The operator's metrics, all of them. Names are `kvasir_operator_...`, in base units.
 
 use kube::ResourceExt;
-use prometheus::{GaugeVec, IntCounter, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{GaugeVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
 
-use crate::observe::Observed;
+use crate::error::Error;
+use crate::observed::Observed;
 use crate::plan::Plan;
-use crate::pod::{is_ready, living};
+use crate::pod::{is_ready, not_terminating};
 use crate::stored::Stored;
 
 /// States of `kvasir_operator_replicas`.
@@ -20,7 +21,7 @@ pub struct Metrics {
     utilization: GaugeVec,
     waiting: IntGaugeVec,
     reconciles: IntCounter,
-    errors: IntCounter,
+    errors: IntCounterVec,
 }
 
 impl Metrics {
@@ -29,65 +30,61 @@ impl Metrics {
     /// # Errors
     /// Never, in a fresh registry.
     pub fn new() -> prometheus::Result<Self> {
-        let labels = &["namespace", "name"];
-        let metrics = Self {
-            registry: Registry::new(),
-            replicas: IntGaugeVec::new(
-                Opts::new(
-                    "kvasir_operator_replicas",
-                    "Replicas of an LLMDeployment by state.",
-                ),
-                &["namespace", "name", "state"],
-            )?,
-            target: GaugeVec::new(
-                Opts::new(
-                    "kvasir_operator_target_utilization_ratio",
-                    "Block-pool utilization above which the autoscaler adds replicas.",
-                ),
-                labels,
-            )?,
-            utilization: GaugeVec::new(
-                Opts::new(
-                    "kvasir_operator_block_utilization_ratio",
-                    "KV blocks held by sequences, of those in the replicas that report.",
-                ),
-                labels,
-            )?,
-            waiting: IntGaugeVec::new(
-                Opts::new(
-                    "kvasir_operator_waiting_requests",
-                    "Requests that wait in the replicas that report.",
-                ),
-                labels,
-            )?,
-            reconciles: IntCounter::new(
-                "kvasir_operator_reconciles_total",
-                "Reconciles that ended well.",
-            )?,
-            errors: IntCounter::new(
-                "kvasir_operator_reconcile_errors_total",
-                "Reconciles that failed.",
-            )?,
+        let registry = Registry::new();
+        let of_deployment = |name: &str, help: &str| -> prometheus::Result<GaugeVec> {
+            let gauge = GaugeVec::new(Opts::new(name, help), &["namespace", "name"])?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok(gauge)
         };
-        metrics
-            .registry
-            .register(Box::new(metrics.replicas.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.target.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.utilization.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.waiting.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.reconciles.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.errors.clone()))?;
-        Ok(metrics)
+        let counts = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntGaugeVec> {
+            let gauge = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok(gauge)
+        };
+        let replicas = counts(
+            "kvasir_operator_replicas",
+            "Replicas of an LLMDeployment by state.",
+            &["namespace", "name", "state"],
+        )?;
+        let target = of_deployment(
+            "kvasir_operator_target_utilization_ratio",
+            "Block-pool utilization above which the autoscaler adds replicas.",
+        )?;
+        let utilization = of_deployment(
+            "kvasir_operator_block_utilization_ratio",
+            "KV blocks held by sequences, of those in the replicas that report.",
+        )?;
+        let waiting = counts(
+            "kvasir_operator_waiting_requests",
+            "Requests that wait in the replicas that report.",
+            &["namespace", "name"],
+        )?;
+        let reconciles = IntCounter::new(
+            "kvasir_operator_reconciles_total",
+            "Reconciles that ended well.",
+        )?;
+        registry.register(Box::new(reconciles.clone()))?;
+        let errors = IntCounterVec::new(
+            Opts::new(
+                "kvasir_operator_reconcile_errors_total",
+                "Reconciles that failed, by the step that did.",
+            ),
+            &["step"],
+        )?;
+        registry.register(Box::new(errors.clone()))?;
+        // A series that begins with its first error hides that error from a rate.
+        for step in Error::STEPS {
+            errors.with_label_values(&[step]);
+        }
+        Ok(Self {
+            registry,
+            replicas,
+            target,
+            utilization,
+            waiting,
+            reconciles,
+            errors,
+        })
     }
 
     /// Records a reconcile that ended well.
@@ -102,21 +99,25 @@ impl Metrics {
             .as_ref()
             .map(|c| &c.deployment)
             // Where nothing may be touched, what was asked for before goes on.
-            .or(observed.deployment.as_deref())
+            .or(observed.children.deployment.as_deref())
             .and_then(|child| child.spec.as_ref()?.replicas)
             .unwrap_or(0);
         let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        let current = count(living(&observed.pods).count());
-        let ready = count(living(&observed.pods).filter(|pod| is_ready(pod)).count());
+        let current = count(not_terminating(&observed.pods).count());
+        let ready = count(
+            not_terminating(&observed.pods)
+                .filter(|pod| is_ready(pod))
+                .count(),
+        );
         for (state, value) in STATES.iter().zip([i64::from(desired), current, ready]) {
             self.replicas
                 .with_label_values(&[&namespace, &name, *state])
                 .set(value);
         }
         let labels = &[namespace.as_str(), name.as_str()];
-        // What isn't known has no series: a 0 would be a lie. An error of a removal says that there was none.
-        let spec = deployment.0.as_ref().map(|deployment| &deployment.spec);
-        match spec.ok().and_then(|spec| spec.autoscaling.as_ref()) {
+        // What isn't known has no series: a 0 would read as a measurement. A removal fails where there was none.
+        let policy = deployment.spec().and_then(|spec| spec.autoscaling.as_ref());
+        match policy {
             Some(policy) => {
                 let target = f64::from(policy.target_block_utilization_percent.get()) / 100.0;
                 self.target.with_label_values(labels).set(target);
@@ -150,8 +151,8 @@ impl Metrics {
     }
 
     /// Records a reconcile that failed.
-    pub fn failed(&self) {
-        self.errors.inc();
+    pub fn failed(&self, error: &Error) {
+        self.errors.with_label_values(&[error.step()]).inc();
     }
 
     /// The text exposition format.
@@ -170,7 +171,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::plan::autoscale::Load;
+    use crate::plan::History;
+    use crate::plan::autoscale::LoadSummary;
 
     #[test]
     fn unknown_load_has_no_series_and_a_deployment_that_is_gone_none_at_all() {
@@ -186,9 +188,10 @@ mod tests {
             status: None,
             load,
             recheck_after: Duration::ZERO,
+            history: History::default(),
         };
         let observed = Observed::default();
-        let known = plan(Some(Load {
+        let known = plan(Some(LoadSummary {
             blocks: 200,
             active_blocks: 50,
             waiting_requests: 3,

@@ -12,19 +12,20 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Event, Pod, Service, ServiceAccount};
-use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::core::v1::{ContainerStatus, Event, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ListParams, LogParams};
 use kube::{Api, Client, ResourceExt};
 use kvasir_crds::LoadReport;
 
 use crate::cache::{Cache, Key};
-use crate::plan::autoscale::ReplicaLoad;
-use crate::plan::children::{Child, PORT};
+use crate::error::Error;
+use crate::observed::{Child, LastLine, Observed, ObservedChildren, ReplicaLoad};
 use crate::plan::status::MAX_NOT_READY;
-use crate::pod::{LINE_LIMIT_CHARS, LastLine, ended, has_started, is_ready, last_line, living};
+use crate::pod::{
+    LINE_LIMIT_CHARS, has_started, is_ready, last_line, last_termination, load_port,
+    not_terminating,
+};
 
 /// How long a replica may take to answer `/load`; a later answer is silence.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(1);
@@ -33,28 +34,6 @@ const LOAD_LIMIT_BYTES: usize = 64 * 1024;
 /// Lines of a log that are read for the last that isn't empty.
 const LOG_TAIL_LINES: i64 = 5;
 const LOG_LIMIT_BYTES: i64 = 16 * 1024;
-
-/// What exists. An object of a child's name that isn't controlled by the deployment is here too: `plan` tells them apart.
-#[derive(Clone, Debug, Default)]
-pub struct Observed {
-    /// The child Deployment.
-    pub deployment: Option<Arc<Deployment>>,
-    /// The Service.
-    pub service: Option<Arc<Service>>,
-    /// The PodDisruptionBudget.
-    pub budget: Option<Arc<PodDisruptionBudget>>,
-    /// The ServiceAccount of the pods.
-    pub account: Option<Arc<ServiceAccount>>,
-    /// Pods with the deployment's selector, by name.
-    pub pods: Vec<Arc<Pod>>,
-    /// Warnings about those pods; empty where every one is ready.
-    pub warnings: Vec<Event>,
-    /// The last lines of containers that ended and left no message.
-    pub last_lines: Vec<LastLine>,
-    /// One entry for each pod whose server has started and that is not being deleted. A server that hangs is no longer
-    /// ready, yet must count as silent rather than as gone.
-    pub loads: Vec<ReplicaLoad>,
-}
 
 /// Asks replicas for their load.
 #[derive(Clone, Debug)]
@@ -73,15 +52,15 @@ impl Default for LoadReader {
 }
 
 impl LoadReader {
-    /// The load of the replica at `ip`; anything but a report in time is silence.
-    async fn read(&self, ip: &str) -> ReplicaLoad {
-        match tokio::time::timeout(LOAD_TIMEOUT, self.get(ip)).await {
+    /// The load that the replica at this address reports; anything but a report in time is silence.
+    async fn read(&self, ip: &str, port: u16) -> ReplicaLoad {
+        match tokio::time::timeout(LOAD_TIMEOUT, self.get(ip, port)).await {
             Ok(Some(report)) => ReplicaLoad::Reported(report),
             Ok(None) | Err(_) => ReplicaLoad::Silent,
         }
     }
 
-    async fn get(&self, ip: &str) -> Option<LoadReport> {
+    async fn get(&self, ip: &str, port: u16) -> Option<LoadReport> {
         let host = if ip.contains(':') {
             format!("[{ip}]")
         } else {
@@ -89,7 +68,7 @@ impl LoadReader {
         };
         let response = self
             .0
-            .get(format!("http://{host}:{PORT}/load").parse().ok()?)
+            .get(format!("http://{host}:{port}/load").parse().ok()?)
             .await
             .ok()?;
         if !response.status().is_success() {
@@ -118,7 +97,7 @@ pub struct Sources {
 ///
 /// # Errors
 /// What the API server says. A replica that doesn't answer is no error.
-pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> kube::Result<Observed> {
+pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> Result<Observed, Error> {
     let Sources {
         client,
         cache,
@@ -128,33 +107,46 @@ pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> kube::Result<O
         [&metadata.name, &metadata.namespace].map(|part| part.clone().unwrap_or_default());
     let key = (namespace.clone(), name);
     cache.ready().await;
-    let (deployment, service, budget, account) = tokio::try_join!(
-        child(client, &key, cache.deployment(&key)),
-        child(client, &key, cache.service(&key)),
-        child(client, &key, cache.budget(&key)),
-        child(client, &key, cache.account(&key)),
-    )?;
+    let children = children(client, cache, &key).await?;
     let pods = cache.pods(&key);
 
-    let failing: Vec<&Pod> = living(&pods).filter(|pod| !is_ready(pod)).collect();
+    let failing: Vec<&Pod> = not_terminating(&pods)
+        .filter(|pod| !is_ready(pod))
+        .collect();
     let (warnings, last_lines) = if failing.is_empty() {
         (Vec::new(), Vec::new())
     } else {
-        let warnings = warnings(client, &namespace, &failing).await?;
+        let warnings = warnings(client, &namespace, &failing).await;
+        let warnings = warnings.map_err(Error::ListWarnings)?;
         (warnings, last_lines(client, &namespace, &failing).await)
     };
-    let serving = living(&pods).filter(|pod| has_started(pod));
-    let addresses = serving.filter_map(|pod| pod.status.as_ref()?.pod_ip.as_deref());
-    let loads = join_all(addresses.map(|ip| reader.read(ip))).await;
+    let started = not_terminating(&pods).filter(|pod| has_started(pod));
+    let addresses = started.filter_map(|pod| {
+        let ip = pod.status.as_ref()?.pod_ip.as_deref()?;
+        Some((ip, load_port(pod)))
+    });
+    let loads = join_all(addresses.map(|(ip, port)| reader.read(ip, port))).await;
     Ok(Observed {
-        deployment,
-        service,
-        budget,
-        account,
+        children,
         pods,
         warnings,
         last_lines,
         loads,
+    })
+}
+
+async fn children(client: &Client, cache: &Cache, key: &Key) -> Result<ObservedChildren, Error> {
+    let (deployment, service, budget, account) = tokio::try_join!(
+        child(client, key, cache.deployment(key)),
+        child(client, key, cache.service(key)),
+        child(client, key, cache.budget(key)),
+        child(client, key, cache.account(key)),
+    )?;
+    Ok(ObservedChildren {
+        deployment,
+        service,
+        budget,
+        account,
     })
 }
 
@@ -164,12 +156,16 @@ async fn child<K: Child>(
     client: &Client,
     (namespace, name): &Key,
     cached: Option<Arc<K>>,
-) -> kube::Result<Option<Arc<K>>> {
+) -> Result<Option<Arc<K>>, Error> {
     if cached.is_some() {
         return Ok(cached);
     }
     let api: Api<K> = Api::namespaced(client.clone(), namespace);
-    Ok(api.get_opt(name).await?.map(Arc::new))
+    let found = api.get_opt(name).await.map_err(|source| Error::ReadChild {
+        kind: K::kind(&()),
+        source,
+    })?;
+    Ok(found.map(Arc::new))
 }
 
 /// Warnings about these pods.
@@ -187,15 +183,8 @@ async fn warnings(client: &Client, namespace: &str, pods: &[&Pod]) -> kube::Resu
 async fn last_lines(client: &Client, namespace: &str, pods: &[&Pod]) -> Vec<LastLine> {
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let silent = pods.iter().take(MAX_NOT_READY).flat_map(|pod| {
-        let status = pod.status.as_ref();
-        let servers = status.and_then(|s| s.container_statuses.as_deref());
-        let init = status.and_then(|s| s.init_container_statuses.as_deref());
-        let all = [servers, init].into_iter().flatten().flatten();
-        let silent = all.filter(|c| {
-            let ended = ended(c).filter(|_| !c.ready);
-            ended.is_some_and(|end| end.message.as_deref().and_then(last_line).is_none())
-        });
-        silent.map(move |container| (pod.name_any(), container))
+        let containers = ended_without_a_message(pod);
+        containers.map(move |container| (pod.name_any(), container))
     });
     let reads = silent.map(|(pod, container)| {
         let params = LogParams {
@@ -225,4 +214,15 @@ async fn last_lines(client: &Client, namespace: &str, pods: &[&Pod]) -> Vec<Last
         }
     });
     join_all(reads).await.into_iter().flatten().collect()
+}
+
+fn ended_without_a_message(pod: &Pod) -> impl Iterator<Item = &ContainerStatus> {
+    let status = pod.status.as_ref();
+    let servers = status.and_then(|s| s.container_statuses.as_deref());
+    let init = status.and_then(|s| s.init_container_statuses.as_deref());
+    let all = [servers, init].into_iter().flatten().flatten();
+    all.filter(|c| {
+        let end = last_termination(c).filter(|_| !c.ready);
+        end.is_some_and(|end| end.message.as_deref().and_then(last_line).is_none())
+    })
 }

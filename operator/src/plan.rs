@@ -1,24 +1,27 @@
 //! Decides, purely, what should change for one `LLMDeployment`: children, replicas, status, events.
 //!
-//! It knows no API server and no clock: what was observed, the history and the time are arguments.
+//! It knows no API server and no clock: what was observed, the history and the time are arguments. Nothing is changed by
+//! planning: the history to go on with is part of the plan, and counts once the plan was carried out.
 
 pub mod autoscale;
 pub mod children;
+pub mod counted;
 pub mod pod_template;
 pub mod status;
 
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{
-    ConditionType, LLMDeployment, LLMDeploymentStatus, LastScaling, Reason,
+    ConditionType, LLMDeployment, LLMDeploymentSpec, LLMDeploymentStatus, LastScaling, Reason,
 };
 
-use crate::observe::Observed;
-use crate::stored::{Unreadable, version};
-use autoscale::Load;
+use crate::observed::{Observed, ObservedChildren};
+use crate::stored::Stored;
+use autoscale::{Decision, LoadSummary};
 use children::Children;
 use status::{Refusal, StatusInput};
 
@@ -41,34 +44,11 @@ pub struct Now {
 }
 
 /// What is remembered of one deployment between reconciles, by UID. Lost in a restart, and then only a little slower.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
     autoscale: autoscale::History,
-    load_status_at: Option<Duration>,
-    /// The status written last, and the version that the object had then.
-    written: Option<(LLMDeploymentStatus, u64)>,
-}
-
-impl History {
-    /// Takes note of a status that was written, and of the version that the object has with it.
-    pub fn wrote(&mut self, status: LLMDeploymentStatus, version: u64) {
-        self.written = Some((status, version));
-    }
-
-    /// The status that the API server holds: as the watch brought it, or as it was written last where the watch is behind.
-    /// Planning from an older one would take the last scaling out of it.
-    fn before(
-        &self,
-        metadata: &ObjectMeta,
-        status: Option<&LLMDeploymentStatus>,
-    ) -> Option<LLMDeploymentStatus> {
-        match &self.written {
-            Some((written, then)) if version(metadata).is_none_or(|now| now < *then) => {
-                Some(written.clone())
-            }
-            _ => status.cloned(),
-        }
-    }
+    /// When a status was written last.
+    status_at: Option<Duration>,
 }
 
 /// What is to be done.
@@ -77,13 +57,15 @@ pub struct Plan {
     /// The children as they should be; `None` where nothing may be touched.
     pub children: Option<Children>,
     /// What to tell the user, in order.
-    pub events: Vec<Note>,
+    pub events: Vec<EventRecord>,
     /// The status, where it changes.
     pub status: Option<LLMDeploymentStatus>,
     /// What the replicas report, for the metrics.
-    pub load: Option<Load>,
+    pub load: Option<LoadSummary>,
     /// When to look again, if nothing happens before.
     pub recheck_after: Duration,
+    /// What to remember, once all of this was carried out.
+    pub history: History,
 }
 
 /// How an event is meant.
@@ -97,7 +79,7 @@ pub enum Severity {
 
 /// An event on the `LLMDeployment`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Note {
+pub struct EventRecord {
     /// How it is meant.
     pub severity: Severity,
     /// CamelCase, from a closed set.
@@ -108,39 +90,106 @@ pub struct Note {
     pub message: String,
 }
 
-/// Plans one reconcile of a deployment that could be read. `default_image` is used where the deployment names none and none runs yet.
+/// What was decided about the children, before the status says so.
+struct Decided {
+    /// As they should be, or why nothing may be touched.
+    children: Result<Children, Refusal>,
+    /// The autoscaler's answer, where it owns the number of replicas.
+    decision: Option<Decision>,
+    /// A change of the number of replicas by the autoscaler.
+    scaling: Option<LastScaling>,
+}
+
+/// Plans one reconcile. Where the spec can't be read, what runs goes on as it is, and the status says why. `default_image`
+/// is used where the deployment names no image and no child Deployment of its revision runs yet.
 pub fn plan(
-    deployment: &LLMDeployment,
+    stored: &Stored,
     observed: &Observed,
-    history: &mut History,
+    history: &History,
     now: Now,
     default_image: &str,
 ) -> Plan {
-    let conflict = name_conflict(&deployment.metadata, observed);
-    let running = observed
-        .deployment
-        .as_deref()
-        .filter(|_| conflict.is_none());
-    let current = running.and_then(|child| child.spec.as_ref()?.replicas);
-
-    if deployment.spec.autoscaling.is_none() {
+    let mut history = history.clone();
+    let conflict = name_conflict(stored.meta(), &observed.children);
+    let child = observed.children.deployment.as_deref();
+    let running = child.filter(|_| conflict.is_none());
+    let is_autoscaled = stored.spec().is_some_and(|spec| spec.autoscaling.is_some());
+    if !is_autoscaled {
         // Should it be switched on again, what was known before counts no more.
         history.autoscale = autoscale::History::default();
     }
-    let decision = deployment.spec.autoscaling.as_ref().map(|policy| {
-        let current = current.map_or(policy.min_replicas.get(), |n| u32::try_from(n).unwrap_or(0));
-        autoscale::decide(
-            policy,
-            current,
-            &observed.loads,
-            &mut history.autoscale,
-            now.monotonic,
-        )
-    });
-    let replicas = match (&decision, deployment.spec.replicas) {
-        (Some(decision), _) => i32::try_from(decision.replicas).unwrap_or(i32::MAX),
-        (None, replicas) => replicas.unwrap_or(1),
+    let decided = match &stored.0 {
+        Ok(deployment) => {
+            let decision = autoscale(deployment, running, observed, &mut history, now);
+            decide(deployment, running, conflict, decision, now, default_image)
+        }
+        Err(unreadable) => Decided {
+            children: Err(Refusal {
+                reason: Reason::InvalidSpec,
+                sentence: unreadable.sentence.clone(),
+            }),
+            decision: None,
+            scaling: None,
+        },
     };
+    let load = autoscale::summarize(&observed.loads);
+    let status = status::status(&StatusInput {
+        stored,
+        observed,
+        child: running,
+        refused: decided.children.as_ref().err(),
+        decision: decided.decision.as_ref(),
+        scaling: decided.scaling.as_ref(),
+        load,
+        now: now.wall,
+    });
+    let recheck_after = recheck_after(stored.spec(), &decided, &status);
+    let events = events(stored.status(), &decided);
+    let status = changed(stored.status(), status, &history, now);
+    if status.is_some() {
+        history.status_at = Some(now.monotonic);
+    }
+    Plan {
+        children: decided.children.ok(),
+        events,
+        status,
+        load,
+        recheck_after,
+        history,
+    }
+}
+
+/// The autoscaler's answer, where the deployment is autoscaled.
+fn autoscale(
+    deployment: &LLMDeployment,
+    running: Option<&Deployment>,
+    observed: &Observed,
+    history: &mut History,
+    now: Now,
+) -> Option<Decision> {
+    let policy = deployment.spec.autoscaling.as_ref()?;
+    let current = running
+        .and_then(replicas_of)
+        .map_or(policy.min_replicas.get(), |n| u32::try_from(n).unwrap_or(0));
+    Some(autoscale::decide(
+        policy,
+        current,
+        &observed.loads,
+        &mut history.autoscale,
+        now.monotonic,
+    ))
+}
+
+/// The children that a readable deployment should have.
+fn decide(
+    deployment: &LLMDeployment,
+    running: Option<&Deployment>,
+    conflict: Option<Refusal>,
+    decision: Option<Decision>,
+    now: Now,
+    default_image: &str,
+) -> Decided {
+    let replicas = asked_replicas(&deployment.spec, decision.as_ref());
     let children =
         match conflict {
             Some(conflict) => Err(conflict),
@@ -151,7 +200,7 @@ pub fn plan(
                 },
             ),
         };
-    let scaling = match (&decision, current) {
+    let scaling = match (&decision, running.and_then(replicas_of)) {
         // Where the children can't be planned nothing is carried out, and nothing may be told.
         (Some(decision), Some(from)) if from != replicas && children.is_ok() => Some(LastScaling {
             time: Time(now.wall),
@@ -161,104 +210,72 @@ pub fn plan(
         }),
         _ => None,
     };
-    let before = history.before(&deployment.metadata, deployment.status.as_ref());
-    let refused = children.as_ref().err();
-    let load = autoscale::load(&observed.loads);
-    let status = status::status(&StatusInput {
-        metadata: &deployment.metadata,
-        spec: Some(&deployment.spec),
-        before: before.as_ref(),
-        refused,
-        child: running,
-        pods: &observed.pods,
-        warnings: &observed.warnings,
-        last_lines: &observed.last_lines,
-        load,
-        decision: decision.as_ref(),
-        scaling: scaling.as_ref(),
-        now: now.wall,
-    });
-    let recheck_after = match () {
-        () if deployment.spec.autoscaling.is_some() => AUTOSCALE_INTERVAL,
+    Decided {
+        children,
+        decision,
+        scaling,
+    }
+}
+
+/// The number of replicas that is asked for now: the autoscaler's, or the user's.
+fn asked_replicas(spec: &LLMDeploymentSpec, decision: Option<&Decision>) -> i32 {
+    match decision {
+        Some(decision) => i32::try_from(decision.replicas).unwrap_or(i32::MAX),
+        None => spec.replicas.unwrap_or(1),
+    }
+}
+
+/// The number of replicas that the child Deployment asks for.
+fn replicas_of(child: &Deployment) -> Option<i32> {
+    child.spec.as_ref()?.replicas
+}
+
+fn recheck_after(
+    spec: Option<&LLMDeploymentSpec>,
+    decided: &Decided,
+    status: &LLMDeploymentStatus,
+) -> Duration {
+    let Some(spec) = spec else {
+        return LOAD_STATUS_INTERVAL;
+    };
+    let replicas = asked_replicas(spec, decided.decision.as_ref());
+    match () {
+        () if spec.autoscaling.is_some() => AUTOSCALE_INTERVAL,
         () if status.ready_replicas < replicas => NOT_READY_INTERVAL,
         () if replicas > 0 => LOAD_STATUS_INTERVAL,
         () => RESYNC_INTERVAL,
-    };
-    let scaled = scaling.map(|s| Note {
+    }
+}
+
+/// What happened that the status `before` doesn't tell yet.
+fn events(before: Option<&LLMDeploymentStatus>, decided: &Decided) -> Vec<EventRecord> {
+    let scaled = decided.scaling.as_ref().map(|scaling| EventRecord {
         severity: Severity::Normal,
-        reason: match s.to > s.from {
+        reason: match scaling.to > scaling.from {
             true => "ScaledUp",
             false => "ScaledDown",
         },
         action: "Scale",
-        message: s.reason,
+        message: scaling.reason.clone(),
     });
-    let told = refused.and_then(|refusal| refusal_note(before.as_ref(), refusal));
-    Plan {
-        events: scaled.into_iter().chain(told).collect(),
-        children: children.ok(),
-        status: changed(before.as_ref(), status, history, now),
-        load,
-        recheck_after,
-    }
-}
-
-/// Plans for a deployment whose spec can't be read: what runs goes on as it is, and the status says why.
-pub fn plan_unreadable(
-    unreadable: &Unreadable,
-    observed: &Observed,
-    history: &mut History,
-    now: Now,
-) -> Plan {
-    let refusal = Refusal {
-        reason: Reason::InvalidSpec,
-        sentence: unreadable.sentence.clone(),
-    };
-    history.autoscale = autoscale::History::default();
-    let before = history.before(&unreadable.metadata, unreadable.status.as_ref());
-    let load = autoscale::load(&observed.loads);
-    let conflict = name_conflict(&unreadable.metadata, observed);
-    let status = status::status(&StatusInput {
-        metadata: &unreadable.metadata,
-        spec: None,
-        before: before.as_ref(),
-        refused: Some(&refusal),
-        child: observed
-            .deployment
-            .as_deref()
-            .filter(|_| conflict.is_none()),
-        pods: &observed.pods,
-        warnings: &observed.warnings,
-        last_lines: &observed.last_lines,
-        load,
-        decision: None,
-        scaling: None,
-        now: now.wall,
-    });
-    Plan {
-        children: None,
-        events: refusal_note(before.as_ref(), &refusal)
-            .into_iter()
-            .collect(),
-        status: changed(before.as_ref(), status, history, now),
-        load,
-        recheck_after: LOAD_STATUS_INTERVAL,
-    }
-}
-
-/// The event of a refusal that the status doesn't tell yet.
-fn refusal_note(before: Option<&LLMDeploymentStatus>, refusal: &Refusal) -> Option<Note> {
-    let conditions = before.map(|status| status.conditions.as_slice());
-    let known = conditions.unwrap_or_default().iter().any(|c| {
-        c.type_ == ConditionType::Accepted.as_str()
-            && c.reason == refusal.reason.as_str()
-            && c.message == refusal.sentence
-    });
-    (!known).then(|| Note {
+    let refusal = decided.children.as_ref().err();
+    let refused = refusal.filter(|refusal| !is_told(before, refusal));
+    let refused = refused.map(|refusal| EventRecord {
         severity: Severity::Warning,
         reason: refusal.reason.as_str(),
         action: "Accept",
         message: refusal.sentence.clone(),
+    });
+    scaled.into_iter().chain(refused).collect()
+}
+
+/// The condition Accepted gives this refusal already.
+fn is_told(before: Option<&LLMDeploymentStatus>, refusal: &Refusal) -> bool {
+    let conditions = before.map(|status| status.conditions.as_slice());
+    conditions.unwrap_or_default().iter().any(|c| {
+        c.type_ == ConditionType::Accepted.as_str()
+            && c.reason == refusal.reason.as_str()
+            && c.message == refusal.sentence
     })
 }
 
@@ -266,7 +283,7 @@ fn refusal_note(before: Option<&LLMDeploymentStatus>, refusal: &Refusal) -> Opti
 fn changed(
     before: Option<&LLMDeploymentStatus>,
     status: LLMDeploymentStatus,
-    history: &mut History,
+    history: &History,
     now: Now,
 ) -> Option<LLMDeploymentStatus> {
     if before == Some(&status) {
@@ -281,17 +298,13 @@ fn changed(
         elder == *before
     });
     let recent = history
-        .load_status_at
+        .status_at
         .is_some_and(|at| now.monotonic.saturating_sub(at) < LOAD_STATUS_INTERVAL);
-    if only_load && recent {
-        return None;
-    }
-    history.load_status_at = Some(now.monotonic);
-    Some(status)
+    (!(only_load && recent)).then_some(status)
 }
 
 /// The refusal for an object of a child's name that the deployment doesn't control; such an object is never touched.
-fn name_conflict(metadata: &ObjectMeta, observed: &Observed) -> Option<Refusal> {
+fn name_conflict(metadata: &ObjectMeta, children: &ObservedChildren) -> Option<Refusal> {
     fn foreign<K: Resource<DynamicType = ()>>(
         metadata: &ObjectMeta,
         object: Option<&K>,
@@ -309,10 +322,16 @@ fn name_conflict(metadata: &ObjectMeta, observed: &Observed) -> Option<Refusal> 
             ),
         })
     }
-    foreign(metadata, observed.deployment.as_deref())
-        .or_else(|| foreign(metadata, observed.service.as_deref()))
-        .or_else(|| foreign(metadata, observed.budget.as_deref()))
-        .or_else(|| foreign(metadata, observed.account.as_deref()))
+    let ObservedChildren {
+        deployment,
+        service,
+        budget,
+        account,
+    } = children;
+    foreign(metadata, deployment.as_deref())
+        .or_else(|| foreign(metadata, service.as_deref()))
+        .or_else(|| foreign(metadata, budget.as_deref()))
+        .or_else(|| foreign(metadata, account.as_deref()))
 }
 
 #[cfg(test)]

@@ -29,10 +29,21 @@ pub struct Unreadable {
     pub sentence: String,
 }
 
-/// An object's version: a decimal number that grows (Kubernetes API Concepts, "Resource versions").
-#[must_use]
-pub fn version(metadata: &ObjectMeta) -> Option<u64> {
-    metadata.resource_version.as_ref()?.parse().ok()
+impl Stored {
+    /// Its spec, where that could be read.
+    #[must_use]
+    pub fn spec(&self) -> Option<&LLMDeploymentSpec> {
+        self.0.as_ref().ok().map(|deployment| &deployment.spec)
+    }
+
+    /// Its status, where that could be read.
+    #[must_use]
+    pub fn status(&self) -> Option<&LLMDeploymentStatus> {
+        match &self.0 {
+            Ok(deployment) => deployment.status.as_ref(),
+            Err(unreadable) => unreadable.status.as_ref(),
+        }
+    }
 }
 
 impl<'de> Deserialize<'de> for Stored {

@@ -126,7 +126,7 @@ reasons! {
     SpecAccepted,
     /// The spec can't be read by this operator.
     InvalidSpec,
-    /// `spec.podTemplate` can't be laid over the pods' template.
+    /// `spec.podTemplate` can't be merged into the pods' template.
     InvalidPodTemplate,
     /// An object of a child's name exists that isn't ours.
     NameConflict,
@@ -164,7 +164,7 @@ reasons! {
     FixedReplicas,
     /// No replica reports its load: the number is held.
     LoadUnknown,
-    /// More replicas are needed than `maxReplicas` allows.
+    /// The number of replicas is `maxReplicas`: more load adds none.
     AtMaxReplicas,
 }
 

@@ -96,6 +96,12 @@ fn rules_refuse_contradictions_and_say_the_remedy() {
             "extraArgs must not hold",
         ),
         (
+            "the management port, which probes rely on",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "engine": { "extraArgs": ["--management-port", "9000"] } }),
+            "extraArgs must not hold",
+        ),
+        (
             "an argument that only begins alike",
             "demo",
             json!({ "model": demo, "replicas": 1, "engine": { "extraArgs": ["--port-range=3"] } }),

@@ -86,8 +86,7 @@ pub(super) fn start_control_plane(cluster: &Cluster, pki: &Pki) -> Result<(), Er
         ("initial-cluster", "kvasir=http://127.0.0.1:2380"),
     ]);
     first.spawn("etcd", "etcd", &etcd)?;
-    let path = |path: &Path| path.display().to_string();
-    let apiserver = flags(&[
+    let serving = flags(&[
         ("etcd-servers", "http://127.0.0.1:2379"),
         // All addresses of the node's own network namespace: nothing outside of the cluster is in it.
         ("bind-address", "0.0.0.0"),
@@ -97,6 +96,22 @@ pub(super) fn start_control_plane(cluster: &Cluster, pki: &Pki) -> Result<(), Er
         ("authorization-mode", "Node,RBAC"),
         ("enable-admission-plugins", "NodeRestriction"),
         ("cert-dir", "/var/lib/kube-apiserver"),
+        // By name, logs and exec would look the node up in a DNS that does not know it.
+        ("kubelet-preferred-address-types", "InternalIP"),
+        ("service-cluster-ip-range", SERVICES),
+        ("profiling", "false"),
+    ]);
+    first.spawn(
+        "kube-apiserver",
+        cluster.tools().kubernetes.join("kube-apiserver"),
+        &[serving, apiserver_identities(pki)].concat(),
+    )
+}
+
+/// Who the API server is and whom it believes: clients, kubelets, service accounts, aggregated API servers.
+fn apiserver_identities(pki: &Pki) -> Vec<String> {
+    let path = |path: &Path| path.display().to_string();
+    flags(&[
         ("client-ca-file", &path(&pki.authority.certificate())),
         ("tls-cert-file", &path(&pki.apiserver.certificate)),
         ("tls-private-key-file", &path(&pki.apiserver.key)),
@@ -106,9 +121,6 @@ pub(super) fn start_control_plane(cluster: &Cluster, pki: &Pki) -> Result<(), Er
         ),
         ("kubelet-client-certificate", &path(&pki.admin.certificate)),
         ("kubelet-client-key", &path(&pki.admin.key)),
-        // By name, logs and exec would look the node up in a DNS that does not know it.
-        ("kubelet-preferred-address-types", "InternalIP"),
-        ("service-cluster-ip-range", SERVICES),
         (
             "service-account-issuer",
             "https://kubernetes.default.svc.cluster.local",
@@ -131,13 +143,7 @@ pub(super) fn start_control_plane(cluster: &Cluster, pki: &Pki) -> Result<(), Er
         ("requestheader-username-headers", "X-Remote-User"),
         ("proxy-client-cert-file", &path(&pki.aggregator.certificate)),
         ("proxy-client-key-file", &path(&pki.aggregator.key)),
-        ("profiling", "false"),
-    ]);
-    first.spawn(
-        "kube-apiserver",
-        cluster.tools().kubernetes.join("kube-apiserver"),
-        &apiserver,
-    )
+    ])
 }
 
 /// The controller-manager and the scheduler; the API server must be ready, or they wait seconds in backoff.
@@ -225,7 +231,7 @@ state = "/run/containerd"
     )
 }
 
-/// The kubelet and kube-proxy of one node.
+/// The kubelet of one node.
 pub(super) fn start_kubelet(cluster: &Cluster, pki: &Pki, node: &Node) -> Result<(), Error> {
     let (name, address) = (node.name(), node.address());
     let subject = format!("system:node:{name}");
@@ -236,7 +242,25 @@ pub(super) fn start_kubelet(cluster: &Cluster, pki: &Pki, node: &Node) -> Result
     let serving = pki
         .authority
         .sign(&format!("kubelet-{name}"), subject, &[&name, &address])?;
-    let config = format!(
+    let path = node.folder.join("kubelet.yaml");
+    write(&path, &kubelet_config(pki, node, &serving))?;
+    let kubelet = flags(&[
+        ("config", &path.display().to_string()),
+        (
+            "kubeconfig",
+            &pki.kubeconfig(&format!("kubelet-client-{name}"), subject)?,
+        ),
+        ("root-dir", "/var/lib/kubelet"),
+        ("cert-dir", "/var/lib/kubelet/pki"),
+        ("node-ip", &address),
+        ("hostname-override", &name),
+    ]);
+    let program = cluster.tools().kubernetes.join("kubelet");
+    node.spawn("kubelet", program, &kubelet)
+}
+
+fn kubelet_config(pki: &Pki, node: &Node, serving: &Signed) -> String {
+    format!(
         r"apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 authentication:
@@ -267,22 +291,12 @@ imageGCLowThresholdPercent: 99
         key = serving.key.display(),
         resolv_conf = node.folder.join("etc/upstream-resolv.conf").display(),
         cgroup = node.cgroup,
-    );
-    let path = node.folder.join("kubelet.yaml");
-    write(&path, &config)?;
-    let kubelet = flags(&[
-        ("config", &path.display().to_string()),
-        (
-            "kubeconfig",
-            &pki.kubeconfig(&format!("kubelet-client-{name}"), subject)?,
-        ),
-        ("root-dir", "/var/lib/kubelet"),
-        ("cert-dir", "/var/lib/kubelet/pki"),
-        ("node-ip", &address),
-        ("hostname-override", &name),
-    ]);
-    let programs = &cluster.tools().kubernetes;
-    node.spawn("kubelet", programs.join("kubelet"), &kubelet)?;
+    )
+}
+
+/// kube-proxy of one node.
+pub(super) fn start_proxy(cluster: &Cluster, pki: &Pki, node: &Node) -> Result<(), Error> {
+    let name = node.name();
     // Its limits of connection tracking are machine-wide: zero leaves them alone.
     let proxy = flags(&[
         (
@@ -296,7 +310,8 @@ imageGCLowThresholdPercent: 99
         ("conntrack-tcp-timeout-established", "0"),
         ("conntrack-tcp-timeout-close-wait", "0"),
     ]);
-    node.spawn("kube-proxy", programs.join("kube-proxy"), &proxy)
+    let program = cluster.tools().kubernetes.join("kube-proxy");
+    node.spawn("kube-proxy", program, &proxy)
 }
 
 fn user(common_name: &str) -> Subject<'_> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 /// What a node's file system has of its own, run by bash inside of it; `$1` is the cluster's folder, `$2`
 /// the node's, `$3` its host name. Its last lines keep the kubelet from three machine-wide settings: the
 /// files that it would write already say what it wants.
-const FURNISH: &str = r#"
+const SET_UP: &str = r#"
 set -euo pipefail
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir /run/cluster && mount --bind "$1" /run/cluster
@@ -58,7 +58,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// Makes the namespaces and furnishes them; nothing runs in them yet.
+    /// Makes the namespaces and mounts what is the node's own; nothing runs in them yet.
     pub(super) fn start(cluster: &Name, index: u8) -> Result<Self, Error> {
         let folder = cluster.folder().join(format!("node-{index}"));
         let logs = folder.join("logs");
@@ -96,7 +96,7 @@ impl Node {
         )?;
         run(node
             .command("bash")
-            .args(["-c", FURNISH, "furnish"])
+            .args(["-c", SET_UP, "set-up"])
             .args([&cluster.folder(), &node.folder])
             .args([node.name(), node.address()]))?;
         Ok(node)

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The user that the project's processes have: the customary "nonroot", owner of nothing.
 const NONROOT: u32 = 65_532;
@@ -45,7 +46,10 @@ pub fn kvasir(devices: Devices) -> Result<Image, Error> {
         "Building kvasir-server and kvasir-operator in release (the first time about 6 minutes on 2 cores)",
     );
     let folder = release_binaries(devices)?;
-    let programs = ["kvasir-server", "kvasir-operator"].map(|name| folder.join(name));
+    let programs = [
+        stripped(&folder, "kvasir-server")?,
+        stripped(&folder, "kvasir-operator")?,
+    ];
     let cublas = match devices {
         Devices::Cpu => None,
         Devices::CpuAndCuda => {
@@ -150,6 +154,38 @@ pub fn pause(scratch: &Path) -> Result<Image, Error> {
             mode: 0o755,
         }],
     })
+}
+
+/// A copy of a program in `folder` without its debug information, which goes into `NAME.debug` beside the copy. The copy
+/// names that file, and debuggers find it in the folder of the program (GDB's manual, "Debugging Information in Separate
+/// Files"). The symbols stay: a backtrace names its functions without that file.
+fn stripped(folder: &Path, name: &str) -> Result<PathBuf, Error> {
+    let place = folder.join("image");
+    // Made beside and moved: another process or thread may read the copy that is there.
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
+    let making = folder.join(format!("image-{}-{n}", std::process::id()));
+    fs::create_dir_all(&place).map_err(Error::file("create", &place))?;
+    fs::create_dir_all(&making).map_err(Error::file("create", &making))?;
+    let debug = format!("{name}.debug");
+    let whole = folder.join(name);
+    let objcopy = || {
+        let mut command = Command::new("objcopy");
+        command.current_dir(&making);
+        command
+    };
+    run(objcopy().arg("--only-keep-debug").arg(&whole).arg(&debug))?;
+    run(objcopy()
+        .arg("--strip-debug")
+        .arg(format!("--add-gnu-debuglink={debug}"))
+        .arg(&whole)
+        .arg(name))?;
+    for file in [debug.as_str(), name] {
+        let to = place.join(file);
+        fs::rename(making.join(file), &to).map_err(Error::file("write", &to))?;
+    }
+    fs::remove_dir(&making).map_err(Error::file("remove", &making))?;
+    Ok(place.join(name))
 }
 
 fn release_binaries(devices: Devices) -> Result<PathBuf, Error> {

@@ -62,7 +62,7 @@ fn prometheus() -> Result<PathBuf, Error> {
             .args(["-c", "dpkg -x prometheus_*.deb . && rm prometheus_*.deb"])
             .current_dir(unpacking))?;
         step.done("unpacked");
-        Ok(())
+        Ok::<(), Error>(())
     })?;
     Ok(place)
 }

@@ -2,7 +2,7 @@
 //! words of whoever knows. A node offers GPUs when its status says so; no device is needed to be scheduled.
 
 use crate::kvasir;
-use crate::scene::{Scene, condition, demo};
+use crate::test_namespace::{TestNamespace, condition, demo};
 use kvasir_e2e::command::run;
 use kvasir_e2e::wait::Seen;
 
@@ -11,11 +11,10 @@ const GPU: &str = "  replicas: 1\n  drainSeconds: 5\n  resources: {requests: {cp
 #[test]
 fn the_example_is_accepted_and_the_claim_that_it_lacks_is_named() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "gpu-example");
-    scene
-        .apply(include_str!("../../examples/gpu.yaml"))
+    let ns = TestNamespace::new(cluster, "gpu-example");
+    ns.apply(include_str!("../../examples/gpu.yaml"))
         .expect("accepted");
-    let object = scene.await_deployment("the status names the claim", "llama", 60, |object| {
+    let object = ns.await_deployment("the status names the claim", "llama", 60, |object| {
         let message = &object["status"]["notReady"][0]["message"];
         let named = "persistentvolumeclaim \"models\" not found";
         message.as_str().is_some_and(|m| m.contains(named))
@@ -26,9 +25,9 @@ fn the_example_is_accepted_and_the_claim_that_it_lacks_is_named() {
 #[test]
 fn the_scheduler_is_quoted_until_capacity_appears_and_then_the_server() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "gpu");
-    scene.apply(&demo("large", GPU)).expect("accepted");
-    scene.await_deployment("the status quotes the scheduler", "large", 60, |object| {
+    let ns = TestNamespace::new(cluster, "gpu");
+    ns.apply(&demo("large", GPU)).expect("accepted");
+    ns.await_deployment("the status quotes the scheduler", "large", 60, |object| {
         object["status"]
             .to_string()
             .contains("Insufficient nvidia.com/gpu")
@@ -45,8 +44,8 @@ fn the_scheduler_is_quoted_until_capacity_appears_and_then_the_server() {
         offer,
     ]))
     .expect("the node offers GPUs");
-    let pod = scene.until("the pod is scheduled", 60, || {
-        let pod = scene
+    let pod = ns.until("the pod is scheduled", 60, || {
+        let pod = ns
             .pods("large")?
             .into_iter()
             .find(|pod| pod["spec"]["nodeName"] == "node-2");
@@ -61,12 +60,12 @@ fn the_scheduler_is_quoted_until_capacity_appears_and_then_the_server() {
     );
     // It never falls back to the CPU: it says why it cannot run, and the status repeats the whole sentence.
     let pod = pod["metadata"]["name"].as_str().expect("a name");
-    let sentence = scene.last_line(pod);
+    let sentence = ns.last_line(pod);
     assert!(
         sentence.to_lowercase().contains("cuda"),
         "the server says what it lacks: {sentence}"
     );
-    let object = scene.await_deployment("the status quotes the server", "large", 90, |object| {
+    let object = ns.await_deployment("the status quotes the server", "large", 90, |object| {
         let message = &object["status"]["notReady"][0]["message"];
         message.as_str().is_some_and(|m| m.ends_with(&sentence))
     });

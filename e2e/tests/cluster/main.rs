@@ -2,19 +2,20 @@
 //! however it ends. Without root they are skipped, and say so; with `CI=true` that is a failure.
 
 mod chart;
-mod departures;
+mod endpoint_drain;
 mod existing;
 mod foundation;
 mod gpu;
+mod image;
 mod lifecycle;
 mod monitoring;
 mod reasons;
 mod refusals;
 mod removal;
 mod scaling;
-mod scene;
 mod serving;
 mod sidecar;
+mod test_namespace;
 mod volume;
 
 use kvasir_e2e::cluster::{AS_ROOT, Cluster, is_root};
@@ -44,16 +45,22 @@ fn cluster() -> Option<&'static Cluster> {
         .as_ref()
 }
 
+/// The project's image, built by the first test that asks.
+fn image() -> &'static Image {
+    static IMAGE: OnceLock<Image> = OnceLock::new();
+    IMAGE.get_or_init(|| recipes::kvasir(recipes::Devices::Cpu).expect("the image is built"))
+}
+
 /// The cluster with the project's image on its nodes.
 fn with_image() -> Option<&'static Cluster> {
     static IMPORTED: OnceLock<()> = OnceLock::new();
     let cluster = cluster()?;
     IMPORTED.get_or_init(|| {
-        let image = recipes::kvasir(recipes::Devices::Cpu).expect("the image is built");
-        cluster.import(&image).expect("the nodes take it");
+        let image = image();
+        cluster.import(image).expect("the nodes take it");
         let next = Image {
             reference: next_reference(),
-            ..image
+            ..image.clone()
         };
         cluster
             .import(&next)

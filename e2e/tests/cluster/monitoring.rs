@@ -3,7 +3,7 @@
 //! built without the discovery of pods, so this says in its place which pods there are. Grafana itself is not
 //! here: of its side of the dashboard only the shape is checked.
 
-use crate::scene::{Scene, demo};
+use crate::test_namespace::{TestNamespace, demo};
 use crate::{kvasir, release};
 use kvasir_e2e::cluster::Cluster;
 use kvasir_e2e::command::{run, run_with_input};
@@ -32,10 +32,10 @@ const PROMETHEUS: &str = "http://127.0.0.1:9090";
 const NAMESPACE: &str = "monitoring";
 const NAME: &str = "watched";
 
-/// A program that runs in the first node until this goes.
-struct Running(Child);
+/// A program that runs in the first node until this is dropped.
+struct NodeProgram(Child);
 
-impl Running {
+impl NodeProgram {
     fn start(cluster: &Cluster, program: &Path, args: &[String]) -> Self {
         let name = program.file_name().expect("a name").to_string_lossy();
         let log = cluster.folder().join(format!("{name}.log"));
@@ -51,7 +51,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for NodeProgram {
     fn drop(&mut self) {
         // nsenter has forked: the program is a child of what was started, and ends with the node at the latest.
         let _ = run(Command::new("pkill").args(["-P", &self.0.id().to_string()]));
@@ -89,10 +89,10 @@ fn credentials(cluster: &Cluster) -> [String; 3] {
 }
 
 /// Has the operator turn the cluster's PodMonitors into a configuration; the configuration.
-fn configuration(scene: &Scene, operator: &Path) -> String {
-    let cluster = scene.cluster;
+fn configuration(ns: &TestNamespace, operator: &Path) -> String {
+    let cluster = ns.cluster;
     let [authority, certificate, key] = credentials(cluster);
-    let _operator = Running::start(
+    let _operator = NodeProgram::start(
         cluster,
         operator,
         &[
@@ -103,9 +103,8 @@ fn configuration(scene: &Scene, operator: &Path) -> String {
         ],
     );
     // No replica: the operator writes the configuration, and this test runs the Prometheus.
-    scene
-        .apply(
-            "
+    ns.apply(
+        "
 apiVersion: monitoring.coreos.com/v1
 kind: Prometheus
 metadata: {name: test}
@@ -115,10 +114,10 @@ spec:
   podMonitorSelector: {}
   podMonitorNamespaceSelector: {}
 ",
-        )
-        .expect("accepted");
-    let config = scene.until("the operator writes the configuration", 60, || {
-        let secret = scene.get(&["secret", "prometheus-test"])?;
+    )
+    .expect("accepted");
+    let config = ns.until("the operator writes the configuration", 60, || {
+        let secret = ns.get(&["secret", "prometheus-test"])?;
         let packed = secret["data"]["prometheus.yaml.gz"]
             .as_str()
             .unwrap_or_default();
@@ -143,8 +142,8 @@ spec:
 }
 
 /// The configuration with a file of targets in place of each discovery of pods, in the namespaces that it names.
-fn with_targets(scene: &Scene, config: &str) -> String {
-    let pods = run(scene
+fn with_targets(ns: &TestNamespace, config: &str) -> String {
+    let pods = run(ns
         .cluster
         .kubectl()
         .args(["get", "pods", "-A", "-o", "json"]));
@@ -158,7 +157,7 @@ fn with_targets(scene: &Scene, config: &str) -> String {
                 continue;
             }
             let file = format!("targets-{}.json", lines.len());
-            let file = scene.cluster.folder().join(file);
+            let file = ns.cluster.folder().join(file);
             let targets = targets(&pods, names);
             fs::write(&file, Value::from(targets).to_string()).expect("written");
             lines.push(format!(
@@ -234,7 +233,7 @@ fn series(cluster: &Cluster, monitoring: &Monitoring, query: &str) -> Result<Vec
 fn prometheus_finds_every_series_that_the_dashboard_shows() {
     let Some(cluster) = kvasir() else { return };
     let monitoring = Monitoring::ensure().expect("the programs");
-    let scene = Scene::new(cluster, NAMESPACE);
+    let ns = TestNamespace::new(cluster, NAMESPACE);
     let crds = KINDS.map(|kind| {
         monitoring
             .crds
@@ -248,23 +247,23 @@ fn prometheus_finds_every_series_that_the_dashboard_shows() {
         .apply(&crds)
         .expect("the CRDs are accepted");
     let rest = "  autoscaling: {maxReplicas: 1}\n  drainSeconds: 5\n  resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}";
-    scene.apply(&demo(NAME, rest)).expect("accepted");
-    scene.until("the PodMonitors are accepted", 30, || {
+    ns.apply(&demo(NAME, rest)).expect("accepted");
+    ns.until("the PodMonitors are accepted", 30, || {
         cluster.access().apply(&rendered(cluster)).map(Seen::Yes)
     });
 
-    let config = configuration(&scene, &monitoring.operator);
-    scene.await_ready(NAME);
+    let config = configuration(&ns, &monitoring.operator);
+    ns.await_ready(NAME);
     // The operator's pod must stay the one that is a target.
     let _alone = release();
-    let config = with_targets(&scene, &config);
+    let config = with_targets(&ns, &config);
     let file = cluster.folder().join("prometheus.yaml");
     fs::write(&file, config).expect("written");
     run(promtool(cluster, &monitoring)
         .args(["check", "config"])
         .arg(&file))
     .expect("Prometheus takes the configuration");
-    let _prometheus = Running::start(
+    let _prometheus = NodeProgram::start(
         cluster,
         &monitoring.prometheus.join("prometheus"),
         &[
@@ -276,10 +275,10 @@ fn prometheus_finds_every_series_that_the_dashboard_shows() {
             "--web.listen-address=127.0.0.1:9090".into(),
         ],
     );
-    scene.ask(NAME, "What is a block table?");
+    ns.ask(NAME, "What is a block table?");
 
     for query in queries(&dashboard()) {
-        let found = scene.until(&format!("{query} finds series"), 60, || {
+        let found = ns.until(&format!("{query} finds series"), 60, || {
             let found = series(cluster, &monitoring, &query)?;
             Ok(if found.is_empty() {
                 Seen::NotYet("no series".into())
@@ -300,13 +299,13 @@ fn prometheus_finds_every_series_that_the_dashboard_shows() {
     let down = series(cluster, &monitoring, &down).expect("an answer");
     assert!(down.is_empty(), "every target is scraped: {down:?}");
 
-    let pod = scene.pods(NAME).expect("pods").remove(0);
+    let pod = ns.pods(NAME).expect("pods").remove(0);
     let server = pod["metadata"]["name"].as_str().expect("a name").to_owned();
     let operators = ["-n", quickstart::SYSTEM, "get", "pods", "-o", "name"];
     let operator = run(cluster.kubectl().args(operators)).expect("the operator's pod");
     let operator = operator.trim().trim_start_matches("pod/");
     for (namespace, pod) in [
-        (NAMESPACE, format!("{server}:8000")),
+        (NAMESPACE, format!("{server}:8001")),
         (quickstart::SYSTEM, format!("{operator}:8080")),
     ] {
         let path = format!("/api/v1/namespaces/{namespace}/pods/{pod}/proxy/metrics");

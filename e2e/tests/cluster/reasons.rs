@@ -2,14 +2,14 @@
 //! scheduler's are gpu.rs's, a failing probe is scaling.rs's, where a server hangs.
 
 use crate::kvasir;
-use crate::scene::{Scene, condition, demo};
+use crate::test_namespace::{TestNamespace, condition, demo};
 use crate::volume::{claim_models, from_claim};
 use serde_json::Value;
 
 /// The first replica that does not serve, once its reason is `reason`.
-fn await_reason(scene: &Scene, name: &str, reason: &str) -> Value {
+fn await_reason(ns: &TestNamespace, name: &str, reason: &str) -> Value {
     let what = format!("the status of {name} says {reason}");
-    let object = scene.await_deployment(&what, name, 90, |object| {
+    let object = ns.await_deployment(&what, name, 90, |object| {
         object["status"]["notReady"][0]["reason"] == reason
             && condition(object, "Ready")["reason"] == reason
     });
@@ -27,11 +27,11 @@ fn await_reason(scene: &Scene, name: &str, reason: &str) -> Value {
 #[test]
 fn an_image_that_no_node_has_is_named() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "no-image");
+    let ns = TestNamespace::new(cluster, "no-image");
     let image = "kvasir.dev/kvasir:that-nobody-built";
     let rest = format!("  replicas: 1\n  image: {image}\n  imagePullPolicy: IfNotPresent");
-    scene.apply(&demo("demo", &rest)).expect("accepted");
-    let replica = await_reason(&scene, "demo", "ImagePullFailed");
+    ns.apply(&demo("demo", &rest)).expect("accepted");
+    let replica = await_reason(&ns, "demo", "ImagePullFailed");
     assert!(
         replica["message"].as_str().expect("text").contains(image),
         "the kubelet's words name the image: {replica}"
@@ -41,12 +41,12 @@ fn an_image_that_no_node_has_is_named() {
 #[test]
 fn a_crash_is_told_with_the_last_line_of_its_log() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "crash");
-    claim_models(&scene, &["model.safetensors"]);
-    scene.apply(&from_claim("headless")).expect("accepted");
-    let replica = await_reason(&scene, "headless", "Crashed");
+    let ns = TestNamespace::new(cluster, "crash");
+    claim_models(&ns, &["model.safetensors"]);
+    ns.apply(&from_claim("headless")).expect("accepted");
+    let replica = await_reason(&ns, "headless", "Crashed");
     let pod = replica["pod"].as_str().expect("its pod");
-    let last_line = scene.last_line(pod);
+    let last_line = ns.last_line(pod);
     assert!(
         last_line.contains("/models/demo"),
         "the server names the directory that lacks its weights: {last_line}"

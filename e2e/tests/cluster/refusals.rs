@@ -1,7 +1,7 @@
 //! What is refused of an LLMDeployment, in our words: by the rules of the CRD alone, and by an operator that can't read
 //! what was stored under other rules.
 
-use crate::scene::{Scene, condition, demo};
+use crate::test_namespace::{TestNamespace, condition, demo};
 use crate::{kvasir, release};
 use kvasir_e2e::command::run;
 use kvasir_e2e::wait::Seen;
@@ -12,28 +12,27 @@ const SMALL: &str =
 #[test]
 fn contradictions_and_a_second_owner_of_the_replicas_are_refused() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "refusals");
+    let ns = TestNamespace::new(cluster, "refusals");
     let both = "  replicas: 1\n  autoscaling: {maxReplicas: 3}";
     for (why, rest) in [
         ("both set the number of replicas", both),
         ("nothing does", ""),
     ] {
-        let error = scene.apply(&demo("demo", rest)).expect_err(why).to_string();
+        let error = ns.apply(&demo("demo", rest)).expect_err(why).to_string();
         assert!(
             error.contains("exactly one of spec.replicas and spec.autoscaling must be set"),
             "{why}: {error}"
         );
     }
     let gpus = "  replicas: 1\n  resources: {limits: {nvidia.com/gpu: 2}}";
-    let error = scene.apply(&demo("demo", gpus)).expect_err("two GPUs");
+    let error = ns.apply(&demo("demo", gpus)).expect_err("two GPUs");
     assert!(
         error.to_string().contains("nvidia.com/gpu must be 1"),
         "{error}"
     );
-    scene
-        .apply(&demo("owned", "  autoscaling: {maxReplicas: 3}"))
+    ns.apply(&demo("owned", "  autoscaling: {maxReplicas: 3}"))
         .expect("autoscaling is accepted");
-    let error = scene
+    let error = ns
         .kubectl(&["scale", "llmdeployment", "owned", "--replicas=2"])
         .expect_err("refused");
     assert!(
@@ -47,7 +46,7 @@ fn contradictions_and_a_second_owner_of_the_replicas_are_refused() {
 #[test]
 fn an_object_that_the_operator_cannot_read_says_why_and_stops_no_other() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "unreadable");
+    let ns = TestNamespace::new(cluster, "unreadable");
     let scaled = |low: u32| {
         let spec = format!("  autoscaling: {{minReplicas: {low}, maxReplicas: 2}}\n  {SMALL}");
         demo("newer", &spec)
@@ -69,15 +68,15 @@ fn an_object_that_the_operator_cannot_read_says_why_and_stops_no_other() {
     {
         let _alone = release();
         minimum(0);
-        scene.until("the API server stores it", 30, || {
-            Ok(match scene.apply(&scaled(0)) {
+        ns.until("the API server stores it", 30, || {
+            Ok(match ns.apply(&scaled(0)) {
                 Ok(_) => Seen::Yes(()),
                 Err(refused) => Seen::NotYet(refused.to_string()),
             })
         });
         minimum(1);
     }
-    let object = scene.await_deployment(
+    let object = ns.await_deployment(
         "the status says what can't be read",
         "newer",
         30,
@@ -86,10 +85,9 @@ fn an_object_that_the_operator_cannot_read_says_why_and_stops_no_other() {
     let told = condition(&object, "Accepted")["message"].to_string();
     assert!(told.contains("spec.autoscaling.minReplicas"), "{told}");
 
-    scene
-        .apply(&demo("other", &format!("  replicas: 1\n  {SMALL}")))
+    ns.apply(&demo("other", &format!("  replicas: 1\n  {SMALL}")))
         .expect("accepted");
-    scene.await_ready("other");
-    scene.apply(&scaled(1)).expect("mended");
-    scene.await_ready("newer");
+    ns.await_ready("other");
+    ns.apply(&scaled(1)).expect("mended");
+    ns.await_ready("newer");
 }

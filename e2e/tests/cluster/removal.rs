@@ -1,6 +1,6 @@
 //! What a cluster leaves behind: nothing, also after a crash.
 
-use kvasir_e2e::cluster::{Cluster, Name, is_root, remains};
+use kvasir_e2e::cluster::{Cluster, Name, cleanup, is_root};
 use kvasir_e2e::command::run;
 use kvasir_e2e::toolchain::Toolchain;
 use std::fs;
@@ -56,7 +56,7 @@ fn a_crashed_cluster_is_removed_without_a_trace_and_twice() {
     let node = &cluster.nodes()[0];
     run(node.command("pkill").args(["-KILL", "etcd"])).expect("etcd crashes");
     for _ in 0..2 {
-        remains::remove(&name).expect("removed");
+        cleanup::remove(&name).expect("removed");
         assert_eq!(machine(), before);
         assert!(!name.folder().exists());
         assert!(

@@ -1,97 +1,158 @@
 //! The number of replicas under real load: up in one decision, down when idle, and never at the cost of an
 //! answer.
 
-use crate::departures::Departures;
+use crate::endpoint_drain::EndpointDrain;
 use crate::kvasir;
-use crate::scene::{Load, Scene, condition, demo};
+use crate::test_namespace::{Clients, TestNamespace, demo};
+use kvasir_e2e::cluster::Cluster;
 use kvasir_e2e::command::run;
 use kvasir_e2e::wait::Seen;
+use serde_json::Value;
 use std::time::{Duration, Instant};
+
+const SMALL: &str = "  drainSeconds: 5\n  engine: {maxNumSeqs: 2}\n  \
+    resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}\n  ";
+
+/// The Events about the deployment itself with this reason, by their messages.
+fn events(ns: &TestNamespace, reason: &str) -> Vec<String> {
+    let events = ns.get(&["events"]).expect("events");
+    let events = events["items"].as_array().cloned().unwrap_or_default();
+    events
+        .iter()
+        .filter(|event| event["involvedObject"]["kind"] == "LLMDeployment")
+        .filter(|event| event["reason"] == reason)
+        .map(|event| event["message"].as_str().unwrap_or_default().to_owned())
+        .collect()
+}
 
 #[test]
 fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "autoscale");
-    let spec = "  drainSeconds: 5\n  engine: {maxNumSeqs: 2}\n  \
-        autoscaling: {minReplicas: 1, maxReplicas: 3, targetQueueDepth: 2, scaleDownStabilizationSeconds: 5}\n  \
-        resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}";
-    scene.apply(&demo("demo", spec)).expect("accepted");
-    scene.await_ready("demo");
-    let load = scene.load("demo", 24, 400);
-    let object = scene.await_deployment("three replicas are wanted", "demo", 60, |object| {
-        object["status"]["lastScaling"]["to"] == 3
+    let ns = TestNamespace::new(cluster, "autoscale");
+    ns.apply(&demo("demo", &format!("{SMALL}replicas: 1")))
+        .expect("accepted");
+    ns.await_ready("demo");
+    // Of 24 clients 2 run and 22 wait, or one less between two answers: with 8 in the queue per replica that is work for
+    // exactly 3. The autoscaler first looks once all are there, so that it is one decision.
+    let clients = ns.start_clients("demo", 24, 400);
+    let pod = ns.pods("demo").expect("pods").remove(0);
+    ns.until("every client is there", 60, || {
+        let report = ns.load_report(&pod["metadata"]["name"])?;
+        let n_waiting = report["queue"]["waiting"].as_u64().unwrap_or_default();
+        Ok(match n_waiting {
+            21.. => Seen::Yes(()),
+            n => Seen::NotYet(format!("{n} waiting")),
+        })
     });
+    let autoscaling = "autoscaling: {minReplicas: 1, maxReplicas: 5, targetQueueDepth: 8, scaleDownStabilizationSeconds: 5}";
+    ns.apply(&demo("demo", &format!("{SMALL}{autoscaling}")))
+        .expect("accepted");
+    let object = ns.await_deployment("a number is decided", "demo", 60, |object| {
+        object["status"]["lastScaling"].is_object()
+    });
+    let scaling = &object["status"]["lastScaling"];
     assert_eq!(
-        object["status"]["lastScaling"]["from"], 1,
-        "in one decision: {}",
-        object["status"]
+        (&scaling["from"], &scaling["to"]),
+        (&1.into(), &3.into()),
+        "{scaling}"
     );
-    scene.await_deployment("three replicas serve", "demo", 90, |object| {
+    assert_eq!(
+        events(&ns, "ScaledUp"),
+        [scaling["reason"].as_str().expect("text")],
+        "the decision is one Event, in the status' words"
+    );
+    ns.await_deployment("three replicas serve", "demo", 90, |object| {
         object["status"]["readyReplicas"] == 3
     });
-    Load::end(vec![load]).assert_whole();
-    scene.await_deployment("one replica is left", "demo", 120, |object| {
+    assert_eq!(
+        events(&ns, "ScaledUp").len(),
+        1,
+        "more replicas wait for nobody: it stays at three"
+    );
+    Clients::finish(vec![clients]).assert_whole();
+    let object = ns.await_deployment("one replica is left", "demo", 120, |object| {
         object["status"]["lastScaling"]["to"] == 1 && object["status"]["replicas"] == 1
     });
-    let events = scene.get(&["events"]).expect("events").to_string();
+    let reason = object["status"]["lastScaling"]["reason"].as_str();
+    let told = events(&ns, "ScaledDown");
     assert!(
-        events.contains("LLMDeployment"),
-        "each decision is an Event of the deployment"
+        told.iter().any(|message| Some(message.as_str()) == reason),
+        "the last decision is an Event too: {reason:?}, {told:?}"
     );
 }
 
-#[test]
-fn a_server_that_hangs_changes_no_number() {
-    let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "hang");
-    let spec = "  drainSeconds: 5\n  \
-        autoscaling: {minReplicas: 1, maxReplicas: 3, scaleDownStabilizationSeconds: 1}\n  \
-        resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}";
-    scene.apply(&demo("demo", spec)).expect("accepted");
-    scene.await_ready("demo");
-    let pod = scene.pods("demo").expect("pods").remove(0);
+/// Sends a signal to the server in a pod, and waits until the kernel shows its main thread in this state (proc(5)).
+fn signal(cluster: &Cluster, pod: &Value, signal: &str, state: &str) {
     let id = pod["status"]["containerStatuses"][0]["containerID"]
         .as_str()
         .expect("an id")
-        .to_owned();
-    let id = id.trim_start_matches("containerd://");
+        .trim_start_matches("containerd://");
     let node = cluster
         .nodes()
         .iter()
         .find(|node| pod["spec"]["nodeName"] == node.name().as_str())
         .expect("its node");
-    let stop = "pid=$(ctr -n k8s.io task ls | awk -v id=$1 '$1 == id {print $2}'); kill -STOP $pid; timeout 5 bash -c \"until grep -q '^State:.T' /proc/$pid/status; do :; done\"";
-    run(node.command("bash").args(["-c", stop, "stop", id])).expect("stopped");
-    // Several of the autoscaler's rounds, and less than a failing liveness probe takes to restart the server.
-    let end = Instant::now() + Duration::from_secs(8);
+    let script = "pid=$(ctr -n k8s.io task ls | awk -v id=$1 '$1 == id {print $2}'); kill -$2 $pid; \
+        timeout 5 bash -c \"until grep -q '^State:.[$3]' /proc/$pid/status; do :; done\"";
+    let args = ["-c", script, "signal", id, signal, state];
+    run(node.command("bash").args(args)).expect("signalled");
+}
+
+#[test]
+fn a_server_that_hangs_counts_as_full_and_keeps_its_replica() {
+    let Some(cluster) = kvasir() else { return };
+    let ns = TestNamespace::new(cluster, "hang");
+    let spec = |low: u32| {
+        demo(
+            "demo",
+            &format!(
+                "{SMALL}autoscaling: {{minReplicas: {low}, maxReplicas: 3, scaleDownStabilizationSeconds: 3}}"
+            ),
+        )
+    };
+    ns.apply(&spec(2)).expect("accepted");
+    ns.await_deployment("two replicas serve", "demo", 90, |object| {
+        object["status"]["readyReplicas"] == 2
+    });
+    let pod = ns.pods("demo").expect("pods").remove(0);
+    signal(cluster, &pod, "STOP", "T");
+    // Both are idle, and one is enough from here on, if only the other one said so.
+    ns.apply(&spec(1)).expect("accepted");
+    // Several of the autoscaler's rounds and windows, and less than a failing liveness probe takes to restart the server.
+    let end = Instant::now() + Duration::from_secs(15);
     while Instant::now() < end {
-        let wanted =
-            scene.get(&["deployment", "demo"]).expect("the Deployment")["spec"]["replicas"].clone();
-        assert_eq!(wanted, 1, "a silent replica is no reason to scale");
+        let child = ns.get(&["deployment", "demo"]).expect("the Deployment");
+        assert_eq!(
+            child["spec"]["replicas"], 2,
+            "a silent replica is no reason to scale"
+        );
+        std::thread::sleep(Duration::from_millis(250));
     }
-    let object = scene
-        .get(&["llmdeployment", "demo"])
-        .expect("the deployment");
+    // Its readiness probe goes unanswered, which the status says meanwhile.
+    let object = ns.await_deployment("the status tells the probe", "demo", 30, |object| {
+        object["status"]["notReady"][0]["reason"] == "ProbeFailing"
+    });
     assert!(
         object["status"]["lastScaling"].is_null(),
         "no decision was made: {}",
         object["status"]
     );
-    // Its readiness probe goes unanswered, which is what the status says until the kubelet starts it again.
-    let object = scene.await_deployment("the status tells the probe", "demo", 40, |object| {
-        object["status"]["notReady"][0]["reason"] == "ProbeFailing"
-    });
-    let told = condition(&object, "Ready")["message"].to_string();
+    let told = object["status"]["notReady"][0]["message"].to_string();
     assert!(
         told.contains("probe failed"),
         "the kubelet is quoted: {told}"
     );
+    // It was the silence that held the number: once the server answers again, one replica goes.
+    signal(cluster, &pod, "CONT", "RS");
+    ns.await_deployment("one replica is wanted", "demo", 60, |object| {
+        object["status"]["lastScaling"]["to"] == 1
+    });
 }
 
 #[test]
 fn fewer_replicas_and_a_rolling_update_break_no_stream() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "rollout");
+    let ns = TestNamespace::new(cluster, "rollout");
     let spec = |replicas: u32, variable: &str| {
         let env = format!("{{env: [{{name: KVASIR_E2E, value: {variable}}}]}}");
         demo(
@@ -102,17 +163,17 @@ fn fewer_replicas_and_a_rolling_update_break_no_stream() {
             ),
         )
     };
-    scene.apply(&spec(3, "before")).expect("accepted");
-    scene.await_deployment("three replicas serve", "demo", 120, |object| {
+    ns.apply(&spec(3, "before")).expect("accepted");
+    ns.await_deployment("three replicas serve", "demo", 120, |object| {
         object["status"]["readyReplicas"] == 3
     });
     let label = "kvasir.dev/llmdeployment=demo";
-    let mut loads = Vec::new();
-    scene.occupy("demo", label, 1_500, &mut loads);
-    let departures = Departures::watch(&scene, label, "demo");
-    scene.apply(&spec(2, "before")).expect("accepted");
-    scene.until("two pods are left", 120, || {
-        let pods = scene.get(&["pods", "-l", label])?;
+    let mut clients = Vec::new();
+    ns.occupy("demo", label, 1_500, &mut clients);
+    let drain = EndpointDrain::watch(&ns, label, "demo");
+    ns.apply(&spec(2, "before")).expect("accepted");
+    ns.until("two pods are left", 120, || {
+        let pods = ns.get(&["pods", "-l", label])?;
         let n_pods = pods["items"].as_array().map_or(0, Vec::len);
         Ok(if n_pods == 2 {
             Seen::Yes(())
@@ -120,16 +181,16 @@ fn fewer_replicas_and_a_rolling_update_break_no_stream() {
             Seen::NotYet(format!("{n_pods} pods"))
         })
     });
-    let old: Vec<String> = scene
+    let old: Vec<String> = ns
         .pods("demo")
         .expect("pods")
         .iter()
         .map(|pod| pod["metadata"]["uid"].to_string())
         .collect();
-    scene.occupy("demo", label, 1_500, &mut loads);
-    scene.apply(&spec(2, "after")).expect("accepted");
-    scene.until("every pod is a new one", 180, || {
-        let pods = scene.get(&["pods", "-l", label])?;
+    ns.occupy("demo", label, 1_500, &mut clients);
+    ns.apply(&spec(2, "after")).expect("accepted");
+    ns.until("every pod is a new one", 180, || {
+        let pods = ns.get(&["pods", "-l", label])?;
         let pods = pods["items"].as_array().cloned().unwrap_or_default();
         let n_old = pods
             .iter()
@@ -141,7 +202,7 @@ fn fewer_replicas_and_a_rolling_update_break_no_stream() {
             Seen::NotYet(format!("{n_old} old pods"))
         })
     });
-    let answers = Load::end(loads);
+    let answers = Clients::finish(clients);
     answers.assert_whole();
-    departures.assert_outlasted(3, &answers);
+    drain.assert_outlasted(3, &answers);
 }

@@ -1,7 +1,7 @@
 //! The server behind a Service, without the operator: streamed answers, and no answer lost while pods go.
 
-use crate::departures::Departures;
-use crate::scene::{Load, Scene};
+use crate::endpoint_drain::EndpointDrain;
+use crate::test_namespace::{Clients, TestNamespace};
 use crate::with_image;
 use kvasir_e2e::wait::Seen;
 
@@ -20,9 +20,9 @@ spec:
       containers:
       - name: server
         image: kvasir.dev/kvasir:0.1.0
-        args: [--model, demo, --host, 0.0.0.0, --device, cpu]
-        ports: [{name: http, containerPort: 8000}]
-        readinessProbe: {httpGet: {path: /ready, port: http}, periodSeconds: 1}
+        args: [--model, demo, --host, 0.0.0.0, --management-port, '8001', --device, cpu]
+        ports: [{name: http, containerPort: 8000}, {name: management, containerPort: 8001}]
+        readinessProbe: {httpGet: {path: /ready, port: management}, periodSeconds: 1}
         resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}
         securityContext: {readOnlyRootFilesystem: true, allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
 ---
@@ -37,12 +37,11 @@ spec:
 #[test]
 fn answers_stream_through_the_services_name_and_survive_a_rolling_update() {
     let Some(cluster) = with_image() else { return };
-    let scene = Scene::new(cluster, "serving");
-    scene.apply(SERVER).expect("accepted");
-    scene
-        .kubectl(&["rollout", "status", "deployment/plain", "--timeout=120s"])
+    let ns = TestNamespace::new(cluster, "serving");
+    ns.apply(SERVER).expect("accepted");
+    ns.kubectl(&["rollout", "status", "deployment/plain", "--timeout=120s"])
         .expect("ready");
-    let said = scene.ask("plain", "What is a block table?");
+    let said = ns.ask("plain", "What is a block table?");
     assert!(
         said["pieces"].as_array().expect("pieces").len() > 3,
         "the answer came in pieces: {said}"
@@ -52,20 +51,17 @@ fn answers_stream_through_the_services_name_and_survive_a_rolling_update() {
         "the answer is about blocks: {said}"
     );
 
-    let mut loads = Vec::new();
-    scene.occupy("plain", "app=plain", 500, &mut loads);
-    let departures = Departures::watch(&scene, "app=plain", "plain");
-    scene
-        .kubectl(&["rollout", "restart", "deployment/plain"])
+    let mut clients = Vec::new();
+    ns.occupy("plain", "app=plain", 500, &mut clients);
+    let drain = EndpointDrain::watch(&ns, "app=plain", "plain");
+    ns.kubectl(&["rollout", "restart", "deployment/plain"])
         .expect("restarted");
-    scene
-        .kubectl(&["rollout", "status", "deployment/plain", "--timeout=180s"])
+    ns.kubectl(&["rollout", "status", "deployment/plain", "--timeout=180s"])
         .expect("rolled out");
-    scene
-        .kubectl(&["scale", "deployment/plain", "--replicas=1"])
+    ns.kubectl(&["scale", "deployment/plain", "--replicas=1"])
         .expect("scaled down");
-    scene.until("one pod is left", 90, || {
-        let pods = scene.get(&["pods", "-l", "app=plain"])?;
+    ns.until("one pod is left", 90, || {
+        let pods = ns.get(&["pods", "-l", "app=plain"])?;
         let n_pods = pods["items"].as_array().map_or(0, Vec::len);
         Ok(if n_pods == 1 {
             Seen::Yes(())
@@ -73,7 +69,7 @@ fn answers_stream_through_the_services_name_and_survive_a_rolling_update() {
             Seen::NotYet(format!("{n_pods} pods"))
         })
     });
-    let answers = Load::end(loads);
+    let answers = Clients::finish(clients);
     answers.assert_whole();
-    departures.assert_outlasted(3, &answers);
+    drain.assert_outlasted(3, &answers);
 }

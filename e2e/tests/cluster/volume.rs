@@ -1,7 +1,7 @@
 //! Models from a PersistentVolumeClaim: a directory as Hugging Face writes them, on a volume that every node has.
 
 use crate::kvasir;
-use crate::scene::Scene;
+use crate::test_namespace::TestNamespace;
 use kvasir_e2e::cluster::Cluster;
 use kvasir_e2e::toolchain::workspace;
 use std::fs;
@@ -17,14 +17,13 @@ const FILES: [&str; 5] = [
     "tokenizer_config.json",
 ];
 
-/// The claim `models` in the scene's namespace, bound to a volume with the demo model's files but `without` in
+/// The claim `models` in a test's namespace, bound to a volume with the demo model's files but `without` in
 /// its folder `demo`. The volume lies in the cluster's folder, which every node sees and which goes with it.
-pub(crate) fn claim_models(scene: &Scene, without: &[&str]) {
-    let volume = fill(scene.cluster, scene.namespace, without);
-    let namespace = scene.namespace;
-    scene
-        .apply(&format!(
-            "
+pub(crate) fn claim_models(ns: &TestNamespace, without: &[&str]) {
+    let volume = fill(ns.cluster, ns.name, without);
+    let namespace = ns.name;
+    ns.apply(&format!(
+        "
 apiVersion: v1
 kind: PersistentVolume
 metadata: {{name: models-of-{namespace}}}
@@ -43,9 +42,9 @@ spec:
   storageClassName: ''
   resources: {{requests: {{storage: 1Gi}}}}
 ",
-            volume = volume.display()
-        ))
-        .expect("accepted");
+        volume = volume.display()
+    ))
+    .expect("accepted");
 }
 
 /// The server runs as nobody in particular: whatever this checkout's permissions are, it may read the copies.
@@ -83,18 +82,18 @@ spec:
 #[test]
 fn a_model_directory_on_a_claim_is_served_under_the_deployments_name() {
     let Some(cluster) = kvasir() else { return };
-    let scene = Scene::new(cluster, "volume");
-    claim_models(&scene, &[]);
-    scene.apply(&from_claim("stored")).expect("accepted");
-    scene.await_ready("stored");
-    let pod = scene.pods("stored").expect("pods").remove(0);
+    let ns = TestNamespace::new(cluster, "volume");
+    claim_models(&ns, &[]);
+    ns.apply(&from_claim("stored")).expect("accepted");
+    ns.await_ready("stored");
+    let pod = ns.pods("stored").expect("pods").remove(0);
     let mount = &pod["spec"]["containers"][0]["volumeMounts"][0];
     assert_eq!(
         (&mount["mountPath"], &mount["readOnly"]),
         (&"/models".into(), &true.into()),
         "the claim is mounted read-only: {mount}"
     );
-    let said = scene.ask_model("stored", "stored", "What is a block table?");
+    let said = ns.ask_model("stored", "stored", "What is a block table?");
     assert!(
         said["answer"].as_str().expect("text").contains("block"),
         "the model on the volume answers: {said}"

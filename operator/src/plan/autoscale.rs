@@ -15,20 +15,16 @@ use kvasir_crds::LoadReport;
 use kvasir_crds::llmdeployment::Autoscaling;
 use kvasir_crds::load_report::SCHEMA;
 
-/// What is known of one ready replica.
-#[derive(Clone, Debug, PartialEq)]
-pub enum ReplicaLoad {
-    /// It answered.
-    Reported(LoadReport),
-    /// It did not answer in time.
-    Silent,
-}
+use super::counted::{counted, counted_are};
+use crate::observed::ReplicaLoad;
 
-/// The answers of the past window, by the operator's monotonic clock.
-#[derive(Clone, Debug, Default)]
+/// The answers of the past window, by the operator's monotonic clock. An answer that a later one reaches or exceeds can
+/// never be the window's largest again and is dropped, so that a history is a few entries long and cheap to copy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
     /// Answers are known from here on without a gap as long as the window.
     since: Duration,
+    /// Ascending in time, strictly descending in number.
     wanted: VecDeque<(Duration, u32)>,
 }
 
@@ -47,6 +43,9 @@ impl History {
             true => now,
             false => self.since.max(now.saturating_sub(window)),
         };
+        while self.wanted.back().is_some_and(|(_, n)| *n <= wanted) {
+            self.wanted.pop_back();
+        }
         self.wanted.push_back((now, wanted));
     }
 
@@ -55,12 +54,9 @@ impl History {
         !self.wanted.is_empty() && now.saturating_sub(self.since) >= window
     }
 
+    /// The largest answer of the window; 0 where there is none.
     fn max(&self) -> u32 {
-        self.wanted
-            .iter()
-            .map(|(_, wanted)| *wanted)
-            .max()
-            .unwrap_or(0)
+        self.wanted.front().map_or(0, |(_, wanted)| *wanted)
     }
 }
 
@@ -75,7 +71,7 @@ pub struct Decision {
 
 /// What the replicas that report carry together, for people to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Load {
+pub struct LoadSummary {
     /// Blocks of all pools; never 0.
     pub blocks: u64,
     /// Those of them that sequences hold.
@@ -84,7 +80,7 @@ pub struct Load {
     pub waiting_requests: u64,
 }
 
-impl Load {
+impl LoadSummary {
     /// Active blocks in whole percent of all, at most 100.
     #[must_use]
     pub fn utilization_percent(&self) -> u8 {
@@ -95,9 +91,9 @@ impl Load {
 
 /// Adds up what is reported; `None` where no replica reports.
 #[must_use]
-pub fn load(loads: &[ReplicaLoad]) -> Option<Load> {
+pub fn summarize(loads: &[ReplicaLoad]) -> Option<LoadSummary> {
     let (totals, _) = total(loads);
-    (totals.reporting > 0).then_some(Load {
+    (totals.reporting > 0).then_some(LoadSummary {
         blocks: totals.blocks,
         active_blocks: totals.active,
         waiting_requests: totals.waiting,
@@ -114,8 +110,35 @@ struct Totals {
     waiting: u64,
 }
 
-/// Decides. `current` is the number of replicas asked for now, `loads` one entry for each ready replica, `history` the
-/// answers before this one, to which this one is added.
+/// The numbers of replicas that are allowed.
+#[derive(Clone, Copy)]
+struct Bounds {
+    low: u32,
+    high: u32,
+}
+
+impl Bounds {
+    fn of(policy: &Autoscaling) -> Self {
+        let low = policy.min_replicas.get();
+        Self {
+            low,
+            high: policy.max_replicas.get().max(low),
+        }
+    }
+
+    fn clamp(self, n: u32) -> u32 {
+        n.clamp(self.low, self.high)
+    }
+
+    /// Why a number that is not allowed changes.
+    fn exceeded_by(self, current: u32) -> String {
+        let Self { low, high } = self;
+        format!("{current} is outside of minReplicas {low} and maxReplicas {high}")
+    }
+}
+
+/// Decides. `current` is the number of replicas asked for now, `loads` one entry for each replica that has started,
+/// `history` the answers before this one, to which this one is added.
 pub fn decide(
     policy: &Autoscaling,
     current: u32,
@@ -123,70 +146,59 @@ pub fn decide(
     history: &mut History,
     now: Duration,
 ) -> Decision {
-    let (low, high) = (policy.min_replicas.get(), policy.max_replicas.get());
-    let bounded = current.clamp(low, high.max(low));
-    let (totals, silent) = total(loads);
-    let outside = || format!("{current} is outside of minReplicas {low} and maxReplicas {high}");
+    let bounds = Bounds::of(policy);
     let window = Duration::from_secs(u64::from(policy.scale_down_stabilization_seconds));
+    let (totals, n_silent) = total(loads);
     if totals.reporting == 0 {
         // What isn't known may be a full load: a lull is counted from its end.
-        history.push(now, bounded, window);
+        let replicas = bounds.clamp(current);
+        history.push(now, replicas, window);
         return Decision {
-            replicas: bounded,
-            reason: match bounded == current {
-                true => "no replica reports its load: holding".into(),
-                false => format!("scaled from {current} to {bounded}: {}", outside()),
+            replicas,
+            reason: match replicas == current {
+                true => "no replica reports its load, and the number of replicas is held".into(),
+                false => {
+                    let why = bounds.exceeded_by(current);
+                    format!("scaled from {current} to {replicas}: {why}")
+                }
             },
         };
     }
-
-    let up = wanted(policy, &totals).clamp(low, high.max(low));
-    // Going down, a silent replica counts as full: an average pool of active blocks, and as much as its share.
-    let average = totals.blocks.div_ceil(totals.reporting);
-    let theirs = silent.saturating_mul(average);
-    let pessimistic = Totals {
-        reporting: totals.reporting + silent,
-        blocks: totals.blocks.saturating_add(theirs),
-        active: totals.active.saturating_add(theirs),
-        ..totals
-    };
-    let down = wanted(policy, &pessimistic).clamp(low, high.max(low));
+    let up = bounds.clamp(wanted(policy, &totals));
+    let down = bounds.clamp(wanted(policy, &totals.with_full(n_silent)));
     history.push(now, down, window);
+    // The fewest replicas that were enough all the time, once that is known of the whole window.
+    let settled = history.covers(now, window).then(|| history.max());
+    choose(
+        bounds,
+        current,
+        up,
+        settled.map(|n| bounds.clamp(n)),
+        &totals.describe(policy),
+    )
+}
 
-    let numbers = totals.describe(policy);
-    let (replicas, reason) = if bounded != current {
+/// Goes up to `up` at once, and down to `settled` where that is known; `numbers` say why.
+fn choose(bounds: Bounds, current: u32, up: u32, settled: Option<u32>, numbers: &str) -> Decision {
+    if bounds.clamp(current) != current {
         // Both at once: a minimum that rose under load takes one jump.
-        let to = bounded.max(up);
-        let why = outside();
-        (
-            to,
-            format!("scaled from {current} to {to}: {why}; {numbers}"),
-        )
-    } else if up > current {
-        (up, format!("scaled up from {current} to {up}: {numbers}"))
-    } else if down >= current {
-        (
+        let replicas = bounds.clamp(current).max(up);
+        let why = bounds.exceeded_by(current);
+        return Decision {
+            replicas,
+            reason: format!("scaled from {current} to {replicas}: {why}; {numbers}"),
+        };
+    }
+    let (replicas, reason) = match settled {
+        _ if up > current => (up, format!("scaled up from {current} to {up}: {numbers}")),
+        Some(settled) if settled < current => (
+            settled,
+            format!("scaled down from {current} to {settled}: {numbers}"),
+        ),
+        _ => (
             current,
-            format!("{current} replicas carry the load: {numbers}"),
-        )
-    } else if !history.covers(now, window) {
-        (
-            current,
-            format!(
-                "{down} would do, but less than scaleDownStabilizationSeconds is known: {numbers}"
-            ),
-        )
-    } else {
-        match history.max().clamp(low, high.max(low)) {
-            settled if settled < current => (
-                settled,
-                format!("scaled down from {current} to {settled}: {numbers}"),
-            ),
-            _ => (
-                current,
-                format!("{down} would do, waiting out scaleDownStabilizationSeconds: {numbers}"),
-            ),
-        }
+            format!("{} kept: {numbers}", counted_are(current, "replica")),
+        ),
     };
     Decision { replicas, reason }
 }
@@ -239,16 +251,28 @@ fn wanted(policy: &Autoscaling, totals: &Totals) -> u32 {
 }
 
 impl Totals {
+    /// The same with `n_silent` more replicas of average size, all of whose blocks are active.
+    fn with_full(&self, n_silent: u64) -> Self {
+        let average = self.blocks.div_ceil(self.reporting.max(1));
+        let theirs = n_silent.saturating_mul(average);
+        Self {
+            reporting: self.reporting + n_silent,
+            blocks: self.blocks.saturating_add(theirs),
+            active: self.active.saturating_add(theirs),
+            ..*self
+        }
+    }
+
     fn describe(&self, policy: &Autoscaling) -> String {
         format!(
-            "{} blocks active and {} needed by waiting requests, of {} in {} reporting replicas (target {} %); \
-             {} requests waiting (target {} per replica)",
-            self.active,
+            "{} active and {} needed by waiting requests, of {} in {} (target {} %); \
+             {} waiting (target {} per replica)",
+            counted(self.active, "block"),
             self.waiting_need,
             self.blocks,
-            self.reporting,
+            counted(self.reporting, "reporting replica"),
             policy.target_block_utilization_percent,
-            self.waiting,
+            counted(self.waiting, "request"),
             policy.target_queue_depth
         )
     }

@@ -2,24 +2,17 @@
 //! Pure. It owns their content and the revision that decides whether pods roll; the number of replicas is handed in,
 //! and it doesn't know what the API server holds beyond the running Deployment.
 
-use std::fmt::Debug;
-
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{PodTemplateSpec, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Resource, ResourceExt};
 use kvasir_crds::LLMDeployment;
 use kvasir_crds::llmdeployment::{LLMDeploymentSpec, ModelSource, SELECTOR_LABEL};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::pod_template::{MODELS, SERVER, lay_over};
-
-/// The port of API, metrics and load report, in pods and Services.
-pub const PORT: u16 = 8000;
+use super::pod_template::{MODELS, merge};
+use crate::pod::{HTTP, MANAGEMENT, SERVER};
 
 /// The label of the hash over the user's fields that shape pods.
 pub const REVISION_LABEL: &str = "kvasir.dev/revision";
@@ -43,25 +36,6 @@ const STARTUP_SECONDS: u32 = 3600;
 /// Set beyond [`STARTUP_SECONDS`], so that a model that loads is not called stuck.
 const PROGRESS_DEADLINE_SECONDS: u32 = 3900;
 
-/// A kind of object that belongs to an `LLMDeployment`.
-pub trait Child:
-    Resource<DynamicType = (), Scope = NamespaceResourceScope>
-    + Clone
-    + Debug
-    + Serialize
-    + DeserializeOwned
-    + Send
-    + Sync
-    + 'static
-{
-}
-
-impl Child for Deployment {}
-impl Child for Service {}
-impl Child for PodDisruptionBudget {}
-impl Child for ServiceAccount {}
-impl Child for Pod {}
-
 /// All of them carry the deployment's name, and its owner reference.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Children {
@@ -79,7 +53,7 @@ pub struct Children {
 /// they are: neither a new `default_image` nor a new operator rolls them, and a hand edit is taken back.
 ///
 /// # Errors
-/// One sentence for the condition Accepted: what of `spec.podTemplate` can't be laid over.
+/// One sentence for the condition Accepted: what of `spec.podTemplate` can't be merged.
 pub fn children(
     d: &LLMDeployment,
     replicas: i32,
@@ -95,34 +69,16 @@ pub fn children(
     });
     let selector = json!({ SELECTOR_LABEL: name });
     let template = template(d, default_image, running)?;
-    let applied = serde_json::to_string(&template)
-        .map_err(|e| format!("the pod template can't be written: {e}"))?;
-    if applied.len() > MAX_TEMPLATE_BYTES {
-        return Err(format!(
-            "spec.podTemplate and spec.engine make a pod template of {} bytes, of at most {MAX_TEMPLATE_BYTES}: move long values into a ConfigMap",
-            applied.len()
-        ));
-    }
-    let mut of_deployment = metadata.clone();
-    of_deployment["annotations"] = json!({ APPLIED_TEMPLATE: applied });
     Ok(Children {
-        deployment: typed(json!({
-            "metadata": of_deployment,
-            "spec": {
-                "replicas": replicas,
-                "selector": { "matchLabels": selector },
-                // A new replica serves before an old one goes: no request finds fewer of them.
-                "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
-                "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
-                "revisionHistoryLimit": 3,
-                "template": template,
-            }
-        }))?,
+        deployment: deployment(&metadata, &selector, replicas, &template)?,
         service: typed(json!({
             "metadata": metadata,
             "spec": {
                 "selector": selector,
-                "ports": [{ "name": "http", "port": PORT, "protocol": "TCP", "targetPort": "http" }],
+                // The management port is for who knows a pod's address, and not for the Service's clients.
+                "ports": [{
+                    "name": HTTP.name, "port": HTTP.number, "protocol": "TCP", "targetPort": HTTP.name
+                }],
             }
         }))?,
         budget: typed(json!({
@@ -133,12 +89,43 @@ pub fn children(
     })
 }
 
+fn deployment(
+    metadata: &Value,
+    selector: &Value,
+    replicas: i32,
+    template: &PodTemplateSpec,
+) -> Result<Deployment, String> {
+    let applied = serde_json::to_string(template)
+        .map_err(|e| format!("the pod template can't be written: {e}"))?;
+    if applied.len() > MAX_TEMPLATE_BYTES {
+        return Err(format!(
+            "spec.podTemplate and spec.engine make a pod template of {} bytes, of at most {MAX_TEMPLATE_BYTES}: move long values into a ConfigMap",
+            applied.len()
+        ));
+    }
+    let mut metadata = metadata.clone();
+    metadata["annotations"] = json!({ APPLIED_TEMPLATE: applied });
+    typed(json!({
+        "metadata": metadata,
+        "spec": {
+            "replicas": replicas,
+            "selector": { "matchLabels": selector },
+            // A new replica serves before an old one goes: no request finds fewer of them.
+            "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
+            "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
+            "revisionHistoryLimit": 3,
+            "template": template,
+        }
+    }))
+}
+
 /// The base URL of the API inside the cluster.
 #[must_use]
 pub fn endpoint(metadata: &ObjectMeta) -> String {
     let [name, namespace] =
         [&metadata.name, &metadata.namespace].map(|part| part.as_deref().unwrap_or_default());
-    format!("http://{name}.{namespace}.svc:{PORT}/v1")
+    let port = HTTP.number;
+    format!("http://{name}.{namespace}.svc:{port}/v1")
 }
 
 /// The hash over the user's fields that shape pods. The number of replicas is not among them.
@@ -243,20 +230,49 @@ fn render(
 ) -> Result<PodTemplateSpec, String> {
     let spec = &d.spec;
     let name = d.name_any();
+    let mut labels = labels(&name);
+    labels[REVISION_LABEL] = revision.into();
+    let mut pod = json!({
+        "containers": [server(d, default_image)],
+        "serviceAccountName": name,
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "terminationGracePeriodSeconds": i64::from(spec.drain_seconds) + 10,
+        "securityContext": {
+            "runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
+            "seccompProfile": { "type": "RuntimeDefault" },
+        },
+    });
+    if let ModelSource::Pvc(source) = &spec.model.source {
+        pod["volumes"] = json!([{
+            "name": MODELS,
+            "persistentVolumeClaim": { "claimName": source.claim_name, "readOnly": true }
+        }]);
+    }
+    let base: PodTemplateSpec = typed(json!({ "metadata": { "labels": labels }, "spec": pod }))?;
+    match &spec.pod_template {
+        Some(overlay) => merge(&base, overlay),
+        None => Ok(base),
+    }
+}
+
+/// The container of the server.
+fn server(d: &LLMDeployment, default_image: &str) -> Value {
+    let spec = &d.spec;
     let probe = |path: &str, period: u32, failures: u32| {
         json!({
-            "httpGet": { "path": path, "port": "http" },
+            "httpGet": { "path": path, "port": MANAGEMENT.name },
             "periodSeconds": period, "timeoutSeconds": 5, "failureThreshold": failures
         })
     };
-    let mut labels = labels(&name);
-    labels[REVISION_LABEL] = revision.into();
+    let ports = [HTTP, MANAGEMENT]
+        .map(|port| json!({ "name": port.name, "containerPort": port.number, "protocol": "TCP" }));
     let mut server = json!({
         "name": SERVER,
         "image": spec.image.as_deref().unwrap_or(default_image),
         "command": ["/kvasir-server"],
         "args": args(d),
-        "ports": [{ "name": "http", "containerPort": PORT, "protocol": "TCP" }],
+        "ports": ports,
         "resources": spec.resources.clone().unwrap_or_default(),
         "startupProbe": probe("/ready", 2, STARTUP_SECONDS / 2),
         "readinessProbe": probe("/ready", 2, 2),
@@ -276,30 +292,11 @@ fn render(
     if let Some(policy) = spec.image_pull_policy {
         server["imagePullPolicy"] = policy.as_str().into();
     }
-    let mut pod = json!({
-        "serviceAccountName": name,
-        "automountServiceAccountToken": false,
-        "enableServiceLinks": false,
-        "terminationGracePeriodSeconds": i64::from(spec.drain_seconds) + 10,
-        "securityContext": {
-            "runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
-            "seccompProfile": { "type": "RuntimeDefault" },
-        },
-    });
-    if let ModelSource::Pvc(source) = &spec.model.source {
+    if let ModelSource::Pvc(_) = &spec.model.source {
         server["volumeMounts"] =
             json!([{ "name": MODELS, "mountPath": "/models", "readOnly": true }]);
-        pod["volumes"] = json!([{
-            "name": MODELS,
-            "persistentVolumeClaim": { "claimName": source.claim_name, "readOnly": true }
-        }]);
     }
-    pod["containers"] = json!([server]);
-    let base: PodTemplateSpec = typed(json!({ "metadata": { "labels": labels }, "spec": pod }))?;
-    match &spec.pod_template {
-        Some(overlay) => lay_over(&base, overlay),
-        None => Ok(base),
-    }
+    server
 }
 
 /// The server's arguments: those that follow from the spec, then the user's own.
@@ -325,7 +322,8 @@ fn args(d: &LLMDeployment) -> Vec<String> {
     let number = |n: Option<i32>| n.map(|n| n.to_string());
     [
         ("--host", Some("0.0.0.0".to_owned())),
-        ("--port", Some(PORT.to_string())),
+        ("--port", Some(HTTP.number.to_string())),
+        ("--management-port", Some(MANAGEMENT.number.to_string())),
         ("--device", Some(device.to_owned())),
         ("--model", Some(model)),
         ("--served-model-name", served_name),

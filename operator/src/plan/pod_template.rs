@@ -1,16 +1,15 @@
-//! Lays a user's `spec.podTemplate` over the operator's pod template. It owns what may be laid over and how lists
-//! are merged, and names each mistake by its path; it knows nothing of what the operator's template holds.
+//! Merges a user's `spec.podTemplate` into the operator's pod template. It owns what may be set and how lists are
+//! merged, and names each mistake by its path; it knows nothing of what the operator's template holds.
 
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use serde_json::{Map, Value};
 
-/// The container that is the operator's.
-pub const SERVER: &str = "server";
+use crate::pod::SERVER;
 
 /// The volume that is the operator's.
 pub const MODELS: &str = "models";
 
-/// What a user may lay over the container [`SERVER`]. Image, arguments, ports, resources and the other probes follow
+/// What a user may set of the container [`SERVER`]. Image, arguments, ports, resources and the other probes follow
 /// from fields of the spec.
 const SERVER_FIELDS: [&str; 8] = [
     "name",
@@ -23,33 +22,37 @@ const SERVER_FIELDS: [&str; 8] = [
     "startupProbe",
 ];
 
-/// `base` with `overlay` over it.
+/// `base` with the fields of `overlay` set in it.
 ///
 /// # Errors
 /// One sentence that names the path of the first mistake and, where there is one, the remedy.
-pub fn lay_over(base: &PodTemplateSpec, overlay: &Value) -> Result<PodTemplateSpec, String> {
-    check(overlay)?;
+pub fn merge(base: &PodTemplateSpec, overlay: &Value) -> Result<PodTemplateSpec, String> {
+    check_fields(overlay)?;
+    check_metadata(&overlay["metadata"])?;
+    check_spec(&overlay["spec"])?;
     let mut merged = serde_json::to_value(base)
         .map_err(|e| format!("the pod template can't be written: {e}"))?;
-    merge(&mut merged, overlay);
+    merge_value(&mut merged, overlay);
     serde_json::from_value(merged).map_err(|e| format!("spec.podTemplate can't be merged: {e}"))
 }
 
-fn check(overlay: &Value) -> Result<(), String> {
+/// Every field is one of a pod template.
+fn check_fields(overlay: &Value) -> Result<(), String> {
     let parsed: PodTemplateSpec = serde_json::from_value(overlay.clone())
         .map_err(|e| format!("spec.podTemplate can't be read: {e}"))?;
     let read = serde_json::to_value(&parsed)
         .map_err(|e| format!("spec.podTemplate can't be read: {e}"))?;
-    if let Some(path) = unread(overlay, &read, "spec.podTemplate") {
-        return Err(format!(
+    match unread(overlay, &read, "spec.podTemplate") {
+        Some(path) => Err(format!(
             "{path} is not a field of a pod template: remove it or correct its name"
-        ));
+        )),
+        None => Ok(()),
     }
-    for field in overlay["metadata"]
-        .as_object()
-        .into_iter()
-        .flat_map(Map::keys)
-    {
+}
+
+/// Only labels and annotations are set, and none of the operator's.
+fn check_metadata(metadata: &Value) -> Result<(), String> {
+    for field in members(metadata) {
         if field != "labels" && field != "annotations" {
             return Err(format!(
                 "spec.podTemplate.metadata.{field} can't be set: only labels and annotations can"
@@ -57,11 +60,7 @@ fn check(overlay: &Value) -> Result<(), String> {
         }
     }
     for map in ["labels", "annotations"] {
-        for key in overlay["metadata"][map]
-            .as_object()
-            .into_iter()
-            .flat_map(Map::keys)
-        {
+        for key in members(&metadata[map]) {
             if key.starts_with("kvasir.dev/") || key.starts_with("app.kubernetes.io/") {
                 return Err(format!(
                     "spec.podTemplate.metadata.{map} must not hold {key:?}: the operator sets it"
@@ -69,7 +68,11 @@ fn check(overlay: &Value) -> Result<(), String> {
             }
         }
     }
-    let spec = &overlay["spec"];
+    Ok(())
+}
+
+/// Nothing is set that is the operator's.
+fn check_spec(spec: &Value) -> Result<(), String> {
     for (field, remedy) in [
         (
             "terminationGracePeriodSeconds",
@@ -108,6 +111,10 @@ fn check(overlay: &Value) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+fn members(object: &Value) -> impl Iterator<Item = &String> {
+    object.as_object().into_iter().flat_map(Map::keys)
 }
 
 /// The members of a list that have this name.
@@ -154,20 +161,20 @@ fn is_empty(value: &Value) -> bool {
 
 /// Objects are merged member by member, lists of objects by the key that identifies their members, and anything
 /// else is replaced. A null or an empty list changes nothing.
-fn merge(base: &mut Value, overlay: &Value) {
+fn merge_value(base: &mut Value, overlay: &Value) {
     match (base, overlay) {
         (_, Value::Null) => {}
         (_, Value::Array(overlay)) if overlay.is_empty() => {}
         (Value::Object(base), Value::Object(overlay)) => {
             for (key, value) in overlay {
-                merge(base.entry(key).or_insert(Value::Null), value);
+                merge_value(base.entry(key).or_insert(Value::Null), value);
             }
         }
         (Value::Array(base), Value::Array(overlay)) if key_of(overlay).is_some() => {
             let key = key_of(overlay).unwrap_or("name");
             for item in overlay {
                 match base.iter_mut().find(|other| other[key] == item[key]) {
-                    Some(same) => merge(same, item),
+                    Some(same) => merge_value(same, item),
                     None => base.push(item.clone()),
                 }
             }
@@ -201,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn lays_over_by_name() {
+    fn merges_by_name() {
         let overlay = json!({
             "metadata": { "annotations": { "team": "x" } },
             "spec": {
@@ -213,9 +220,9 @@ mod tests {
                 ]
             }
         });
-        let merged = serde_json::to_value(lay_over(&base(), &overlay).unwrap()).unwrap();
+        let merged = serde_json::to_value(merge(&base(), &overlay).unwrap()).unwrap();
         let server = &merged["spec"]["containers"][0];
-        assert_eq!(server["image"], "i", "what isn't laid over stays");
+        assert_eq!(server["image"], "i", "what isn't set stays");
         assert_eq!(
             server["env"],
             json!([{ "name": "A", "value": "2" }, { "name": "B", "value": "3" }])
@@ -276,7 +283,7 @@ mod tests {
                 "only labels and annotations",
             ),
         ] {
-            let error = lay_over(&base(), &overlay).unwrap_err();
+            let error = merge(&base(), &overlay).unwrap_err();
             assert!(error.contains(want), "{why}: {error}");
         }
     }
@@ -288,7 +295,7 @@ mod tests {
             json!({ "spec": null }),
             json!({ "spec": { "volumes": [] } }),
         ] {
-            assert_eq!(lay_over(&base(), &overlay).unwrap(), base());
+            assert_eq!(merge(&base(), &overlay).unwrap(), base());
         }
     }
 }

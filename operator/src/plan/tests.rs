@@ -6,8 +6,8 @@ use kvasir_crds::LoadReport;
 use kvasir_crds::load_report::{BlockCounts, QueueCounts};
 use serde_json::{Value, json};
 
-use super::autoscale::ReplicaLoad;
 use super::*;
+use crate::observed::ReplicaLoad;
 
 const IMAGE: &str = "kvasir:1";
 
@@ -45,7 +45,10 @@ fn load(active: u64, waiting: u64) -> ReplicaLoad {
 fn observed(spec: &Value, replicas: i32, loads: Vec<ReplicaLoad>) -> Observed {
     let made = children::children(&deployment(spec.clone()), replicas, IMAGE, None).unwrap();
     Observed {
-        deployment: Some(Arc::new(made.deployment)),
+        children: ObservedChildren {
+            deployment: Some(Arc::new(made.deployment)),
+            ..ObservedChildren::default()
+        },
         loads,
         ..Observed::default()
     }
@@ -58,28 +61,48 @@ fn at(second: u64) -> Now {
     }
 }
 
+/// Plans, and carries it out: the history and the status are those of the plan from here on.
+fn carry_out(d: &mut LLMDeployment, seen: &Observed, history: &mut History, now: Now) -> Plan {
+    let plan = plan(&Stored(Ok(d.clone())), seen, history, now, IMAGE);
+    *history = plan.history.clone();
+    if let Some(status) = &plan.status {
+        d.status = Some(status.clone());
+    }
+    plan
+}
+
+/// Plans with nothing remembered.
+fn plan_anew(d: &LLMDeployment, seen: &Observed) -> Plan {
+    carry_out(&mut d.clone(), seen, &mut History::default(), at(0))
+}
+
 fn replicas(plan: &Plan) -> Option<i32> {
     plan.children.as_ref()?.deployment.spec.as_ref()?.replicas
 }
 
 #[test]
 fn a_change_of_replicas_is_told_once_with_its_numbers() {
-    let d = deployment(autoscaled());
+    let mut d = deployment(autoscaled());
     let mut history = History::default();
     let before = observed(&autoscaled(), 1, vec![load(100, 11)]);
-    let scaled = plan(&d, &before, &mut history, at(0), IMAGE);
+    let scaled = carry_out(&mut d, &before, &mut history, at(0));
     assert_eq!(replicas(&scaled), Some(3));
     assert_eq!(scaled.events.len(), 1);
-    let note = &scaled.events[0];
-    assert_eq!(note.reason, "ScaledUp");
-    for words in ["from 1 to 3", "100 blocks active", "11 requests waiting"] {
-        assert!(note.message.contains(words), "{}", note.message);
+    let event = &scaled.events[0];
+    assert_eq!(event.reason, "ScaledUp");
+    for words in [
+        "from 1 to 3",
+        "100 blocks active",
+        "in 1 reporting replica (",
+        "11 requests waiting",
+    ] {
+        assert!(event.message.contains(words), "{}", event.message);
     }
     let last = scaled.status.unwrap().last_scaling.unwrap();
-    assert_eq!((last.from, last.to, &last.reason), (1, 3, &note.message));
+    assert_eq!((last.from, last.to, &last.reason), (1, 3, &event.message));
 
     let after = observed(&autoscaled(), 3, vec![load(100, 11)]);
-    let held = plan(&d, &after, &mut history, at(2), IMAGE);
+    let held = carry_out(&mut d, &after, &mut history, at(2));
     assert_eq!((replicas(&held), held.events), (Some(3), vec![]));
 }
 
@@ -88,40 +111,28 @@ fn what_is_not_carried_out_is_not_told() {
     let mut spec = autoscaled();
     let before = observed(&spec, 1, vec![load(100, 11)]);
     spec["podTemplate"] = json!({ "spec": { "nodeSelektor": {} , "restartPolicy": "Never" } });
-    let plan = plan(
-        &deployment(spec),
-        &before,
-        &mut History::default(),
-        at(0),
-        IMAGE,
-    );
+    let plan = plan_anew(&deployment(spec), &before);
     assert_eq!(replicas(&plan), None);
-    let told = plan.events.iter().map(|note| note.reason);
-    assert!(!told.into_iter().any(|reason| reason.starts_with("Scaled")));
+    let mut told = plan.events.iter().map(|event| event.reason);
+    assert!(!told.any(|reason| reason.starts_with("Scaled")));
     assert_eq!(plan.status.unwrap().last_scaling, None);
 }
 
 #[test]
 fn autoscaling_switched_on_again_waits_a_whole_window() {
     let idle = || observed(&autoscaled(), 3, vec![load(0, 0); 3]);
-    let d = deployment(autoscaled());
+    let mut d = deployment(autoscaled());
     let mut history = History::default();
     for second in 0..=299 {
-        plan(&d, &idle(), &mut history, at(second), IMAGE);
+        carry_out(&mut d, &idle(), &mut history, at(second));
     }
     let mut interrupted = history.clone();
-    let down = plan(&d, &idle(), &mut history, at(300), IMAGE);
+    let down = carry_out(&mut d, &idle(), &mut history, at(300));
     assert_eq!(replicas(&down), Some(1), "the window has passed");
 
     let fixed = json!({ "model": { "source": { "demo": {} } }, "replicas": 3 });
-    plan(
-        &deployment(fixed),
-        &idle(),
-        &mut interrupted,
-        at(299),
-        IMAGE,
-    );
-    let held = plan(&d, &idle(), &mut interrupted, at(300), IMAGE);
+    carry_out(&mut deployment(fixed), &idle(), &mut interrupted, at(299));
+    let held = carry_out(&mut d, &idle(), &mut interrupted, at(300));
     assert_eq!(
         replicas(&held),
         Some(3),
@@ -132,15 +143,8 @@ fn autoscaling_switched_on_again_waits_a_whole_window() {
 #[test]
 fn load_is_written_where_replicas_are_fixed_and_seldom() {
     let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
-    let d = deployment(spec.clone());
+    let mut d = deployment(spec.clone());
     let mut history = History::default();
-    let mut written = |second: u64, active: u64, waiting: u64| {
-        let seen = observed(&spec, 1, vec![load(active, waiting)]);
-        let plan = plan(&d, &seen, &mut history, at(second), IMAGE);
-        let status = plan.status?;
-        history.wrote(status.clone(), 1);
-        Some((status.utilization_percent?, status.queue_depth?))
-    };
     for (why, second, active, waiting, want) in [
         ("the first status", 0, 10, 0, Some((10, 0))),
         ("load alone waits", 14, 50, 2, None),
@@ -149,14 +153,41 @@ fn load_is_written_where_replicas_are_fixed_and_seldom() {
         ("a rare change is written at once", 41, 51, 2, Some((51, 2))),
         ("and the next one waits", 42, 52, 2, None),
     ] {
-        assert_eq!(written(second, active, waiting), want, "{why}");
+        let seen = observed(&spec, 1, vec![load(active, waiting)]);
+        let written = carry_out(&mut d, &seen, &mut history, at(second)).status;
+        let figures = written.map(|s| (s.utilization_percent.unwrap(), s.queue_depth.unwrap()));
+        assert_eq!(figures, want, "{why}");
     }
     let seen = observed(&spec, 0, vec![]);
-    let changed = plan(&d, &seen, &mut history, at(43), IMAGE).status.unwrap();
+    let changed = carry_out(&mut d, &seen, &mut history, at(43)).status;
     assert_eq!(
-        changed.utilization_percent, None,
+        changed.unwrap().utilization_percent,
+        None,
         "another change takes the load along at once"
     );
+}
+
+#[test]
+fn a_status_that_could_not_be_written_is_planned_again() {
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
+    let mut d = deployment(spec.clone());
+    let mut history = History::default();
+    carry_out(
+        &mut d,
+        &observed(&spec, 1, vec![load(10, 0)]),
+        &mut history,
+        at(0),
+    );
+    let seen = observed(&spec, 1, vec![load(50, 0)]);
+    for second in [20, 22] {
+        // Planned, and not carried out.
+        let plan = plan(&Stored(Ok(d.clone())), &seen, &history, at(second), IMAGE);
+        let status = plan
+            .status
+            .expect("the interval has passed, and nothing was written");
+        assert_eq!(status.utilization_percent, Some(50));
+        assert_ne!(plan.history, history);
+    }
 }
 
 #[test]
@@ -179,29 +210,21 @@ fn looks_again_as_soon_as_something_may_have_changed() {
     ] {
         let mut seen = observed(&spec, n, vec![]);
         seen.pods = pods.into_iter().map(Arc::new).collect();
-        let plan = plan(
-            &deployment(spec),
-            &seen,
-            &mut History::default(),
-            at(0),
-            IMAGE,
-        );
+        let plan = plan_anew(&deployment(spec), &seen);
         assert_eq!(plan.recheck_after, Duration::from_secs(seconds), "{why}");
     }
 }
 
 #[test]
 fn a_spec_that_cannot_be_read_is_told_once_and_nothing_is_touched() {
-    let stored: crate::stored::Stored = serde_json::from_value(json!({
+    let mut object = json!({
         "metadata": { "name": "llama", "namespace": "models", "uid": "0c3e", "generation": 2 },
         "spec": { "model": { "source": { "huggingFace": {} } }, "replicas": 1 },
-    }))
-    .unwrap();
-    let unreadable = stored.0.unwrap_err();
+    });
+    let stored = |object: &Value| -> Stored { serde_json::from_value(object.clone()).unwrap() };
     let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
     let seen = observed(&spec, 1, vec![load(30, 1)]);
-    let mut history = History::default();
-    let first = plan_unreadable(&unreadable, &seen, &mut history, at(0));
+    let first = plan(&stored(&object), &seen, &History::default(), at(0), IMAGE);
     assert!(first.children.is_none());
     assert_eq!(first.events.len(), 1);
     assert_eq!(first.events[0].severity, Severity::Warning);
@@ -222,25 +245,20 @@ fn a_spec_that_cannot_be_read_is_told_once_and_nothing_is_touched() {
         "what runs is still looked at"
     );
 
-    history.wrote(status.clone(), 1);
-    let again = plan_unreadable(&unreadable, &seen, &mut history, at(15));
-    assert_eq!((again.events, again.status), (vec![], None));
-    // The operator starts anew: the status that the API server holds tells it already.
-    let told = Unreadable {
-        status: Some(status),
-        ..unreadable
-    };
-    let restarted = plan_unreadable(&told, &seen, &mut History::default(), at(0));
-    assert_eq!((restarted.events, restarted.status), (vec![], None));
+    object["status"] = serde_json::to_value(&status).unwrap();
+    for (why, history, second) in [
+        ("known", first.history, 15),
+        // The status that the API server holds tells it already.
+        ("the operator starts anew", History::default(), 0),
+    ] {
+        let again = plan(&stored(&object), &seen, &history, at(second), IMAGE);
+        assert_eq!((again.events, again.status), (vec![], None), "{why}");
+    }
 }
 
 #[test]
 fn a_refusal_is_told_once_and_again_when_it_changes() {
-    let spec = |field: &str| {
-        let mut spec = autoscaled();
-        spec["podTemplate"] = json!({ "spec": { field: "x" } });
-        deployment(spec)
-    };
+    let mut d = deployment(autoscaled());
     let seen = observed(&autoscaled(), 1, vec![load(0, 0)]);
     let mut history = History::default();
     for (why, field, want) in [
@@ -248,11 +266,9 @@ fn a_refusal_is_told_once_and_again_when_it_changes() {
         ("known", "nodeSelektor", 0),
         ("another mistake", "restartPolicy", 1),
     ] {
-        let plan = plan(&spec(field), &seen, &mut history, at(0), IMAGE);
+        d.spec.pod_template = Some(json!({ "spec": { field: "x" } }));
+        let plan = carry_out(&mut d, &seen, &mut history, at(0));
         assert_eq!(plan.events.len(), want, "{why}");
-        if let Some(status) = plan.status {
-            history.wrote(status, 1);
-        }
     }
 }
 
@@ -260,24 +276,75 @@ fn a_refusal_is_told_once_and_again_when_it_changes() {
 fn a_status_is_written_again_where_another_wrote_over_it() {
     let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
     let seen = observed(&spec, 1, vec![]);
-    let mut history = History::default();
     let d = deployment(spec);
-    let ours = plan(&d, &seen, &mut history, at(0), IMAGE).status.unwrap();
-    history.wrote(ours.clone(), 9);
+    let ours = plan_anew(&d, &seen).status.unwrap();
     let other = LLMDeploymentStatus {
         replicas: 7,
         ..ours.clone()
     };
-    for (why, version, held, again) in [
-        ("the watch is behind", "8", None, None),
-        ("it has brought ours", "9", Some(&ours), None),
-        ("another's", "10", Some(&other), Some(&ours)),
-        ("taken away", "10", None, Some(&ours)),
+    for (why, held, again) in [
+        ("ours", Some(&ours), None),
+        ("another's", Some(&other), Some(&ours)),
+        ("taken away", None, Some(&ours)),
     ] {
         let mut d = d.clone();
-        d.metadata.resource_version = Some(version.into());
         d.status = held.cloned();
-        let plan = plan(&d, &seen, &mut history.clone(), at(30), IMAGE);
+        let plan = plan_anew(&d, &seen);
         assert_eq!(plan.status.as_ref(), again, "{why}");
+    }
+}
+
+#[test]
+fn an_object_of_a_childs_name_that_is_not_ours_is_refused_whichever_kind_it_is() {
+    fn foreign<K: serde::de::DeserializeOwned>(spec: Value) -> Option<Arc<K>> {
+        let object =
+            json!({ "metadata": { "name": "llama", "namespace": "models" }, "spec": spec });
+        Some(Arc::new(serde_json::from_value(object).unwrap()))
+    }
+    let none = ObservedChildren::default;
+    let template = json!({ "selector": {}, "template": {} });
+    for (kind, children) in [
+        (
+            "Deployment",
+            ObservedChildren {
+                deployment: foreign(template),
+                ..none()
+            },
+        ),
+        (
+            "Service",
+            ObservedChildren {
+                service: foreign(json!({})),
+                ..none()
+            },
+        ),
+        (
+            "PodDisruptionBudget",
+            ObservedChildren {
+                budget: foreign(json!({})),
+                ..none()
+            },
+        ),
+        (
+            "ServiceAccount",
+            ObservedChildren {
+                account: foreign(Value::Null),
+                ..none()
+            },
+        ),
+    ] {
+        let seen = Observed {
+            children,
+            ..Observed::default()
+        };
+        let plan = plan_anew(&deployment(autoscaled()), &seen);
+        assert!(plan.children.is_none(), "{kind}");
+        assert_eq!(plan.events[0].reason, "NameConflict", "{kind}");
+        assert!(
+            plan.events[0]
+                .message
+                .contains(&format!("the {kind} llama")),
+            "{kind}"
+        );
     }
 }

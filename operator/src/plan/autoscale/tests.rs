@@ -409,7 +409,7 @@ fn the_reason_has_the_numbers() {
     );
     assert_eq!(
         decision.reason,
-        "scaled up from 1 to 3: 90 blocks active and 150 needed by waiting requests, of 100 in 1 reporting replicas \
+        "scaled up from 1 to 3: 90 blocks active and 150 needed by waiting requests, of 100 in 1 reporting replica \
          (target 80 %); 4 requests waiting (target 4 per replica)"
     );
 }
@@ -423,7 +423,7 @@ fn the_load_is_that_of_the_replicas_that_report() {
         draining,
         load(0, 0, 1),
     ];
-    let found = super::load(&both).unwrap();
+    let found = summarize(&both).unwrap();
     assert_eq!((found.active_blocks, found.blocks), (91, 200));
     assert_eq!(
         found.utilization_percent(),
@@ -432,16 +432,33 @@ fn the_load_is_that_of_the_replicas_that_report() {
     );
     assert_eq!(found.waiting_requests, 5);
     assert_eq!(
-        super::load(&[ReplicaLoad::Silent]),
+        summarize(&[ReplicaLoad::Silent]),
         None,
         "silence is no load of 0"
     );
-    assert_eq!(super::load(&[]), None);
-    let nonsense = super::load(&[load(u64::MAX, 0, 0)]).unwrap();
+    assert_eq!(summarize(&[]), None);
+    let nonsense = summarize(&[load(u64::MAX, 0, 0)]).unwrap();
     assert_eq!(nonsense.utilization_percent(), 100);
 }
 
 proptest! {
+    /// A history holds less than it was told, and knows the largest answer of the window all the same.
+    #[test]
+    fn a_history_knows_the_largest_answer_of_the_window(
+        told in prop::collection::vec((0u64..40, 1u32..10), 1..80),
+        window in 1u64..60,
+    ) {
+        let (mut history, mut now, mut all) = (History::default(), 0, Vec::new());
+        for (pause, wanted) in told {
+            now += pause;
+            history.push(Duration::from_secs(now), wanted, Duration::from_secs(window));
+            all.push((now, wanted));
+            let within = all.iter().filter(|(at, _)| now - at <= window);
+            prop_assert_eq!(Some(history.max()), within.map(|(_, wanted)| *wanted).max());
+            prop_assert!(history.wanted.len() <= 9, "one entry for each number at most");
+        }
+    }
+
     /// Never out of bounds; what is taken away is not missed.
     #[test]
     fn bounded_and_sufficient(

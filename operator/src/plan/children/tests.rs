@@ -1,7 +1,7 @@
 //! Golden files of the children, and the promises about when pods roll.
 
 use super::*;
-use crate::plan::tests::deployment;
+use crate::plan::tests::deployment as llm_deployment;
 
 fn demo() -> Value {
     json!({ "model": { "source": { "demo": {} } }, "replicas": 1 })
@@ -24,14 +24,15 @@ fn full() -> Value {
 #[test]
 fn golden_files_are_current() {
     for (file, spec) in [("demo.json", demo()), ("pvc-gpu.json", full())] {
-        let made = children(&deployment(spec), 2, "kvasir.dev/kvasir:0.1.0", None).unwrap();
-        let got = serde_json::to_string_pretty(&json!([
-            made.deployment,
-            made.service,
-            made.budget,
-            made.account
-        ]))
-        .unwrap()
+        let made = children(&llm_deployment(spec), 2, "kvasir.dev/kvasir:0.1.0", None).unwrap();
+        let Children {
+            deployment,
+            service,
+            budget,
+            account,
+        } = made;
+        let got = serde_json::to_string_pretty(&json!([deployment, service, budget, account]))
+            .unwrap()
             + "\n";
         let path = format!("{}/tests/golden/{file}", env!("CARGO_MANIFEST_DIR"));
         if std::env::var_os("KVASIR_BLESS").is_some() {
@@ -49,7 +50,7 @@ fn golden_files_are_current() {
 
 #[test]
 fn pods_roll_only_with_the_users_fields() {
-    let first = children(&deployment(demo()), 1, "kvasir:1", None)
+    let first = children(&llm_deployment(demo()), 1, "kvasir:1", None)
         .unwrap()
         .deployment;
     // As the API server holds it: with defaults beside what it was given.
@@ -59,7 +60,7 @@ fn pods_roll_only_with_the_users_fields() {
         "/dev/termination-log".into();
     let held: Deployment = serde_json::from_value(held).unwrap();
     let template = |spec: Value, image: &str, held: &Deployment| {
-        children(&deployment(spec), 1, image, Some(held))
+        children(&llm_deployment(spec), 1, image, Some(held))
             .unwrap()
             .deployment
             .spec
@@ -106,7 +107,7 @@ fn pods_roll_only_with_the_users_fields() {
 
 #[test]
 fn hand_edits_of_the_template_are_taken_back() {
-    let applied = children(&deployment(demo()), 1, "kvasir:1", None)
+    let applied = children(&llm_deployment(demo()), 1, "kvasir:1", None)
         .unwrap()
         .deployment;
     let edited = |edit: fn(&mut PodTemplateSpec)| {
@@ -138,7 +139,7 @@ fn hand_edits_of_the_template_are_taken_back() {
         ("the annotation taken out", unmarked(applied.clone())),
     ] {
         // A new operator with a new default image sees it first.
-        let wanted = children(&deployment(demo()), 1, "kvasir:9", Some(&held));
+        let wanted = children(&llm_deployment(demo()), 1, "kvasir:9", Some(&held));
         let wanted = wanted.unwrap().deployment;
         assert_eq!(wanted.spec, applied.spec, "{why}");
         assert_eq!(
@@ -149,7 +150,7 @@ fn hand_edits_of_the_template_are_taken_back() {
     let mut changed = demo();
     changed["drainSeconds"] = 9.into();
     let held = edited(|t| server(t).image = Some("x:2".into()));
-    let wanted = children(&deployment(changed), 1, "kvasir:9", Some(&held)).unwrap();
+    let wanted = children(&llm_deployment(changed), 1, "kvasir:9", Some(&held)).unwrap();
     let mut template = wanted.deployment.spec.unwrap().template;
     assert_eq!(
         server(&mut template).image.as_deref(),
@@ -162,14 +163,14 @@ fn hand_edits_of_the_template_are_taken_back() {
 fn a_template_too_large_to_be_recorded_is_refused() {
     let mut spec = demo();
     spec["podTemplate"] = json!({ "metadata": { "annotations": { "a": "x".repeat(200_000) } } });
-    let refusal = children(&deployment(spec), 1, "i", None).unwrap_err();
+    let refusal = children(&llm_deployment(spec), 1, "i", None).unwrap_err();
     assert!(refusal.contains("bytes, of at most 200000"), "{refusal}");
 }
 
 #[test]
 fn a_revision_is_the_same_in_every_release() {
     assert_eq!(
-        revision(&deployment(demo()).spec),
+        revision(&llm_deployment(demo()).spec),
         "9aa977875e308282",
         "a change here rolls every pod of every user"
     );
@@ -188,6 +189,46 @@ fn a_gpu_is_asked_for_by_a_quantity_that_is_not_0() {
     ] {
         let mut spec = demo();
         spec["resources"] = json!({ "limits": { name: quantity } });
-        assert_eq!(args(&deployment(spec)).contains(&"cuda".to_owned()), want);
+        assert_eq!(
+            args(&llm_deployment(spec)).contains(&"cuda".to_owned()),
+            want
+        );
     }
+}
+
+#[test]
+fn the_service_reaches_the_api_and_the_probes_the_management_port() {
+    let made = children(&llm_deployment(demo()), 1, "i", None).unwrap();
+    let ports = made.service.spec.unwrap().ports.unwrap();
+    assert_eq!(
+        ports.len(),
+        1,
+        "management is for who knows a pod's address"
+    );
+    assert_eq!(
+        (ports[0].name.as_deref(), ports[0].port),
+        (Some("http"), 8000)
+    );
+    let pod = made.deployment.spec.unwrap().template.spec.unwrap();
+    let server = &pod.containers[0];
+    for (why, probe) in [
+        ("startup", &server.startup_probe),
+        ("readiness", &server.readiness_probe),
+        ("liveness", &server.liveness_probe),
+    ] {
+        let get = probe.as_ref().unwrap().http_get.clone().unwrap();
+        let want = serde_json::from_value(json!("management")).unwrap();
+        assert_eq!(get.port, want, "{why}");
+    }
+    let args = server.args.as_deref().unwrap().join(" ");
+    assert!(
+        args.contains("--port 8000 --management-port 8001"),
+        "{args}"
+    );
+    let numbers = server
+        .ports
+        .iter()
+        .flatten()
+        .map(|port| port.container_port);
+    assert_eq!(numbers.collect::<Vec<_>>(), [8000, 8001]);
 }

@@ -1,7 +1,7 @@
 //! Pods that go away, as the cluster's own watches tell: when each was told to go, and when the EndpointSlice
 //! stopped listing it as ready. What lies between is how long clients may still be sent to it.
 
-use crate::scene::{Answers, Scene};
+use crate::test_namespace::{Answers, TestNamespace};
 use kvasir_e2e::progress;
 use serde_json::{Deserializer, Value};
 use std::collections::BTreeMap;
@@ -10,20 +10,20 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// The watches, from the moment that this is made.
-pub(crate) struct Departures {
+pub(crate) struct EndpointDrain {
     kubectls: Vec<Child>,
     at_first: Vec<(Instant, Value)>,
     events: Receiver<(Instant, Value)>,
 }
 
-impl Departures {
+impl EndpointDrain {
     /// Watches the pods with the label `selector` and the EndpointSlices of the Service `service`. Both have told
     /// what there is before this returns.
-    pub(crate) fn watch(scene: &Scene, selector: &str, service: &str) -> Self {
+    pub(crate) fn watch(ns: &TestNamespace, selector: &str, service: &str) -> Self {
         let (sender, events) = channel();
         let of_service = format!("kubernetes.io/service-name={service}");
         let kubectls = [("pods", selector), ("endpointslices", &of_service)]
-            .map(|(kind, label)| watch(scene, kind, label, sender.clone()))
+            .map(|(kind, label)| watch(ns, kind, label, sender.clone()))
             .into();
         let mut watch = Self {
             kubectls,
@@ -72,17 +72,17 @@ impl Departures {
     }
 }
 
-impl Drop for Departures {
+impl Drop for EndpointDrain {
     fn drop(&mut self) {
         self.stop();
     }
 }
 
-fn watch(scene: &Scene, kind: &str, label: &str, sender: Sender<(Instant, Value)>) -> Child {
-    let mut kubectl = scene
+fn watch(ns: &TestNamespace, kind: &str, label: &str, sender: Sender<(Instant, Value)>) -> Child {
+    let mut kubectl = ns
         .cluster
         .kubectl()
-        .args(["--namespace", scene.namespace, "get", kind, "-l", label])
+        .args(["--namespace", ns.name, "get", kind, "-l", label])
         .args(["--watch", "-o", "json"])
         .stdout(Stdio::piped())
         .spawn()

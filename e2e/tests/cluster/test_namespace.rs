@@ -11,22 +11,22 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 /// The namespace of one test.
-pub(crate) struct Scene {
+pub(crate) struct TestNamespace {
     pub(crate) cluster: &'static Cluster,
-    pub(crate) namespace: &'static str,
+    pub(crate) name: &'static str,
 }
 
-impl Scene {
-    pub(crate) fn new(cluster: &'static Cluster, namespace: &'static str) -> Self {
-        run(cluster.kubectl().args(["create", "namespace", namespace])).expect("a namespace");
-        Self { cluster, namespace }
+impl TestNamespace {
+    pub(crate) fn new(cluster: &'static Cluster, name: &'static str) -> Self {
+        run(cluster.kubectl().args(["create", "namespace", name])).expect("a namespace");
+        Self { cluster, name }
     }
 
     pub(crate) fn kubectl(&self, args: &[&str]) -> Result<String, Error> {
         run(self
             .cluster
             .kubectl()
-            .args(["--namespace", self.namespace])
+            .args(["--namespace", self.name])
             .args(args))
     }
 
@@ -35,7 +35,7 @@ impl Scene {
         run_with_input(
             command.args([
                 "--namespace",
-                self.namespace,
+                self.name,
                 "apply",
                 "--server-side",
                 "-f",
@@ -126,10 +126,7 @@ impl Scene {
     pub(crate) fn url(&self, name: &str) -> String {
         let service = self.get(&["service", name]).expect("the Service");
         let port = &service["spec"]["ports"][0]["port"];
-        format!(
-            "http://{name}.{}.svc.cluster.local:{port}/v1",
-            self.namespace
-        )
+        format!("http://{name}.{}.svc.cluster.local:{port}/v1", self.name)
     }
 
     /// Asks through the Service's name with the `openai` package, from inside a node.
@@ -147,7 +144,7 @@ impl Scene {
     }
 
     /// Begins `n_workers` clients that stream answers of `n_tokens` one after the other.
-    pub(crate) fn load(&self, name: &str, n_workers: u32, n_tokens: u32) -> Load {
+    pub(crate) fn start_clients(&self, name: &str, n_workers: u32, n_tokens: u32) -> Clients {
         let mut command = self.python("load.py");
         command.args([
             self.url(name),
@@ -159,45 +156,56 @@ impl Scene {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("the load starts");
-        Load { child, n_workers }
+            .expect("the clients start");
+        Clients { child, n_workers }
     }
 
     /// Begins clients, each with one connection that it keeps, until a stream is open on every ready pod with the
     /// label `selector`; it is chance which pod a connection goes to.
-    pub(crate) fn occupy(&self, name: &str, selector: &str, n_tokens: u32, loads: &mut Vec<Load>) {
+    pub(crate) fn occupy(
+        &self,
+        name: &str,
+        selector: &str,
+        n_tokens: u32,
+        clients: &mut Vec<Clients>,
+    ) {
         self.until("a stream is open on every pod", 60, || {
             let open = self.open_streams(selector)?;
             if !open.is_empty() && open.iter().all(|n| *n > 0) {
                 return Ok(Seen::Yes(()));
             }
             // Between two answers a client has no stream for a moment: one less is all of them.
-            let n_clients: u64 = loads.iter().map(|load| u64::from(load.n_workers)).sum();
+            let n_clients: u64 = clients.iter().map(|some| u64::from(some.n_workers)).sum();
             if open.iter().sum::<u64>() + 1 >= n_clients {
                 let n_workers = u32::try_from(3 * open.len()).unwrap_or(3);
-                loads.push(self.load(name, n_workers, n_tokens));
+                clients.push(self.start_clients(name, n_workers, n_tokens));
             }
             Ok(Seen::NotYet(format!("{open:?} open, {n_clients} clients")))
         });
     }
 
-    /// The streams open on each ready pod with a label, by its own report.
+    /// The streams open on each pod with a label that is not going away, by its own report.
     fn open_streams(&self, selector: &str) -> Result<Vec<u64>, Error> {
         let pods = self.get(&["pods", "-l", selector])?;
         let stays = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null();
         let pods = pods["items"].as_array().into_iter().flatten().filter(stays);
         pods.map(|pod| {
-            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-            let path = format!(
-                "/api/v1/namespaces/{}/pods/{name}:8000/proxy/load",
-                self.namespace
-            );
-            let report: Value =
-                serde_json::from_str(&self.kubectl(&["get", "--raw", &path])?).unwrap_or_default();
+            let report = self.load_report(&pod["metadata"]["name"])?;
             let count = |what: &str| report["queue"][what].as_u64().unwrap_or_default();
             Ok(count("running") + count("waiting"))
         })
         .collect()
+    }
+
+    /// What the server in a pod reports of its load, through the API server.
+    pub(crate) fn load_report(&self, pod: &Value) -> Result<Value, Error> {
+        let pod = pod.as_str().unwrap_or_default();
+        let path = format!(
+            "/api/v1/namespaces/{}/pods/{pod}:8001/proxy/load",
+            self.name
+        );
+        let report = self.kubectl(&["get", "--raw", &path])?;
+        Ok(serde_json::from_str(&report).unwrap_or_default())
     }
 
     fn python(&self, script: &str) -> std::process::Command {
@@ -208,44 +216,43 @@ impl Scene {
     }
 }
 
-impl Drop for Scene {
+impl Drop for TestNamespace {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let told = self.kubectl(&["get", "llmdeployments,pods,events", "-o", "wide"]);
             kvasir_e2e::progress::say(told.unwrap_or_else(|error| error.to_string()));
         }
-        let _ = run(self.cluster.kubectl().args([
-            "delete",
-            "namespace",
-            self.namespace,
-            "--wait=false",
-        ]));
+        let _ =
+            run(self
+                .cluster
+                .kubectl()
+                .args(["delete", "namespace", self.name, "--wait=false"]));
     }
 }
 
 /// Clients at work.
-pub(crate) struct Load {
+pub(crate) struct Clients {
     child: Child,
     n_workers: u32,
 }
 
-impl Load {
+impl Clients {
     /// Lets every client of all of them finish its answer.
-    pub(crate) fn end(mut loads: Vec<Self>) -> Answers {
-        for load in &mut loads {
-            drop(load.child.stdin.take());
+    pub(crate) fn finish(mut all: Vec<Self>) -> Answers {
+        for clients in &mut all {
+            drop(clients.child.stdin.take());
         }
-        let mut all = Answers::default();
-        for load in loads {
-            let Answers { whole, failures } = load.finish();
-            all.whole.extend(whole);
-            all.failures.extend(failures);
+        let mut answers = Answers::default();
+        for clients in all {
+            let Answers { whole, failures } = clients.answers();
+            answers.whole.extend(whole);
+            answers.failures.extend(failures);
         }
-        all
+        answers
     }
 
     /// What they say at their end, once they were told to end.
-    fn finish(mut self) -> Answers {
+    fn answers(mut self) -> Answers {
         let mut said = String::new();
         self.child
             .stdout
@@ -267,7 +274,7 @@ impl Load {
     }
 }
 
-impl Drop for Load {
+impl Drop for Clients {
     fn drop(&mut self) {
         drop(self.child.stdin.take());
         let _ = self.child.kill();

@@ -1,0 +1,160 @@
+//! "Read what I wrote": the API server's answers to the operator's last writes, each of which counts until the watch has
+//! brought the same object or a later one. The only place that compares versions of objects.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
+
+use crate::cache::{Key, key_of};
+
+/// The last write of each object of the kind `K`, with the `W` that it was made from.
+#[derive(Debug)]
+pub struct LastWrites<K, W = ()>(Mutex<HashMap<Key, Write<K, W>>>);
+
+#[derive(Debug)]
+struct Write<K, W> {
+    wanted: W,
+    answer: Arc<K>,
+}
+
+impl<K, W> Default for LastWrites<K, W> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Resource, W> LastWrites<K, W> {
+    /// Records the API server's answer to a write of `wanted`.
+    pub fn insert(&self, wanted: W, answer: K) {
+        let (key, answer) = (key_of(&answer), Arc::new(answer));
+        self.lock().insert(key, Write { wanted, answer });
+    }
+
+    /// The later of what the watch has brought and of our last write.
+    pub fn latest(&self, seen: Arc<K>) -> Arc<K> {
+        match self.lock().get(&key_of(seen.as_ref())) {
+            Some(ours) if is_later(ours.answer.meta(), seen.meta()) => Arc::clone(&ours.answer),
+            _ => seen,
+        }
+    }
+
+    /// `existing` has the spec that the API server answered to a write of `wanted`. That spec is not always equal to it: a
+    /// quantity of 1000m comes back as 1, an empty variable without a value.
+    pub fn is_answer(&self, existing: &K, wanted: &W) -> bool
+    where
+        W: PartialEq,
+    {
+        let state = |k: &K| (k.meta().uid.clone(), k.meta().generation);
+        self.lock()
+            .get(&key_of(existing))
+            .is_some_and(|write| write.wanted == *wanted && state(&write.answer) == state(existing))
+    }
+
+    /// Forgets an object that is gone.
+    pub fn remove(&self, key: &Key) {
+        self.lock().remove(key);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Write<K, W>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Both are states of one object, and `ours` is the later one. Where a version is no number, the watch is right.
+fn is_later(ours: &ObjectMeta, seen: &ObjectMeta) -> bool {
+    let versions = version(ours).zip(version(seen));
+    ours.uid == seen.uid && versions.is_some_and(|(ours, seen)| ours > seen)
+}
+
+/// An object's version: a decimal number that grows (Kubernetes API Concepts, "Resource versions").
+fn version(metadata: &ObjectMeta) -> Option<u64> {
+    metadata.resource_version.as_ref()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::apps::v1::Deployment;
+    use serde_json::json;
+
+    use super::*;
+
+    fn at(uid: &str, version: &str) -> Deployment {
+        serde_json::from_value(
+            json!({ "metadata": { "name": "d", "namespace": "n", "uid": uid,
+            "resourceVersion": version } }),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn our_write_counts_until_the_watch_has_caught_up() {
+        for (why, written, seen, want) in [
+            (
+                "the watch is behind: 10 is more than 9",
+                "10",
+                at("u", "9"),
+                "10",
+            ),
+            ("the watch has it", "10", at("u", "10"), "10"),
+            ("the watch is ahead", "10", at("u", "12"), "12"),
+            ("another object of the same name", "10", at("v", "7"), "7"),
+            (
+                "a version that can't be compared",
+                "opaque",
+                at("u", "7"),
+                "7",
+            ),
+        ] {
+            let writes = LastWrites::default();
+            writes.insert((), at("u", written));
+            let latest = writes.latest(Arc::new(seen));
+            assert_eq!(
+                latest.metadata.resource_version.as_deref(),
+                Some(want),
+                "{why}"
+            );
+        }
+        let writes = LastWrites::<Deployment>::default();
+        writes.insert((), at("u", "10"));
+        writes.remove(&("n".into(), "d".into()));
+        let latest = writes.latest(Arc::new(at("u", "9")));
+        assert_eq!(latest.metadata.resource_version.as_deref(), Some("9"));
+    }
+
+    #[test]
+    fn an_answer_stands_for_what_was_wanted_until_either_changes() {
+        let wanted = |cpu: &str| -> Deployment {
+            serde_json::from_value(json!({ "metadata": { "name": "d", "namespace": "n" },
+                "spec": { "selector": {}, "template": { "spec": { "containers": [
+                    { "name": "server", "resources": { "requests": { "cpu": cpu } } }] } } } }))
+            .unwrap()
+        };
+        let held = |uid: &str, generation: i64| {
+            let mut held = wanted("1");
+            held.metadata.uid = Some(uid.into());
+            held.metadata.generation = Some(generation);
+            held
+        };
+        let writes = LastWrites::default();
+        assert!(
+            !writes.is_answer(&held("u", 4), &wanted("1000m")),
+            "never written"
+        );
+        writes.insert(wanted("1000m"), held("u", 4));
+        for (why, existing, wanted, stands) in [
+            ("in its own words", held("u", 4), wanted("1000m"), true),
+            ("edited since", held("u", 5), wanted("1000m"), false),
+            ("something else is wanted", held("u", 4), wanted("2"), false),
+            (
+                "another of the same name",
+                held("v", 4),
+                wanted("1000m"),
+                false,
+            ),
+        ] {
+            assert_eq!(writes.is_answer(&existing, &wanted), stands, "{why}");
+        }
+    }
+}
