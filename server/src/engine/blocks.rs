@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::num::NonZeroU32;
 use std::ops::Range;
 
+use kvasir_crds::load_report::PageDemand;
 use kvasir_kernels::step::BlockId;
 
 /// What a cache group keeps of a sequence.
@@ -60,6 +61,20 @@ impl CacheGroups {
             first_chunk.len().max(last_decode.len()) as u32
         };
         self.kinds.iter().map(most).fold(0, u32::saturating_add)
+    }
+
+    /// The same in the two numbers that the load report has for it: an upper bound where there are windows.
+    pub fn page_demand(&self) -> PageDemand {
+        let states = self.kinds.iter().map(|kind| match kind {
+            GroupKind::State(blocks) => u64::from(blocks.get()),
+            GroupKind::Full | GroupKind::Window(_) => 0,
+        });
+        let is_state = |kind: &&GroupKind| matches!(kind, GroupKind::State(_));
+        let n_states = self.kinds.iter().filter(is_state).count();
+        PageDemand {
+            per_sequence: Some(states.sum()),
+            per_token_block: Some((self.kinds.len() - n_states) as u64),
+        }
     }
 
     /// The longest sequence that `n_blocks` blocks hold alone.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvasir_crds::LoadReport;
-use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA};
+use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA, SlotCounts};
 
 use super::blocks::{CacheGroups, PoolCounts};
 use super::scheduler::Load;
@@ -192,6 +192,11 @@ impl EngineHandle {
                 cached: blocks.cached.into(),
                 free: blocks.free.into(),
                 waiting_need: load.waiting_blocks,
+            }),
+            page_demand: Some(self.0.info.groups.page_demand()),
+            slots: Some(SlotCounts {
+                running: Some(load.n_sequences.into()),
+                limit: Some(self.0.info.limits.max_sequences as u64),
             }),
             queue: Some(QueueCounts {
                 running: load.n_running.into(),

@@ -114,6 +114,8 @@ pub struct Schedule {
 pub struct Load {
     /// Requests in the running batch.
     pub n_running: u32,
+    /// Their sequences.
+    pub n_sequences: u32,
     /// Requests that wait, preempted ones included.
     pub n_waiting: u32,
     /// Blocks that the waiting requests need to start.
@@ -304,6 +306,7 @@ impl Scheduler {
         });
         Load {
             n_running: self.running.len() as u32,
+            n_sequences: (self.rows.len() - self.free_rows.len()) as u32,
             n_waiting: self.waiting.len() as u32,
             waiting_blocks: waiting.clone().map(|group| group.blocks(blocks)).sum(),
             prefill_backlog_tokens: waiting.map(of_group).sum::<u64>() + running.sum::<u64>(),
