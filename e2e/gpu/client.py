@@ -37,8 +37,13 @@ class Server:
             return False
 
     def stop(self):
+        """Ends it as a drain does; its exit status."""
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(60)
+        return self.process.wait(60)
+
+    def resident_mb(self):
+        status = open(f"/proc/{self.process.pid}/status").read()
+        return int(status.split("VmRSS:")[1].split()[0]) // 1024
 
 
 def prompt(seed, n):
@@ -61,11 +66,11 @@ def whole(ids, output_tokens):
     return json.loads(text)["choices"][0]["token_ids"]
 
 
-def streamed(ids, output_tokens):
-    """Seconds from the request to each piece of a stream."""
+def streamed(ids, output_tokens, leave_after=None, **more):
+    """Seconds from the request to each piece of a stream; the client leaves after so many pieces."""
     connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=600)
     begun = time.perf_counter()
-    connection.request("POST", "/v1/completions", body(ids, output_tokens, stream=True),
+    connection.request("POST", "/v1/completions", body(ids, output_tokens, stream=True, **more),
                        {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != 200:
@@ -74,6 +79,9 @@ def streamed(ids, output_tokens):
     for line in response:
         if line.startswith(b"data: {"):
             times.append(time.perf_counter() - begun)
+            if leave_after is not None and len(times) >= leave_after:
+                connection.close()
+                break
     return times
 
 
@@ -88,3 +96,22 @@ def all_at_once(jobs):
         if len(answer) != wanted:
             raise RuntimeError(f"{len(answer)} tokens instead of {wanted}")
     return seconds
+
+
+def beside(jobs, work):
+    """Runs `work` while the streams (prompt, output tokens) run, once all of them have their first tokens; what it gave,
+    when it began and ended, and the time of each piece of each stream."""
+    threading.stack_size(256 * 1024)
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        origin = time.perf_counter()
+
+        def stream(job):
+            begun = time.perf_counter() - origin
+            return [begun + at for at in streamed(*job)]
+
+        running = [pool.submit(stream, job) for job in jobs]
+        time.sleep(2)
+        begun = time.perf_counter() - origin
+        found = work()
+        ended = time.perf_counter() - origin
+        return found, (begun, ended), [future.result() for future in running]

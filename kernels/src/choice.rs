@@ -5,6 +5,8 @@
 use std::num::NonZeroUsize;
 
 use crate::cpu::CpuDevice;
+#[cfg(feature = "cuda")]
+use crate::cuda::driver::Driver as _;
 use crate::device::{Device, DeviceError, DeviceOptions};
 use crate::shape::Precision;
 
@@ -76,8 +78,8 @@ impl ChosenDevice {
                 precision: None,
             },
             #[cfg(feature = "cuda")]
-            Found::Cuda(_) => Preferences {
-                max_sequences: 256,
+            Found::Cuda(gpu) => Preferences {
+                max_sequences: sequences_for(gpu.memory().map_or(0, |memory| memory.total)),
                 max_tokens: 8192,
                 precision: Some(Precision::BF16),
             },
@@ -98,6 +100,14 @@ impl ChosenDevice {
     }
 }
 
+/// Sequences in a step for a GPU with so much memory: about four for each GiB, a power of two, so that chats of ordinary
+/// length fill the memory: 512 on an H200, 256 on a GPU of 80 GB.
+#[cfg(any(test, feature = "cuda"))]
+fn sequences_for(memory_bytes: u64) -> u32 {
+    let wanted = (memory_bytes >> 30).saturating_mul(4).clamp(64, 1024) as u32;
+    1 << wanted.ilog2()
+}
+
 #[cfg(feature = "cuda")]
 fn find_cuda() -> Result<Found, DeviceError> {
     crate::cuda::gpu::Gpu::open().map(|gpu| Found::Cuda(Box::new(gpu)))
@@ -109,4 +119,16 @@ fn find_cuda() -> Result<Found, DeviceError> {
         device: "cuda",
         why: "this build of kvasir-server has no CUDA device; use --device cpu, or an image built with CUDA".to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequence_slots_follow_from_the_memory() {
+        for (gib, slots) in [(0, 64), (24, 64), (40, 128), (79, 256), (140, 512), (1000, 1024)] {
+            assert_eq!(sequences_for(gib << 30), slots, "{gib} GiB");
+        }
+    }
 }

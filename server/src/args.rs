@@ -102,7 +102,7 @@ pub struct PortArgs {
 /// The engine's sizes.
 #[derive(Clone, Copy, Debug, PartialEq, clap::Args)]
 pub struct EngineArgs {
-    /// Requests in one step at most [default: 64 on the CPU, 256 on a GPU].
+    /// Requests in one step at most [default: 64 on the CPU; on a GPU four for each GiB of its memory, 512 on an H200].
     #[arg(long, value_parser = within(1_u32, 4096))]
     pub max_num_seqs: Option<u32>,
     /// Tokens in one step at most, prompts and answers together [default: 512 on the CPU, 8192 on a GPU].
@@ -120,9 +120,9 @@ pub struct EngineArgs {
     /// Threads that compute [default: the cores of this machine or container].
     #[arg(long, value_parser = n_threads)]
     pub threads: Option<NonZeroUsize>,
-    /// Requests that may wait; more are answered with 429.
-    #[arg(long, default_value = "256", value_parser = positive::<u32>)]
-    pub max_waiting: u32,
+    /// Requests that may wait; more are answered with 429 [default: eight times --max-num-seqs].
+    #[arg(long, value_parser = positive::<u32>)]
+    pub max_waiting: Option<u32>,
     /// Prompts in one call at most.
     #[arg(long, default_value = "128", value_parser = positive::<usize>)]
     pub max_prompts: usize,

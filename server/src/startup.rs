@@ -20,6 +20,9 @@ use crate::model::{self, LoadError, LoadOptions, ModelFiles, Progress};
 use crate::text::tokenizer::TextFiles;
 use crate::text::{TextError, TextPool, Tokenizer};
 
+/// Requests that may wait for each sequence that may run.
+const WAITING_PER_SLOT: u32 = 8;
+
 /// A loaded model with its engine running.
 #[derive(Debug)]
 pub struct Started {
@@ -112,7 +115,8 @@ pub fn start(
         can_chat: tokenizer.chat_template().is_ok(),
         ignored,
     };
-    let max_waiting = args.engine.max_waiting;
+    let max_waiting = (args.engine.max_waiting)
+        .unwrap_or_else(|| WAITING_PER_SLOT.saturating_mul(options.max_num_seqs.get()));
     let (engine, outputs) = Engine::start(Box::new(loaded.executor), info, max_waiting)?;
     let budget = ByteBudget::new(args.limits.request_memory_bytes);
     let async_engine = AsyncEngine::start(engine.handle(), outputs, Arc::clone(metrics), budget)
