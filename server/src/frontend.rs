@@ -76,7 +76,7 @@ impl AsyncEngine {
     }
 
     /// The engine that the requests go to.
-    pub fn engine(&self) -> &EngineHandle {
+    pub fn handle(&self) -> &EngineHandle {
         &self.0.engine
     }
 

@@ -118,3 +118,52 @@ async fn stopped(ended: oneshot::Receiver<Result<(), EngineError>>) -> Result<()
         Err(_) => Err(ServeError::EngineHangs),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::http::Limits;
+    use crate::metrics::Metrics;
+
+    fn app() -> Arc<App> {
+        let limits = Limits {
+            max_body_bytes: 1,
+            read_timeout: Duration::ZERO,
+            heartbeat_timeout: Duration::ZERO,
+        };
+        App::new(Arc::new(Metrics::new("m").unwrap()), limits)
+    }
+
+    #[tokio::test]
+    async fn a_load_that_is_told_to_stop_drops_what_it_has() {
+        let app = app();
+        let (held, mut dropped) = oneshot::channel::<()>();
+        let load = load_unless_stopped(&app, move |check: &dyn Fn()| -> u32 {
+            let _held = held;
+            loop {
+                check();
+                std::thread::yield_now();
+            }
+        });
+        futures::pin_mut!(load);
+        assert!(futures::poll!(load.as_mut()).is_pending());
+        app.advance(Phase::Draining);
+        assert_eq!(load.await.unwrap(), None);
+        assert!(matches!(
+            dropped.try_recv(),
+            Err(oneshot::error::TryRecvError::Closed)
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_load_that_ends_is_given_out() {
+        let app = app();
+        let loaded = load_unless_stopped(&app, |check| {
+            check();
+            7
+        });
+        assert_eq!(loaded.await.unwrap(), Some(7));
+    }
+}

@@ -422,6 +422,20 @@ fn bodies_full_of_prompts_cost_little_more_than_their_bytes() {
 }
 
 #[test]
+fn a_long_text_is_tokenized_a_piece_at_a_time() {
+    let server = Server::start(&[]);
+    let body = json!({"prompt": "a block of words ".repeat(120_000)});
+    let before = server.memory_bytes("VmRSS");
+    server.reset_peak_memory();
+    let (status, tokens) = server.post("/tokenize", &body);
+    assert_eq!(status, 200);
+    let count = tokens["count"].as_u64().unwrap();
+    assert!(count > 400_000, "{count}");
+    let cost = server.memory_bytes("VmHWM") - before;
+    assert!(cost < 60_000_000, "{cost} bytes for a text of 2 MB");
+}
+
+#[test]
 fn what_does_not_fit_the_memory_for_requests_is_429() {
     let server = Server::start(&["--request-memory-bytes", "1000000"]);
     let prompt = |n_bytes| json!({"prompt": "a".repeat(n_bytes), "max_tokens": 1});

@@ -331,7 +331,7 @@ fn follow_signals(app: Arc<App>, accept: Duration) -> Result<(), Failure> {
             _ = terminate.recv() => 128 + 15,
             _ = interrupt.recv() => 128 + 2,
         };
-        // Whoever asks twice doesn't wait for anything.
+        // A second signal ends the process at once.
         std::process::exit(code);
     });
     Ok(())

@@ -76,7 +76,7 @@ pub(super) async fn chat(
     } = ChatRequest::parse(&serving, &body)?;
     drop(body);
     let tokenizer = Arc::clone(&serving.tokenizer);
-    let max_model_len = serving.engine.engine().model_info().max_model_len;
+    let max_model_len = serving.engine.handle().model_info().max_model_len;
     let prompt = serving
         .pool
         .run(conversation.n_bytes, move || {

@@ -43,7 +43,7 @@ impl CompletionRequest {
         let mut fields = Fields::parse(body)?;
         let params = Params::take(&mut fields, &serving.defaults)?;
         serving.check_model(params.model.as_deref())?;
-        let max_model_len = serving.engine.engine().model_info().max_model_len;
+        let max_model_len = serving.engine.handle().model_info().max_model_len;
         let limits = PromptLimits {
             max_prompts: serving.max_prompts,
             max_tokens: max_model_len,

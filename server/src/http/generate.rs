@@ -38,7 +38,7 @@ impl Serving {
         asked: Option<u32>,
         field: &str,
     ) -> Result<u32, ApiError> {
-        let info = self.engine.engine().model_info();
+        let info = self.engine.handle().model_info();
         if prompt.is_empty() {
             return Err(ApiError::field(
                 field,
@@ -81,7 +81,7 @@ impl Serving {
         params: &Params,
         arrived: Instant,
     ) -> Result<Vec<RequestStream>, ApiError> {
-        let info = self.engine.engine().model_info();
+        let info = self.engine.handle().model_info();
         let mut stop_token_ids = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_token_ids.extend(&info.eos_token_ids);

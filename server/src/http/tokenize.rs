@@ -98,7 +98,7 @@ pub(super) async fn tokenize(
     let vocabulary = serving.tokenizer.vocabulary();
     let answer = Tokens {
         count: tokens.len(),
-        max_model_len: serving.engine.engine().model_info().max_model_len,
+        max_model_len: serving.engine.handle().model_info().max_model_len,
         tokens: &tokens,
         token_strs: with_strings.then_some(TokenTexts {
             tokens: &tokens,
