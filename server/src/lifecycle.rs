@@ -14,7 +14,7 @@ use crate::frontend::AsyncEngine;
 use crate::http::App;
 use crate::http::serve::Phase;
 
-/// The step under way when the engine is told to stop takes less.
+/// The step under way when the engine is told to stop has so long. Kubernetes kills a pod so long after its drain.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// When the engine has failed, clients have so long to take its last words.
@@ -78,7 +78,8 @@ pub async fn stop(engine: Engine) -> Result<(), ServeError> {
 }
 
 /// Runs `load` on a thread of its own. It gets a function to call now and then, which leaves by unwinding when the
-/// server is told to stop, so that what was loaded is dropped in order. `None`: it was.
+/// server is told to stop, so that what was loaded is dropped in order. `None`: it was. `Err`: there is no thread, or it
+/// panicked.
 pub async fn load_unless_stopped<T: Send + 'static>(
     app: &App,
     load: impl FnOnce(&dyn Fn()) -> T + Send + 'static,
@@ -97,7 +98,9 @@ pub async fn load_unless_stopped<T: Send + 'static>(
         })?;
     let loaded = loaded.await.ok();
     match tokio::task::spawn_blocking(move || thread.join()).await {
-        Ok(Err(panic)) if !panic.is::<Stopped>() => resume_unwind(panic),
+        Ok(Err(panic)) if !panic.is::<Stopped>() => Err(std::io::Error::other(
+            "it panicked; the panic's message is on standard error",
+        )),
         _ => Ok(loaded),
     }
 }
@@ -155,6 +158,14 @@ mod tests {
             dropped.try_recv(),
             Err(oneshot::error::TryRecvError::Closed)
         ));
+    }
+
+    #[tokio::test]
+    async fn a_load_that_panics_is_an_error() {
+        let app = app();
+        let loaded = load_unless_stopped(&app, |_| -> u32 { panic!("a broken invariant") });
+        let error = loaded.await.unwrap_err().to_string();
+        assert!(error.starts_with("it panicked"), "{error}");
     }
 
     #[tokio::test]

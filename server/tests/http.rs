@@ -373,6 +373,33 @@ fn a_slow_reader_holds_nobody_up() {
 }
 
 #[test]
+fn an_answer_that_waits_for_its_client_has_a_share_of_the_memory() {
+    let flags = [
+        "--management-port",
+        "0",
+        "--request-memory-bytes",
+        "4000000",
+    ];
+    let server = Server::start(&flags);
+    let management = server.management.as_ref().unwrap();
+    let mut slow = server.connect();
+    let body = json!({"messages": question(), "max_tokens": 1900, "ignore_eos": true, "stream": true,
+        "logprobs": true, "top_logprobs": 20});
+    send(&mut slow, "POST", CHAT, &body.to_string());
+    let ended =
+        "vllm:request_success_total{finished_reason=\"error\",model_name=\"kvasir-demo\"} 1\n";
+    management.wait_for("it is given up", "/metrics", |_, text| text.contains(ended));
+    let (status, answer) = server.post(CHAT, &json!({"messages": question(), "max_tokens": 5}));
+    assert_eq!(status, 200, "the others have theirs: {answer}");
+    let last = Answer::read(slow).events().pop().unwrap();
+    let message = last["error"]["message"].as_str().unwrap();
+    assert!(
+        message.contains("500000 bytes of it wait for its client"),
+        "{last}"
+    );
+}
+
+#[test]
 fn a_full_queue_is_429() {
     let server = Server::start(&["--max-num-seqs", "1", "--max-waiting", "1"]);
     // The head of a stream comes when its request is accepted.

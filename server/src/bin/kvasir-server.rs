@@ -244,7 +244,7 @@ async fn load(app: &App, args: &Args, metrics: Arc<Metrics>) -> Result<Option<St
             Err((FAILED, error.to_string()))
         }
         Ok(Some(Err(error))) => Err((MISTAKE, error.to_string())),
-        Err(error) => Err((FAILED, format!("a thread could not be started: {error}"))),
+        Err(error) => Err((FAILED, format!("the thread that loads failed: {error}"))),
     }
 }
 

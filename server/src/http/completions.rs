@@ -128,7 +128,7 @@ pub(super) async fn completions(
     }
     let mut answers = Vec::with_capacity(streams.len());
     for one in streams {
-        answers.push(collect(&serving, one).await?);
+        answers.push(collect(one).await?);
     }
     call.whole(answers)
 }
@@ -308,10 +308,10 @@ impl Call {
     }
 
     fn whole(mut self, answers: Vec<Answer>) -> Result<Response, ApiError> {
-        let mut lease = self.serving.engine.budget().lease(Purpose::Answer);
-        let mut choices = Vec::with_capacity(answers.len());
+        let lease = self.serving.engine.budget().lease(Purpose::Answer);
+        let (mut choices, mut leases) = (Vec::with_capacity(answers.len()), Vec::new());
         for (index, answer) in answers.into_iter().enumerate() {
-            lease.absorb(answer.lease);
+            leases.extend(answer.leases);
             let event = RequestEvent {
                 text: answer.text,
                 tokens: answer.tokens,

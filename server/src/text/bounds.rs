@@ -145,8 +145,9 @@ fn is_byte_level(pre_tokenizer: &Value) -> bool {
     let splits = |part: &Value| {
         part["type"] == "Digits"
             || (part["type"] == "Split"
-                && part["behavior"] == "Isolated"
-                && part["invert"] == false)
+                // Matches are words in both.
+                && ((part["behavior"] == "Isolated" && part["invert"] == false)
+                    || (part["behavior"] == "Removed" && part["invert"] == true)))
     };
     match pre_tokenizer["type"].as_str() {
         Some("ByteLevel") => is_plain(pre_tokenizer) && has_pattern(pre_tokenizer),
