@@ -511,10 +511,15 @@ fn long_texts_hold_up_no_chat_and_are_refused_when_many_wait() {
 #[test]
 fn a_text_that_no_context_holds_is_refused_before_it_is_tokenized() {
     let server = Server::start(&[]);
-    for (path, body) in [
-        (COMPLETIONS, json!({"prompt": "words ".repeat(1_000_000)})),
+    for (path, param, body) in [
+        (
+            COMPLETIONS,
+            "prompt",
+            json!({"prompt": "words ".repeat(1_000_000)}),
+        ),
         (
             CHAT,
+            "messages",
             json!({"messages": [{"role": "user", "content": "words ".repeat(1_000_000)}]}),
         ),
     ] {
@@ -522,6 +527,7 @@ fn a_text_that_no_context_holds_is_refused_before_it_is_tokenized() {
         let error = &refused["error"];
         assert_eq!(status, 400, "{refused}");
         assert_eq!(error["code"], "context_length_exceeded", "{refused}");
+        assert_eq!(error["param"], param, "{refused}");
         let message = error["message"].as_str().unwrap();
         assert!(
             message.contains("bytes, the longest context of 2048 tokens"),

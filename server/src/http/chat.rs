@@ -83,7 +83,8 @@ pub(super) async fn chat(
         .run(conversation.n_bytes, move || {
             conversation.encode(&tokenizer, Some(max_model_len))
         })
-        .await??;
+        .await?
+        .map_err(|error| ApiError::from(error).about("messages"))?;
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
     let call = Call {
         id: format!("chatcmpl-{}", serving.ids.call()),

@@ -70,7 +70,10 @@ impl CompletionRequest {
         // What is wrong for certain is known before any work.
         for prompt in &prompts {
             match prompt {
-                Prompt::Text(text) => serving.tokenizer.check_length(text, max_model_len)?,
+                Prompt::Text(text) => serving
+                    .tokenizer
+                    .check_length(text, max_model_len)
+                    .map_err(|error| ApiError::from(error).about("prompt"))?,
                 Prompt::Ids(ids) => {
                     serving.check_prompt(ids, options.max_tokens, "prompt")?;
                 }
@@ -159,7 +162,9 @@ async fn encode_all(
             .map(encode)
             .collect::<Result<Vec<_>, TextError>>()
     });
-    Ok(encoded.await??)
+    encoded
+        .await?
+        .map_err(|error| ApiError::from(error).about("prompt"))
 }
 
 fn encode(

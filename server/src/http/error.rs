@@ -37,6 +37,18 @@ impl ApiError {
         }
     }
 
+    /// Names the field that a 400 is about, where it doesn't say so itself.
+    pub fn about(self, field: &str) -> Self {
+        match (self.status, &self.param) {
+            (StatusCode::BAD_REQUEST, None) => Self {
+                message: format!("{field}: {}", self.message),
+                param: Some(field.to_owned()),
+                ..self
+            },
+            _ => self,
+        }
+    }
+
     /// Any status.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
         Self {
