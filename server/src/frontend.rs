@@ -76,7 +76,7 @@ impl AsyncEngine {
     }
 
     /// The engine that the requests go to.
-    pub fn engine(&self) -> &EngineHandle {
+    pub fn handle(&self) -> &EngineHandle {
         &self.0.engine
     }
 
@@ -90,7 +90,8 @@ impl AsyncEngine {
         let id = RequestId(self.0.next_id.fetch_add(1, Ordering::Relaxed));
         let longest = self.0.engine.model_info().max_model_len;
         let (sender, events) = mpsc::channel(request.max_events(longest));
-        let (request, state) = request.split(id, sender, Instant::now());
+        let budget = self.0.budget.share();
+        let (request, state) = request.split(id, sender, budget, Instant::now());
         let stream = RequestStream::new(id, events, state.settled(), Arc::clone(&self.0));
         self.0.send(Command::Add(id, Box::new(state)));
         if let Err(error) = self.0.engine.submit(request) {

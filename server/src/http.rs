@@ -162,7 +162,7 @@ impl App {
         Some(LoadReport {
             boot_id: Some(self.boot_id.clone()),
             draining: Some(*self.phase.borrow() >= Phase::Draining),
-            ..serving.engine.engine().load()
+            ..serving.engine.handle().load()
         })
     }
 }
@@ -221,7 +221,7 @@ fn model_object(serving: &Serving) -> serde_json::Value {
         "object": "model",
         "created": serving.created,
         "owned_by": "kvasir",
-        "max_model_len": serving.engine.engine().model_info().max_model_len,
+        "max_model_len": serving.engine.handle().model_info().max_model_len,
     })
 }
 

@@ -14,7 +14,7 @@ use crate::frontend::AsyncEngine;
 use crate::http::App;
 use crate::http::serve::Phase;
 
-/// The step under way when the engine is told to stop takes less.
+/// The step under way when the engine is told to stop has so long. Kubernetes kills a pod so long after its drain.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// When the engine has failed, clients have so long to take its last words.
@@ -78,7 +78,8 @@ pub async fn stop(engine: Engine) -> Result<(), ServeError> {
 }
 
 /// Runs `load` on a thread of its own. It gets a function to call now and then, which leaves by unwinding when the
-/// server is told to stop, so that what was loaded is dropped in order. `None`: it was.
+/// server is told to stop, so that what was loaded is dropped in order. `None`: it was. `Err`: there is no thread, or it
+/// panicked.
 pub async fn load_unless_stopped<T: Send + 'static>(
     app: &App,
     load: impl FnOnce(&dyn Fn()) -> T + Send + 'static,
@@ -97,7 +98,9 @@ pub async fn load_unless_stopped<T: Send + 'static>(
         })?;
     let loaded = loaded.await.ok();
     match tokio::task::spawn_blocking(move || thread.join()).await {
-        Ok(Err(panic)) if !panic.is::<Stopped>() => resume_unwind(panic),
+        Ok(Err(panic)) if !panic.is::<Stopped>() => Err(std::io::Error::other(
+            "it panicked; the panic's message is on standard error",
+        )),
         _ => Ok(loaded),
     }
 }
@@ -116,5 +119,62 @@ async fn stopped(ended: oneshot::Receiver<Result<(), EngineError>>) -> Result<()
         Ok(Ok(result)) => Ok(result?),
         Ok(Err(_)) => Err(ServeError::EngineEnded),
         Err(_) => Err(ServeError::EngineHangs),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::http::Limits;
+    use crate::metrics::Metrics;
+
+    fn app() -> Arc<App> {
+        let limits = Limits {
+            max_body_bytes: 1,
+            read_timeout: Duration::ZERO,
+            heartbeat_timeout: Duration::ZERO,
+        };
+        App::new(Arc::new(Metrics::new("m").unwrap()), limits)
+    }
+
+    #[tokio::test]
+    async fn a_load_that_is_told_to_stop_drops_what_it_has() {
+        let app = app();
+        let (held, mut dropped) = oneshot::channel::<()>();
+        let load = load_unless_stopped(&app, move |check: &dyn Fn()| -> u32 {
+            let _held = held;
+            loop {
+                check();
+                std::thread::yield_now();
+            }
+        });
+        futures::pin_mut!(load);
+        assert!(futures::poll!(load.as_mut()).is_pending());
+        app.advance(Phase::Draining);
+        assert_eq!(load.await.unwrap(), None);
+        assert!(matches!(
+            dropped.try_recv(),
+            Err(oneshot::error::TryRecvError::Closed)
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_load_that_panics_is_an_error() {
+        let app = app();
+        let loaded = load_unless_stopped(&app, |_| -> u32 { panic!("a broken invariant") });
+        let error = loaded.await.unwrap_err().to_string();
+        assert!(error.starts_with("it panicked"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_load_that_ends_is_given_out() {
+        let app = app();
+        let loaded = load_unless_stopped(&app, |check| {
+            check();
+            7
+        });
+        assert_eq!(loaded.await.unwrap(), Some(7));
     }
 }

@@ -6,6 +6,7 @@
 mod bounds;
 pub mod chat_template;
 pub mod detokenize;
+mod pieces;
 pub mod pool;
 pub mod stop;
 pub mod tokenizer;
@@ -57,6 +58,14 @@ pub enum TextError {
         /// Characters of the longest run.
         found: usize,
         /// What the pattern can take.
+        limit: usize,
+    },
+    /// A text that has no place to be cut at, and that is too long to be tokenized at once.
+    #[error("{n_bytes} bytes of the text have to be tokenized at once, at most {limit} can be")]
+    NoCut {
+        /// Bytes without a place to cut.
+        n_bytes: usize,
+        /// Bytes at once.
         limit: usize,
     },
     /// No prompt that fits the context has as long a text.

@@ -373,6 +373,33 @@ fn a_slow_reader_holds_nobody_up() {
 }
 
 #[test]
+fn an_answer_that_waits_for_its_client_has_a_share_of_the_memory() {
+    let flags = [
+        "--management-port",
+        "0",
+        "--request-memory-bytes",
+        "4000000",
+    ];
+    let server = Server::start(&flags);
+    let management = server.management.as_ref().unwrap();
+    let mut slow = server.connect();
+    let body = json!({"messages": question(), "max_tokens": 1900, "ignore_eos": true, "stream": true,
+        "logprobs": true, "top_logprobs": 20});
+    send(&mut slow, "POST", CHAT, &body.to_string());
+    let ended =
+        "vllm:request_success_total{finished_reason=\"error\",model_name=\"kvasir-demo\"} 1\n";
+    management.wait_for("it is given up", "/metrics", |_, text| text.contains(ended));
+    let (status, answer) = server.post(CHAT, &json!({"messages": question(), "max_tokens": 5}));
+    assert_eq!(status, 200, "the others have theirs: {answer}");
+    let last = Answer::read(slow).events().pop().unwrap();
+    let message = last["error"]["message"].as_str().unwrap();
+    assert!(
+        message.contains("500000 bytes of it wait for its client"),
+        "{last}"
+    );
+}
+
+#[test]
 fn a_full_queue_is_429() {
     let server = Server::start(&["--max-num-seqs", "1", "--max-waiting", "1"]);
     // The head of a stream comes when its request is accepted.
@@ -419,6 +446,20 @@ fn bodies_full_of_prompts_cost_little_more_than_their_bytes() {
     let cost = server.memory_bytes("VmHWM") - before;
     assert!(cost < 100_000_000, "{cost} bytes");
     assert_eq!(server.metric(REQUEST_MEMORY), 0.0);
+}
+
+#[test]
+fn a_long_text_is_tokenized_a_piece_at_a_time() {
+    let server = Server::start(&[]);
+    let body = json!({"prompt": "a block of words ".repeat(120_000)});
+    let before = server.memory_bytes("VmRSS");
+    server.reset_peak_memory();
+    let (status, tokens) = server.post("/tokenize", &body);
+    assert_eq!(status, 200);
+    let count = tokens["count"].as_u64().unwrap();
+    assert!(count > 400_000, "{count}");
+    let cost = server.memory_bytes("VmHWM") - before;
+    assert!(cost < 60_000_000, "{cost} bytes for a text of 2 MB");
 }
 
 #[test]
@@ -470,10 +511,15 @@ fn long_texts_hold_up_no_chat_and_are_refused_when_many_wait() {
 #[test]
 fn a_text_that_no_context_holds_is_refused_before_it_is_tokenized() {
     let server = Server::start(&[]);
-    for (path, body) in [
-        (COMPLETIONS, json!({"prompt": "words ".repeat(1_000_000)})),
+    for (path, param, body) in [
+        (
+            COMPLETIONS,
+            "prompt",
+            json!({"prompt": "words ".repeat(1_000_000)}),
+        ),
         (
             CHAT,
+            "messages",
             json!({"messages": [{"role": "user", "content": "words ".repeat(1_000_000)}]}),
         ),
     ] {
@@ -481,6 +527,7 @@ fn a_text_that_no_context_holds_is_refused_before_it_is_tokenized() {
         let error = &refused["error"];
         assert_eq!(status, 400, "{refused}");
         assert_eq!(error["code"], "context_length_exceeded", "{refused}");
+        assert_eq!(error["param"], param, "{refused}");
         let message = error["message"].as_str().unwrap();
         assert!(
             message.contains("bytes, the longest context of 2048 tokens"),

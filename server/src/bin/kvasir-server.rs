@@ -244,7 +244,7 @@ async fn load(app: &App, args: &Args, metrics: Arc<Metrics>) -> Result<Option<St
             Err((FAILED, error.to_string()))
         }
         Ok(Some(Err(error))) => Err((MISTAKE, error.to_string())),
-        Err(error) => Err((FAILED, format!("a thread could not be started: {error}"))),
+        Err(error) => Err((FAILED, format!("the thread that loads failed: {error}"))),
     }
 }
 
@@ -331,7 +331,7 @@ fn follow_signals(app: Arc<App>, accept: Duration) -> Result<(), Failure> {
             _ = terminate.recv() => 128 + 15,
             _ = interrupt.recv() => 128 + 2,
         };
-        // Whoever asks twice doesn't wait for anything.
+        // A second signal ends the process at once.
         std::process::exit(code);
     });
     Ok(())

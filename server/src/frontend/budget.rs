@@ -12,6 +12,8 @@ pub struct ByteBudget(Arc<Account>);
 struct Account {
     limit: usize,
     used: AtomicUsize,
+    /// What is taken here is taken there too.
+    whole: Option<ByteBudget>,
 }
 
 /// What may be taken up to which point: answers under way always find room that new requests leave them.
@@ -25,10 +27,19 @@ pub enum Purpose {
 
 /// The bytes don't fit. Nothing changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the memory for requests and answers under way, {limit} bytes, is taken")]
-pub struct BudgetExhausted {
-    /// The budget.
-    limit: usize,
+pub enum BudgetExhausted {
+    /// Not in the budget as a whole.
+    #[error("the memory for requests and answers under way, {limit} bytes, is taken")]
+    Whole {
+        /// The budget.
+        limit: usize,
+    },
+    /// Not in the share of one answer.
+    #[error("the answer was not taken in time: {limit} bytes of it wait for its client")]
+    Share {
+        /// The share.
+        limit: usize,
+    },
 }
 
 impl ByteBudget {
@@ -37,6 +48,16 @@ impl ByteBudget {
         Self(Arc::new(Account {
             limit,
             used: AtomicUsize::new(0),
+            whole: None,
+        }))
+    }
+
+    /// A part of this budget, an eighth at most, so that no single client takes all of it.
+    pub fn share(&self) -> Self {
+        Self(Arc::new(Account {
+            limit: self.0.limit / 8,
+            used: AtomicUsize::new(0),
+            whole: Some(self.clone()),
         }))
     }
 
@@ -53,6 +74,35 @@ impl ByteBudget {
     pub fn used(&self) -> usize {
         self.0.used.load(Ordering::Relaxed)
     }
+
+    fn take(&self, n_bytes: usize, purpose: Purpose) -> Result<(), BudgetExhausted> {
+        let Account { limit, used, whole } = &*self.0;
+        let most = match purpose {
+            Purpose::Body => limit / 2,
+            Purpose::Answer => *limit,
+        };
+        used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+            used.checked_add(n_bytes).filter(|sum| *sum <= most)
+        })
+        .map_err(|_| match whole {
+            Some(_) => BudgetExhausted::Share { limit: *limit },
+            None => BudgetExhausted::Whole { limit: *limit },
+        })?;
+        let taken = whole
+            .as_ref()
+            .map_or(Ok(()), |whole| whole.take(n_bytes, purpose));
+        if taken.is_err() {
+            used.fetch_sub(n_bytes, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    fn give_back(&self, n_bytes: usize) {
+        self.0.used.fetch_sub(n_bytes, Ordering::Relaxed);
+        if let Some(whole) = &self.0.whole {
+            whole.give_back(n_bytes);
+        }
+    }
 }
 
 /// Bytes that somebody keeps; given back when it is dropped.
@@ -66,15 +116,7 @@ pub struct Lease {
 impl Lease {
     /// Takes more.
     pub fn grow(&mut self, n_bytes: usize) -> Result<(), BudgetExhausted> {
-        let Account { limit, used } = &*self.budget.0;
-        let most = match self.purpose {
-            Purpose::Body => limit / 2,
-            Purpose::Answer => *limit,
-        };
-        used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            used.checked_add(n_bytes).filter(|sum| *sum <= most)
-        })
-        .map_err(|_| BudgetExhausted { limit: *limit })?;
+        self.budget.take(n_bytes, self.purpose)?;
         self.n_bytes += n_bytes;
         Ok(())
     }
@@ -84,25 +126,17 @@ impl Lease {
         match n_bytes.checked_sub(self.n_bytes) {
             Some(more) => self.grow(more),
             None => {
-                let less = self.n_bytes - n_bytes;
-                self.budget.0.used.fetch_sub(less, Ordering::Relaxed);
+                self.budget.give_back(self.n_bytes - n_bytes);
                 self.n_bytes = n_bytes;
                 Ok(())
             }
         }
     }
-
-    /// Takes over the bytes of another lease of the same budget.
-    pub fn absorb(&mut self, mut other: Self) {
-        debug_assert!(Arc::ptr_eq(&self.budget.0, &other.budget.0));
-        self.n_bytes += std::mem::take(&mut other.n_bytes);
-    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let used = &self.budget.0.used;
-        used.fetch_sub(self.n_bytes, Ordering::Relaxed);
+        self.budget.give_back(self.n_bytes);
     }
 }
 
@@ -126,10 +160,6 @@ mod tests {
         assert!(answer.grow(1).is_err());
         assert!(answer.grow(usize::MAX).is_err(), "no overflow");
         drop(body);
-        let mut other = budget.lease(Purpose::Answer);
-        other.grow(10).unwrap();
-        answer.absorb(other);
-        assert_eq!(budget.used(), 60);
         answer.resize(40).unwrap();
         assert_eq!(budget.used(), 40);
         answer.resize(100).unwrap();
@@ -137,5 +167,23 @@ mod tests {
         assert_eq!(budget.used(), 100);
         drop(answer);
         assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn a_share_is_bounded_by_itself_and_by_the_whole() {
+        let budget = ByteBudget::new(80);
+        let share = budget.share();
+        let mut one = share.lease(Purpose::Answer);
+        one.grow(10).unwrap();
+        let refused = share.lease(Purpose::Answer).grow(1).unwrap_err();
+        assert_eq!(refused, BudgetExhausted::Share { limit: 10 });
+        let mut rest = budget.lease(Purpose::Answer);
+        rest.grow(65).unwrap();
+        let another = budget.share();
+        let refused = another.lease(Purpose::Answer).grow(6).unwrap_err();
+        assert_eq!(refused, BudgetExhausted::Whole { limit: 80 });
+        assert_eq!((another.used(), budget.used()), (0, 75), "nothing changed");
+        drop(one);
+        assert_eq!((share.used(), budget.used()), (0, 65));
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
-use super::budget::Purpose;
+use super::budget::{ByteBudget, Purpose};
 use super::stream::RequestEvent;
 use super::timeline::Timeline;
 use super::{Command, Shared};
@@ -66,7 +66,7 @@ impl OutputThread {
         };
         let engine_finished = output.finished.is_some();
         let mut event = request.take(output, now, &self.shared.metrics);
-        let mut lease = self.shared.budget.lease(Purpose::Answer);
+        let mut lease = request.budget.lease(Purpose::Answer);
         match lease.grow(event.n_bytes()) {
             Ok(()) => event.lease = Some(lease),
             Err(exhausted) => {
@@ -100,6 +100,8 @@ impl OutputThread {
 #[derive(Debug)]
 pub(super) struct RequestState {
     events: mpsc::Sender<RequestEvent>,
+    /// Its share of the budget for events that its client hasn't taken.
+    budget: ByteBudget,
     detokenizer: Detokenizer,
     stop: StopMatcher,
     timeline: Timeline,
@@ -113,6 +115,7 @@ impl RequestState {
     /// `times`: when the client's call came, and when the request was given to the engine.
     pub(super) fn new(
         events: mpsc::Sender<RequestEvent>,
+        budget: ByteBudget,
         detokenizer: Detokenizer,
         stop: StopStrings,
         n_prompt: u64,
@@ -120,6 +123,7 @@ impl RequestState {
     ) -> Self {
         Self {
             events,
+            budget,
             detokenizer,
             stop: StopMatcher::new(stop),
             timeline: Timeline::new(times.0, times.1),

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
+use super::budget::ByteBudget;
 use super::outputs::RequestState;
 use super::stream::RequestEvent;
 use crate::engine::{Request, RequestId, SamplingParams};
@@ -44,10 +45,12 @@ impl GenerationRequest {
         self,
         id: RequestId,
         events: mpsc::Sender<RequestEvent>,
+        budget: ByteBudget,
         queued: Instant,
     ) -> (Request, RequestState) {
         let state = RequestState::new(
             events,
+            budget,
             self.detokenizer,
             self.stop,
             self.prompt.len() as u64,

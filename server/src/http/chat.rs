@@ -17,6 +17,7 @@ use super::params::{MAX_LOGPROBS, Params, StreamUsage, take_n_logprobs};
 use super::wire::{Chat, ChatChoice, ChatDelta, Delta, Message, Usage, chunk_usage, reasons};
 use crate::engine::TokenLogprobs;
 use crate::frontend::RequestEvent;
+use crate::frontend::budget::Purpose;
 use crate::text::Detokenizer;
 
 /// What a body asks for.
@@ -76,13 +77,14 @@ pub(super) async fn chat(
     } = ChatRequest::parse(&serving, &body)?;
     drop(body);
     let tokenizer = Arc::clone(&serving.tokenizer);
-    let max_model_len = serving.engine.engine().model_info().max_model_len;
+    let max_model_len = serving.engine.handle().model_info().max_model_len;
     let prompt = serving
         .pool
         .run(conversation.n_bytes, move || {
             conversation.encode(&tokenizer, Some(max_model_len))
         })
-        .await??;
+        .await?
+        .map_err(|error| ApiError::from(error).about("messages"))?;
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
     let call = Call {
         id: format!("chatcmpl-{}", serving.ids.call()),
@@ -111,7 +113,7 @@ pub(super) async fn chat(
         return Ok(event_stream(streams, call));
     }
     let stream = streams.pop().ok_or_else(engine_gone)?;
-    call.whole(collect(&serving, stream).await?)
+    call.whole(collect(stream).await?)
 }
 
 /// A call under way.
@@ -174,7 +176,7 @@ impl Call {
             Some(Some(usage)),
             prompt_token_ids,
         );
-        json_response(&whole, answer.lease)
+        json_response(&whole, self.serving.engine.budget().lease(Purpose::Answer))
     }
 
     fn chunk(&mut self, choice: ChatDelta, out: &mut Frames) {

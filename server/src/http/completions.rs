@@ -43,7 +43,7 @@ impl CompletionRequest {
         let mut fields = Fields::parse(body)?;
         let params = Params::take(&mut fields, &serving.defaults)?;
         serving.check_model(params.model.as_deref())?;
-        let max_model_len = serving.engine.engine().model_info().max_model_len;
+        let max_model_len = serving.engine.handle().model_info().max_model_len;
         let limits = PromptLimits {
             max_prompts: serving.max_prompts,
             max_tokens: max_model_len,
@@ -70,7 +70,10 @@ impl CompletionRequest {
         // What is wrong for certain is known before any work.
         for prompt in &prompts {
             match prompt {
-                Prompt::Text(text) => serving.tokenizer.check_length(text, max_model_len)?,
+                Prompt::Text(text) => serving
+                    .tokenizer
+                    .check_length(text, max_model_len)
+                    .map_err(|error| ApiError::from(error).about("prompt"))?,
                 Prompt::Ids(ids) => {
                     serving.check_prompt(ids, options.max_tokens, "prompt")?;
                 }
@@ -128,7 +131,7 @@ pub(super) async fn completions(
     }
     let mut answers = Vec::with_capacity(streams.len());
     for one in streams {
-        answers.push(collect(&serving, one).await?);
+        answers.push(collect(one).await?);
     }
     call.whole(answers)
 }
@@ -159,7 +162,9 @@ async fn encode_all(
             .map(encode)
             .collect::<Result<Vec<_>, TextError>>()
     });
-    Ok(encoded.await??)
+    encoded
+        .await?
+        .map_err(|error| ApiError::from(error).about("prompt"))
 }
 
 fn encode(
@@ -308,10 +313,10 @@ impl Call {
     }
 
     fn whole(mut self, answers: Vec<Answer>) -> Result<Response, ApiError> {
-        let mut lease = self.serving.engine.budget().lease(Purpose::Answer);
-        let mut choices = Vec::with_capacity(answers.len());
+        let lease = self.serving.engine.budget().lease(Purpose::Answer);
+        let (mut choices, mut leases) = (Vec::with_capacity(answers.len()), Vec::new());
         for (index, answer) in answers.into_iter().enumerate() {
-            lease.absorb(answer.lease);
+            leases.extend(answer.leases);
             let event = RequestEvent {
                 text: answer.text,
                 tokens: answer.tokens,

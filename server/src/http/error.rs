@@ -37,6 +37,18 @@ impl ApiError {
         }
     }
 
+    /// Names the field that a 400 is about, where it doesn't say so itself.
+    pub fn about(self, field: &str) -> Self {
+        match (self.status, &self.param) {
+            (StatusCode::BAD_REQUEST, None) => Self {
+                message: format!("{field}: {}", self.message),
+                param: Some(field.to_owned()),
+                ..self
+            },
+            _ => self,
+        }
+    }
+
     /// Any status.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
         Self {
@@ -160,7 +172,9 @@ impl From<TextError> for ApiError {
                 param: Some("messages".into()),
                 ..Self::new(StatusCode::BAD_REQUEST, message)
             },
-            TextError::TooManyBlanks { .. } => Self::new(StatusCode::BAD_REQUEST, message),
+            TextError::TooManyBlanks { .. } | TextError::NoCut { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, message)
+            }
             TextError::TooLong { .. } => Self {
                 code: Some("context_length_exceeded"),
                 ..Self::new(

@@ -15,7 +15,7 @@ use super::Serving;
 use super::error::ApiError;
 use super::params::Params;
 use crate::engine::{FinishReason, TokenLogprobs};
-use crate::frontend::budget::{Lease, Purpose};
+use crate::frontend::budget::Lease;
 use crate::frontend::{GenerationRequest, RequestEvent, RequestStream};
 use crate::text::Detokenizer;
 
@@ -38,7 +38,7 @@ impl Serving {
         asked: Option<u32>,
         field: &str,
     ) -> Result<u32, ApiError> {
-        let info = self.engine.engine().model_info();
+        let info = self.engine.handle().model_info();
         if prompt.is_empty() {
             return Err(ApiError::field(
                 field,
@@ -81,7 +81,7 @@ impl Serving {
         params: &Params,
         arrived: Instant,
     ) -> Result<Vec<RequestStream>, ApiError> {
-        let info = self.engine.engine().model_info();
+        let info = self.engine.handle().model_info();
         let mut stop_token_ids = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_token_ids.extend(&info.eos_token_ids);
@@ -115,30 +115,25 @@ pub(super) struct Answer {
     pub(super) prompt_logprobs: Vec<TokenLogprobs>,
     pub(super) reason: FinishReason,
     /// Its bytes in the budget.
-    pub(super) lease: Lease,
+    pub(super) leases: Vec<Lease>,
 }
 
 /// Waits for the end of one request.
-pub(super) async fn collect(
-    serving: &Serving,
-    mut stream: RequestStream,
-) -> Result<Answer, ApiError> {
+pub(super) async fn collect(mut stream: RequestStream) -> Result<Answer, ApiError> {
     let (mut text, mut tokens, mut prompt_logprobs) = (String::new(), Vec::new(), Vec::new());
-    let mut lease = serving.engine.budget().lease(Purpose::Answer);
+    let mut leases = Vec::new();
     while let Some(event) = stream.next().await {
         text.push_str(&event.text);
         tokens.extend(event.tokens);
         prompt_logprobs.extend(event.prompt_logprobs);
-        if let Some(more) = event.lease {
-            lease.absorb(more);
-        }
+        leases.extend(event.lease);
         if let Some(reason) = event.finished {
             return Ok(Answer {
                 text,
                 tokens,
                 prompt_logprobs,
                 reason,
-                lease,
+                leases,
             });
         }
     }
@@ -150,7 +145,7 @@ pub(super) fn engine_gone() -> ApiError {
     ApiError::internal("the engine has stopped")
 }
 
-/// An answer in JSON. `lease` is what it was made of; from now on it holds the text, until the client has taken it.
+/// An answer in JSON, which `lease` holds until the client has taken it.
 pub(super) fn json_response(
     answer: &impl Serialize,
     mut lease: Lease,

@@ -18,7 +18,7 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Result<&'static str, 
     let Some(serving) = app.serving.get() else {
         return Ok("loading\n");
     };
-    let engine = serving.engine.engine();
+    let engine = serving.engine.handle();
     if engine.is_stopped() && *app.phase.borrow() < Phase::Draining {
         return Err(ApiError::unavailable("the engine has stopped"));
     }

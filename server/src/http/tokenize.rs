@@ -86,10 +86,16 @@ pub(super) async fn tokenize(
     drop(body);
 
     let tokenizer = Arc::clone(&serving.tokenizer);
+    let field = match text {
+        Text::Prompt { .. } => "prompt",
+        Text::Chat(_) => "messages",
+    };
     let tokens = serving
         .pool
         .run(text.n_bytes(), move || text.encode(&tokenizer));
-    let tokens = tokens.await??;
+    let tokens = tokens
+        .await?
+        .map_err(|error| ApiError::from(error).about(field))?;
     drop(lease);
     // About what the answer will have: a number and a comma for each token, and its text twice with quotes.
     let mut lease = serving.engine.budget().lease(Purpose::Answer);
@@ -98,7 +104,7 @@ pub(super) async fn tokenize(
     let vocabulary = serving.tokenizer.vocabulary();
     let answer = Tokens {
         count: tokens.len(),
-        max_model_len: serving.engine.engine().model_info().max_model_len,
+        max_model_len: serving.engine.handle().model_info().max_model_len,
         tokens: &tokens,
         token_strs: with_strings.then_some(TokenTexts {
             tokens: &tokens,

@@ -13,6 +13,9 @@ use super::{TextError, Vocabulary};
 /// one word, tokenized other than Transformers does, without a sign of it.
 pub(super) const MAX_BLANKS: usize = 900_000;
 
+/// Bytes that are given to a tokenizer at once, where it can't be cut: each needs some 170 bytes of memory meanwhile.
+const MAX_WHOLE_BYTES: usize = 1 << 20;
+
 /// Unicode's normal forms make a text at most so many times shorter: four bytes of a mathematical letter become one.
 const NORMAL_FORM_RATIO: usize = 4;
 
@@ -23,6 +26,8 @@ pub(super) struct TextBounds {
     max_bytes_per_token: Option<usize>,
     /// Whitespace characters in a row at most.
     max_blanks: Option<usize>,
+    /// Whether the tokens of a text are those of its [`pieces`](super::pieces).
+    pub(super) can_cut: bool,
 }
 
 impl TextBounds {
@@ -48,6 +53,22 @@ impl TextBounds {
         Self {
             max_bytes_per_token,
             max_blanks: has_pattern(&pre_tokenizer).then_some(MAX_BLANKS),
+            can_cut: matches!(normalizer["type"].as_str(), None | Some("NFC"))
+                && is_byte_level(&pre_tokenizer)
+                && !strips(tokenizer)
+                && !has_blanks_inside(tokenizer)
+                && cuts_probes(tokenizer),
+        }
+    }
+
+    /// Bytes that have to be tokenized at once.
+    pub(super) fn check_whole(self, piece: &str) -> Result<(), TextError> {
+        match piece.len() <= MAX_WHOLE_BYTES {
+            true => Ok(()),
+            false => Err(TextError::NoCut {
+                n_bytes: piece.len(),
+                limit: MAX_WHOLE_BYTES,
+            }),
         }
     }
 
@@ -116,6 +137,50 @@ fn has_pattern(pre_tokenizer: &Value) -> bool {
         Some("Sequence") => parts(pre_tokenizer).any(has_pattern),
         _ => false,
     }
+}
+
+/// Whether words are split by one pattern and then written in bytes, as GPT-2 does and all that follow it.
+fn is_byte_level(pre_tokenizer: &Value) -> bool {
+    let is_plain = |part: &Value| part["type"] == "ByteLevel" && part["add_prefix_space"] == false;
+    let splits = |part: &Value| {
+        part["type"] == "Digits"
+            || (part["type"] == "Split"
+                // Matches are words in both.
+                && ((part["behavior"] == "Isolated" && part["invert"] == false)
+                    || (part["behavior"] == "Removed" && part["invert"] == true)))
+    };
+    match pre_tokenizer["type"].as_str() {
+        Some("ByteLevel") => is_plain(pre_tokenizer) && has_pattern(pre_tokenizer),
+        Some("Sequence") => {
+            has_pattern(pre_tokenizer)
+                && parts(pre_tokenizer).all(|part| is_plain(part) || splits(part))
+                && parts(pre_tokenizer).any(is_plain)
+        }
+        _ => false,
+    }
+}
+
+/// Whether an added token has a blank in it, which a cut would tear apart.
+fn has_blanks_inside(tokenizer: &tokenizers::Tokenizer) -> bool {
+    let added = tokenizer.get_added_tokens_decoder();
+    let mut contents = added.values().map(|token| &token.content);
+    contents.any(|content| content.contains(char::is_whitespace))
+}
+
+/// Whether the pattern begins a new word at cuts, tried out.
+fn cuts_probes(tokenizer: &tokenizers::Tokenizer) -> bool {
+    let ids = |text: &str| {
+        let encoding = tokenizer.encode_fast(text, false).ok()?;
+        Some(encoding.get_ids().to_vec())
+    };
+    let words = ["a", "the", "T", "BLOCK", "isn't", "块", "x1y"];
+    let pairs = words.iter().flat_map(|a| words.map(|b| (*a, b)));
+    let mut probes = pairs.flat_map(|(a, b)| [(a, format!(" {b}")), (a, format!("\n{b}"))]);
+    probes.all(|(before, after)| {
+        let whole = ids(&format!("{before}{after}"));
+        let pieces = ids(before).zip(ids(&after));
+        whole == pieces.map(|(before, after)| [before, after].concat())
+    })
 }
 
 fn parts(pre_tokenizer: &Value) -> impl Iterator<Item = &Value> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::bounds::TextBounds;
+use super::pieces::{PIECE_BYTES, pieces};
 use super::{ChatTemplate, TextError, Vocabulary};
 
 /// The text files of a model directory.
@@ -62,6 +63,39 @@ impl Tokenizer {
     /// Text to token ids; `add_special_tokens` adds what the model expects around a text (a BOS token).
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
         self.bounds.check_blanks(text)?;
+        match self.bounds.can_cut {
+            true => self.encode_pieces(text, add_special_tokens, PIECE_BYTES),
+            false => self.encode_whole(text, add_special_tokens),
+        }
+    }
+
+    /// Text to token ids, a piece at a time.
+    fn encode_pieces(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        piece_bytes: usize,
+    ) -> Result<Vec<u32>, TextError> {
+        let mut ids = Vec::new();
+        for piece in pieces(text, piece_bytes) {
+            ids.extend(self.encode_whole(piece, false)?);
+        }
+        if !add_special_tokens {
+            return Ok(ids);
+        }
+        // What is added to a text stands around one that is short as well.
+        let (plain, marked) = (
+            self.encode_whole("a", false)?,
+            self.encode_whole("a", true)?,
+        );
+        match marked.windows(plain.len()).position(|ids| ids == plain) {
+            Some(at) => Ok([&marked[..at], &ids, &marked[at + plain.len()..]].concat()),
+            None => self.encode_whole(text, true),
+        }
+    }
+
+    fn encode_whole(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
+        self.bounds.check_whole(text)?;
         let encoding = self
             .inner
             .encode_fast(text, add_special_tokens)
@@ -135,6 +169,7 @@ fn special_tokens_of(config: &Value) -> BTreeMap<String, String> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::sync::LazyLock;
     use tokenizers::decoders::DecoderWrapper;
 
@@ -301,6 +336,35 @@ pub(super) mod tests {
         // Without a pattern there is no limit.
         let text = " ".repeat(MAX_BLANKS + 1);
         assert!(load("byte_fallback").encode(&text, false).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_have_the_tokens_of_the_whole(
+            text in "([ab' \n1,é块.]|the|BLOCK|isn't| of|<s>|\\\\n){0,30}", n_bytes in 0..9usize, special in any::<bool>(),
+        ) {
+            static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| load("byte_level"));
+            assert!(TOKENIZER.bounds.can_cut);
+            prop_assert_eq!(
+                TOKENIZER.encode_pieces(&text, special, n_bytes).unwrap(),
+                TOKENIZER.encode_whole(&text, special).unwrap()
+            );
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_cut_is_bounded() {
+        let words = "words ".repeat(300_000);
+        assert!(load("byte_level").encode(&words, true).is_ok());
+        for (name, text) in [
+            ("byte_level", "a".repeat(1_800_000)),
+            ("byte_fallback", words),
+        ] {
+            assert_eq!(
+                load(name).encode(&text, true).unwrap_err().to_string(),
+                "1800000 bytes of the text have to be tokenized at once, at most 1048576 can be"
+            );
+        }
     }
 
     #[test]
