@@ -17,8 +17,8 @@ use kvasir_kernels::cuda::driver::{Driver, Gemm, GemmOutput, GemmShape};
 use kvasir_kernels::cuda::gpu::Gpu;
 use kvasir_kernels::cuda::kernel::{
     self, GatedActivationArgs, GroupByExpertArgs, GroupedGemmArgs, HeadDim, KvCache, NO_WINDOW,
-    PARTITION, PagedDecodeArgs, PagedPrefillArgs, PrefillTile, RmsNormArgs, SILU, SampleArgs,
-    SampleRow, SplitKvSequence, SplitKvTile,
+    PARTITION, PagedDecodeArgs, PagedPrefillArgs, PrefillKind, PrefillTile, RmsNormArgs, SILU,
+    SampleArgs, SampleRow, SplitKvSequence, SplitKvTile,
 };
 
 const HEADS: u32 = 32;
@@ -283,6 +283,10 @@ fn prefill(gpu: &mut Gpu, cache: u64, qkv: u64, tokens: usize, window: u32) {
     let out = gpu
         .allocate("out", tokens * HEADS as usize * HEAD_DIM * 2)
         .unwrap();
+    let (what, kind) = match window {
+        NO_WINDOW => ("prefill", PrefillKind::Causal),
+        _ => ("prefill in a window", PrefillKind::Local),
+    };
     let us = time(gpu, |gpu, _| {
         let args = PagedPrefillArgs {
             cache,
@@ -296,15 +300,10 @@ fn prefill(gpu: &mut Gpu, cache: u64, qkv: u64, tokens: usize, window: u32) {
             scale_log2: 0.1275,
             tanh_scale: 0.0,
         };
-        let launch = kernel::paged_prefill(n_tiles, KV_HEADS, size, window != NO_WINDOW);
+        let launch = kernel::paged_prefill(n_tiles, KV_HEADS, size, kind);
         // SAFETY: everything was allocated and filled above for these tokens.
         unsafe { gpu.launch(launch, &args) }.unwrap();
     });
-    let what = if window == NO_WINDOW {
-        "prefill"
-    } else {
-        "prefill in a window"
-    };
     let pairs: u64 = (1..=tokens as u64).map(|n| n.min(u64::from(window))).sum();
     let flop = 2.0 * 2.0 * HEADS as f64 * HEAD_DIM as f64 * pairs as f64;
     println!(

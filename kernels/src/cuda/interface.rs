@@ -735,59 +735,78 @@ pub fn header() -> String {
         "// Written by build.rs from src/cuda/interface.rs, where everything is explained. `bf16` is defined before it.\n\
          #pragma once\n\n#include <cstddef>\n#include <cstdint>\n\n",
     );
-    let mut line = |text: String| writeln!(out, "{text}").expect("a String takes everything");
     for (c_type, name, value) in c_constants() {
-        line(format!("constexpr {c_type} {name} = {value};"));
+        line(&mut out, &format!("constexpr {c_type} {name} = {value};"));
     }
+    write_sizes(&mut out);
+    for of in c_structs() {
+        of.write(&mut out);
+    }
+    for (_, declaration) in c_entries() {
+        line(&mut out, &declaration);
+    }
+    out
+}
+
+fn line(out: &mut String, text: &str) {
+    writeln!(out, "{text}").expect("a String takes everything");
+}
+
+/// What depends on the head size, as templates.
+fn write_sizes(out: &mut String) {
     for (name, of) in [
         ("prefill_tiles", prefill_tiles as fn(u32) -> u32),
         ("prefill_rows", prefill_rows),
         ("prefill_keys", prefill_keys),
         ("prefill_shared_bytes", prefill_shared_bytes),
     ] {
-        line(format!("template <int D>\nconstexpr int {name} = 0;"));
-        for head_dim in HEAD_DIMS {
-            let value = of(head_dim as u32);
-            line(format!(
-                "template <>\nconstexpr int {name}<{head_dim}> = {value};"
-            ));
+        line(out, &format!("template <int D>\nconstexpr int {name} = 0;"));
+        for d in HEAD_DIMS {
+            let value = of(d as u32);
+            line(
+                out,
+                &format!("template <>\nconstexpr int {name}<{d}> = {value};"),
+            );
         }
     }
     for (name, of) in [
         ("decode_stages", decode_stages as fn(u32, bool) -> u32),
         ("decode_shared_bytes", decode_shared_bytes),
     ] {
-        line(format!(
-            "template <int D, bool alone>\nconstexpr int {name} = 0;"
-        ));
-        for (head_dim, alone) in HEAD_DIMS.iter().flat_map(|&d| [(d, false), (d, true)]) {
-            let value = of(head_dim as u32, alone);
-            line(format!(
-                "template <>\nconstexpr int {name}<{head_dim}, {alone}> = {value};"
-            ));
+        line(
+            out,
+            &format!("template <int D, bool alone>\nconstexpr int {name} = 0;"),
+        );
+        for (d, alone) in HEAD_DIMS.iter().flat_map(|&d| [(d, false), (d, true)]) {
+            let value = of(d as u32, alone);
+            line(
+                out,
+                &format!("template <>\nconstexpr int {name}<{d}, {alone}> = {value};"),
+            );
         }
     }
-    for CStruct {
-        name,
-        bytes,
-        fields,
-    } in c_structs()
-    {
-        line(format!("struct {name} {{"));
-        for (c_type, field, _) in &fields {
-            line(format!("    {c_type} {field};"));
+}
+
+impl CStruct {
+    /// The struct, and that it lies in memory as it does in Rust.
+    fn write(&self, out: &mut String) {
+        let (name, bytes) = (&self.name, self.bytes);
+        line(out, &format!("struct {name} {{"));
+        for (c_type, field, _) in &self.fields {
+            line(out, &format!("    {c_type} {field};"));
         }
-        line(format!(
-            "}};\nstatic_assert(sizeof({name}) == {bytes}, \"{name} has another size in Rust\");"
-        ));
-        for (_, field, offset) in &fields {
-            line(format!(
-                "static_assert(offsetof({name}, {field}) == {offset}, \"{name}::{field} lies elsewhere in Rust\");"
-            ));
+        line(out, "};");
+        let other_size = format!("{name} has another size in Rust");
+        line(
+            out,
+            &format!("static_assert(sizeof({name}) == {bytes}, \"{other_size}\");"),
+        );
+        for (_, field, offset) in &self.fields {
+            let elsewhere = format!("{name}::{field} lies elsewhere in Rust");
+            line(
+                out,
+                &format!("static_assert(offsetof({name}, {field}) == {offset}, \"{elsewhere}\");"),
+            );
         }
     }
-    for (_, declaration) in c_entries() {
-        line(declaration);
-    }
-    out
 }

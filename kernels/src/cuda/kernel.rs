@@ -10,7 +10,9 @@ use std::marker::PhantomData;
 
 use super::driver::{Allocations, Bounds};
 pub use super::interface::*;
-pub use attention::{HeadDim, combine_split_kv, paged_decode, paged_prefill, rope_append};
+pub use attention::{
+    HeadDim, PrefillKind, combine_split_kv, paged_decode, paged_prefill, rope_append,
+};
 pub use experts::{
     combine_experts, group_by_expert, grouped_gemm, max_expert_tiles, route_experts,
 };

@@ -1,7 +1,7 @@
 //! What the device keeps of one model: its shape and step, and where what a step brings and gives lies.
 
-use crate::device::{DeviceError, DeviceOptions, Model};
-use crate::shape::{Capabilities, ModelShape, Precision};
+use crate::device::{DeviceError, DeviceOptions, Model, Rows};
+use crate::shape::{Capabilities, ModelShape, Precision, Rope};
 use crate::step::Step;
 
 use super::driver::{Driver, Pinned};
@@ -117,6 +117,90 @@ fn check(shape: &ModelShape) -> Result<(), DeviceError> {
     Ok(())
 }
 
+/// How much a model's steps bring, give and need at most.
+struct Sizes {
+    input_bytes: usize,
+    request_bytes: usize,
+    output_bytes: usize,
+    /// Rows of logits, padding included.
+    max_rows: usize,
+    table_entries: usize,
+    /// Query heads of a token, and their elements, in the layer that has most.
+    most_heads: usize,
+    most_elements: usize,
+}
+
+impl Sizes {
+    fn new(shape: &ModelShape, plan: &Plan) -> Result<Self, DeviceError> {
+        let limits = &shape.limits;
+        let table_entries =
+            shape.groups.len() * limits.max_sequences * limits.max_blocks_per_sequence;
+        if u32::try_from(table_entries).is_err() {
+            return Err(unsupported(format!(
+                "block tables of {table_entries} entries; lower --max-num-seqs"
+            )));
+        }
+        let max_rows = bucket_rows(limits.max_logits_rows);
+        let heads = shape.layers.iter().map(|layer| layer.n_heads);
+        let elements = shape.layers.iter().map(|layer| {
+            let cache = shape.caches[layer.cache.0 as usize];
+            layer.n_heads * cache.head_dim
+        });
+        Ok(Self {
+            input_bytes: plan.largest(limits).layout().end + 2 * EDITS * 8,
+            request_bytes: max_rows * size_of::<SampleRow>(),
+            output_bytes: SampledBuffers::bytes(max_rows),
+            max_rows,
+            table_entries,
+            most_heads: heads.max().unwrap_or(0),
+            most_elements: elements.max().unwrap_or(0),
+        })
+    }
+}
+
+impl StepBuffers {
+    /// Allocates them; `workspace_bytes` grows by it.
+    fn allocate<D: Driver>(
+        driver: &mut D,
+        plan: &Plan,
+        sizes: &Sizes,
+        workspace_bytes: &mut u64,
+    ) -> Result<Self, DeviceError> {
+        let mut allocate = |what, bytes: usize| {
+            *workspace_bytes += bytes as u64;
+            driver.allocate(what, bytes)
+        };
+        let tiles = plan.workspace_tiles();
+        let partial_out = tiles * sizes.most_elements * 4;
+        Ok(Self {
+            input: allocate("a step's input", sizes.input_bytes)?,
+            tables: allocate("the block tables", sizes.table_entries * 4)?,
+            ropes: Vec::new(),
+            partial_out: allocate("attention's partial results", partial_out)?,
+            partial_softmax: allocate("attention's partial sums", tiles * sizes.most_heads * 8)?,
+            requests: allocate("a step's sampling parameters", sizes.request_bytes)?,
+            sampled: SampledBuffers {
+                tokens: allocate("a step's output", sizes.output_bytes)?,
+                rows: sizes.max_rows,
+            },
+        })
+    }
+}
+
+impl DeviceRope {
+    fn upload<D: Driver>(driver: &mut D, rope: &Rope) -> Result<Self, DeviceError> {
+        let bytes: &[u8] = bytemuck::cast_slice(&rope.inverse_frequencies);
+        let inverse_frequencies = driver.allocate("rotary frequencies", bytes.len())?;
+        let fill = |_, to: &mut [u8]| to.copy_from_slice(bytes);
+        driver.upload(inverse_frequencies, 1, bytes.len(), &fill)?;
+        Ok(Self {
+            inverse_frequencies,
+            n: rope.inverse_frequencies.len(),
+            scale: rope.scale,
+        })
+    }
+}
+
 impl ModelState {
     /// Allocates what a model's steps need; `workspace_bytes` grows by it.
     pub(super) fn new<D: Driver>(
@@ -125,61 +209,17 @@ impl ModelState {
         workspace_bytes: &mut u64,
     ) -> Result<Self, DeviceError> {
         check(shape)?;
-        let limits = &shape.limits;
         let plan = Plan::new(shape);
-        let max_rows = bucket_rows(limits.max_logits_rows);
-        let input_bytes = plan.largest(limits).layout().end + 2 * EDITS * 8;
-        let request_bytes = max_rows * size_of::<SampleRow>();
-        let output_bytes = SampledBuffers::bytes(max_rows);
-        let table_entries =
-            shape.groups.len() * limits.max_sequences * limits.max_blocks_per_sequence;
-        if u32::try_from(table_entries).is_err() {
-            return Err(unsupported(format!(
-                "block tables of {table_entries} entries; lower --max-num-seqs"
-            )));
-        }
-        // Of the layers' heads, the most elements and the most heads of a token.
-        let heads = |layer: &crate::shape::AttentionShape| {
-            let head_dim = shape.caches[layer.cache.0 as usize].head_dim;
-            (layer.n_heads, layer.n_heads * head_dim)
-        };
-        let most_heads = shape.layers.iter().map(|l| heads(l).0).max().unwrap_or(0);
-        let most_elements = shape.layers.iter().map(|l| heads(l).1).max().unwrap_or(0);
-
-        let mut allocate = |what, bytes: usize| {
-            *workspace_bytes += bytes as u64;
-            driver.allocate(what, bytes)
-        };
-        let tiles = plan.workspace_tiles();
-        let mut buffers = StepBuffers {
-            input: allocate("a step's input", input_bytes)?,
-            tables: allocate("the block tables", table_entries * 4)?,
-            ropes: Vec::new(),
-            partial_out: allocate("attention's partial results", tiles * most_elements * 4)?,
-            partial_softmax: allocate("attention's partial sums", tiles * most_heads * 8)?,
-            requests: allocate("a step's sampling parameters", request_bytes)?,
-            sampled: SampledBuffers {
-                tokens: allocate("a step's output", output_bytes)?,
-                rows: max_rows,
-            },
-        };
+        let sizes = Sizes::new(shape, &plan)?;
+        let mut buffers = StepBuffers::allocate(driver, &plan, &sizes, workspace_bytes)?;
         for rope in &shape.ropes {
-            let bytes: &[u8] = bytemuck::cast_slice(&rope.inverse_frequencies);
-            *workspace_bytes += bytes.len() as u64;
-            let inverse_frequencies = driver.allocate("rotary frequencies", bytes.len())?;
-            let fill = |_, to: &mut [u8]| to.copy_from_slice(bytes);
-            driver.upload(inverse_frequencies, 1, bytes.len(), &fill)?;
-            buffers.ropes.push(DeviceRope {
-                inverse_frequencies,
-                n: rope.inverse_frequencies.len(),
-                scale: rope.scale,
-            });
+            buffers.ropes.push(DeviceRope::upload(driver, rope)?);
         }
         let mut slot = || {
             Ok(Slot {
-                input: driver.pinned(input_bytes)?,
-                requests: driver.pinned(request_bytes)?,
-                output: driver.pinned(output_bytes)?,
+                input: driver.pinned(sizes.input_bytes)?,
+                requests: driver.pinned(sizes.request_bytes)?,
+                output: driver.pinned(sizes.output_bytes)?,
             })
         };
         Ok(Self {
@@ -192,10 +232,10 @@ impl ModelState {
     }
 
     /// Rows that a buffer has in the model's last step.
-    pub(super) fn n_rows(&self, rows: crate::device::Rows) -> usize {
+    pub(super) fn n_rows(&self, rows: Rows) -> usize {
         match rows {
-            crate::device::Rows::Tokens => self.step.tokens.len(),
-            crate::device::Rows::Logits => self.step.logits.len(),
+            Rows::Tokens => self.step.tokens.len(),
+            Rows::Logits => self.step.logits.len(),
         }
     }
 }

@@ -120,16 +120,22 @@ fn mixed_steps_agree_with_f64() {
     for (why, shape) in shapes() {
         let (mut model, mut oracle) = (cuda(&shape), oracle(&shape));
         // A prefill with a partial last block beside an inert span; decodes beside a chunk; an empty step; decodes of
-        // one shape often enough to be captured and replayed, over more than one partition; several tokens to verify.
+        // one shape often enough to be captured and replayed; several tokens to verify.
+        // More than one partition where that makes a difference: the oracle is slow.
+        let n = match shape.window {
+            Some(_) => 258,
+            None if why == "odd sizes" => 258,
+            None => 30,
+        };
         let steps: [&[Part]; 8] = [
             &[(0, 0..19), (2, 0..0), (1, 0..1)],
-            &[(0, 19..20), (1, 1..40), (3, 0..258)],
+            &[(0, 19..20), (1, 1..40), (3, 0..n)],
             &[],
-            &[(1, 40..41), (3, 258..259)],
-            &[(1, 41..42), (3, 259..260)],
-            &[(3, 260..261), (0, 20..21)],
-            &[(0, 21..22), (1, 42..43), (3, 261..262)],
-            &[(0, 22..27), (3, 262..270), (1, 43..44)],
+            &[(1, 40..41), (3, n..n + 1)],
+            &[(1, 41..42), (3, n + 1..n + 2)],
+            &[(3, n + 2..n + 3), (0, 20..21)],
+            &[(0, 21..22), (1, 42..43), (3, n + 3..n + 4)],
+            &[(0, 22..27), (3, n + 4..n + 12), (1, 43..44)],
         ];
         let mut errors = Vec::new();
         for parts in steps {
@@ -150,7 +156,9 @@ fn mixed_steps_agree_with_f64() {
 #[test]
 fn tokens_to_verify_equal_single_decodes() {
     for (why, shape) in shapes() {
-        if why == "odd sizes" || shape.window.is_some() || shape.routing.is_some() {
+        // On a GPU, products of another number of rows are rounded otherwise, and may choose other experts.
+        let exact = !crate::gpu::wanted();
+        if why == "odd sizes" || shape.window.is_some() || (exact && shape.routing.is_some()) {
             let (mut together, mut one_by_one) = (cuda(&shape), cuda(&shape));
             for model in [&mut together, &mut one_by_one] {
                 model.step(&[(0, 0..253), (5, 0..30)]);
@@ -169,8 +177,7 @@ fn tokens_to_verify_equal_single_decodes() {
                 let got = together.layers.step(&mut *together.device, &input);
                 assert_eq!(got[0], got[1], "{why}: two rows of one token");
                 for (i, (got, want)) in got.iter().zip(&singles).enumerate().skip(1) {
-                    // Products are the shim's here: their sums do not depend on the rows.
-                    let same = crate::gpu::wanted() || got == want;
+                    let same = !exact || got == want;
                     let near = worst(want, got);
                     assert!(
                         same && near < 0.05,

@@ -120,17 +120,25 @@ impl Arguments for PagedDecodeArgs {
     }
 }
 
-/// A block each tile and KV head; `local` where the layer has a window or a soft cap.
+/// Which keys a prefill chunk's kernel knows how to leave out or cap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrefillKind {
+    /// Those after the query, no others.
+    Causal,
+    /// Those before a window too; and it caps scores.
+    Local,
+}
+
+/// A block each tile and KV head.
 pub fn paged_prefill(
     tiles: usize,
     n_kv_heads: u32,
     head_dim: HeadDim,
-    local: bool,
+    kind: PrefillKind,
 ) -> Launch<PagedPrefillArgs> {
-    let entries = if local {
-        &PAGED_PREFILL_LOCAL
-    } else {
-        &PAGED_PREFILL
+    let entries = match kind {
+        PrefillKind::Causal => &PAGED_PREFILL,
+        PrefillKind::Local => &PAGED_PREFILL_LOCAL,
     };
     let shared_bytes = prefill_shared_bytes(head_dim.elements());
     let grid = [tiles, n_kv_heads as usize];

@@ -9,8 +9,8 @@ use crate::shape::{AttentionShape, CacheShape, LayerId};
 use super::super::buffers::ActivationBuffer;
 use super::super::driver::Driver;
 use super::super::kernel::{
-    self, HeadDim, In, KvCache, NO_WINDOW, PagedDecodeArgs, PagedPrefillArgs, SplitKvSequence,
-    SplitKvTile,
+    self, HeadDim, In, KvCache, NO_WINDOW, PagedDecodeArgs, PagedPrefillArgs, PrefillKind,
+    SplitKvSequence, SplitKvTile,
 };
 use super::super::plan::LayerLists;
 use super::Pass;
@@ -129,10 +129,13 @@ impl<D: Driver> Pass<'_, D> {
             tanh_scale,
         };
         let n_tiles = self.model.plan.shape().prefills[lists.prefill];
-        let local = layer.cache.window.is_some() || layer.attention.soft_cap.is_some();
+        let kind = match (layer.cache.window, layer.attention.soft_cap) {
+            (None, None) => PrefillKind::Causal,
+            _ => PrefillKind::Local,
+        };
         let n_kv_heads = layer.cache.n_kv_heads as u32;
         self.launch(
-            kernel::paged_prefill(n_tiles, n_kv_heads, layer.head_dim, local),
+            kernel::paged_prefill(n_tiles, n_kv_heads, layer.head_dim, kind),
             &prefill,
         );
         self.decode(&layer, lists, &prefill);

@@ -7,6 +7,14 @@ use super::super::driver::Driver;
 use super::super::kernel::{self, In, Out};
 use super::Pass;
 
+/// What the rows of a grouped product's `x` are.
+enum GroupedRows {
+    /// Tokens; the result's are pairs by expert.
+    Tokens,
+    /// Pairs by expert; the result's are pairs by token.
+    Pairs,
+}
+
 impl<D: Driver> Pass<'_, D> {
     /// All of it, on the device: nothing here depends on where a token goes.
     pub(super) fn mix(
@@ -58,9 +66,15 @@ impl<D: Driver> Pass<'_, D> {
         let activated = (work.activated, intermediate.next_multiple_of(8));
         let results = (work.results, hidden.next_multiple_of(8));
         let tokens = (x.address, x.stride);
-        self.grouped_gemm(experts, experts.gate_up, tokens, gates, true);
+        self.grouped_gemm(experts, experts.gate_up, GroupedRows::Tokens, tokens, gates);
         self.gate(n_pairs, activated, gates, intermediate, experts.activation);
-        self.grouped_gemm(experts, experts.down, activated, results, false);
+        self.grouped_gemm(
+            experts,
+            experts.down,
+            GroupedRows::Pairs,
+            activated,
+            results,
+        );
         let combine = kernel::CombineExpertsArgs {
             out: out.address.into(),
             results: work.results.into(),
@@ -74,14 +88,14 @@ impl<D: Driver> Pass<'_, D> {
         self.launch(kernel::combine_experts(n_tokens), &combine);
     }
 
-    /// From tokens to pairs by expert, or from those to pairs by token; matrices as address and stride.
+    /// Products with the experts' weights; matrices as address and stride.
     fn grouped_gemm(
         &mut self,
         experts: &ExpertsBuffers,
         weight: Matrix,
+        rows: GroupedRows,
         x: (u64, usize),
         out: (u64, usize),
-        x_is_by_token: bool,
     ) {
         let ExpertsSizes {
             n_experts, top_k, ..
@@ -100,7 +114,10 @@ impl<D: Driver> Pass<'_, D> {
             weight_stride: weight.stride as u32,
             inner: weight.stride as u32,
             cols: cols as u32,
-            pairs_per_token: if x_is_by_token { top_k as u32 } else { 0 },
+            pairs_per_token: match rows {
+                GroupedRows::Tokens => top_k as u32,
+                GroupedRows::Pairs => 0,
+            },
         };
         let n_pairs = self.n_rows(Rows::Tokens) * top_k;
         let max_tiles = kernel::max_expert_tiles(n_pairs, n_experts);
