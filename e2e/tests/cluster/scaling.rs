@@ -32,9 +32,10 @@ fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back(
     ns.apply(&demo("demo", &format!("{SMALL}replicas: 1")))
         .expect("accepted");
     ns.await_ready("demo");
-    // Of 24 clients 2 run and 22 wait, or one less between two answers: with 8 in the queue per replica that is work for
-    // exactly 3. The autoscaler first looks once all are there, so that it is one decision.
-    let clients = ns.start_clients("demo", 24, 400);
+    // Of 24 clients 2 run and 22 wait, or a few less between two answers: with 8 in the queue per replica, 17 to 24 are
+    // work for exactly 3. Long answers keep the clients waiting for the server and not the other way round, and the
+    // autoscaler first looks once all of them are there, so that it is one decision.
+    let clients = ns.start_clients("demo", 24, 1_500);
     let pod = ns.pods("demo").expect("pods").remove(0);
     ns.until("every client is there", 60, || {
         let report = ns.load_report(&pod["metadata"]["name"])?;

@@ -18,12 +18,18 @@ use kvasir_crds::load_report::SCHEMA;
 use super::counted::{counted, counted_are};
 use crate::observed::ReplicaLoad;
 
+/// Two looks at the replicas are no further apart than this: the interval between them, the time that silent replicas take,
+/// and retries after an error.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
 /// The answers of the past window, by the operator's monotonic clock. An answer that a later one reaches or exceeds can
 /// never be the window's largest again and is dropped, so that a history is a few entries long and cheap to copy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct History {
-    /// Answers are known from here on without a gap as long as the window.
+    /// Answers are known from here on without a gap.
     since: Duration,
+    /// When the last answer was given.
+    last: Option<Duration>,
     /// Ascending in time, strictly descending in number.
     wanted: VecDeque<(Duration, u32)>,
 }
@@ -38,11 +44,14 @@ impl History {
         {
             self.wanted.pop_front();
         }
+        // A window may be shorter than the time between two looks, which is no gap.
+        let is_gap = |last| now.saturating_sub(last) > window.max(LONGEST_PAUSE);
         // What is forgotten counts no more, should the window grow; after a gap knowledge begins anew.
-        self.since = match self.wanted.is_empty() {
+        self.since = match self.last.is_none_or(is_gap) {
             true => now,
             false => self.since.max(now.saturating_sub(window)),
         };
+        self.last = Some(now);
         while self.wanted.back().is_some_and(|(_, n)| *n <= wanted) {
             self.wanted.pop_back();
         }
@@ -51,7 +60,7 @@ impl History {
 
     /// The history reaches back over the whole window; after a restart it doesn't, and nothing is scaled down.
     fn covers(&self, now: Duration, window: Duration) -> bool {
-        !self.wanted.is_empty() && now.saturating_sub(self.since) >= window
+        self.last.is_some() && now.saturating_sub(self.since) >= window
     }
 
     /// The largest answer of the window; 0 where there is none.

@@ -387,6 +387,31 @@ fn a_window_counts_only_what_is_known() {
 }
 
 #[test]
+fn a_window_shorter_than_the_time_between_two_looks_is_waited_out_too() {
+    for (why, window, looks, want) in [
+        ("one look knows of no window", 1, &[5][..], 3),
+        ("the second one does", 1, &[5, 8], 1),
+        ("three seconds, with replicas that time out", 3, &[5, 9], 1),
+        ("no window at all", 0, &[5], 1),
+        (
+            "a pause longer than looks ever take is a gap",
+            1,
+            &[5, 16],
+            3,
+        ),
+    ] {
+        let mut policy = policy();
+        policy.scale_down_stabilization_seconds = window;
+        let (mut history, mut replicas) = (History::default(), 0);
+        for second in looks {
+            let at = Duration::from_secs(*second);
+            replicas = decide(&policy, 3, &vec![load(0, 0, 0); 3], &mut history, at).replicas;
+        }
+        assert_eq!(replicas, want, "{why}");
+    }
+}
+
+#[test]
 fn a_window_that_grows_is_waited_out_anew() {
     let mut history = settled(1);
     let mut longer = policy();
