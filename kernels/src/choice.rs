@@ -127,7 +127,14 @@ mod tests {
 
     #[test]
     fn sequence_slots_follow_from_the_memory() {
-        for (gib, slots) in [(0, 64), (24, 64), (40, 128), (79, 256), (140, 512), (1000, 1024)] {
+        for (gib, slots) in [
+            (0, 64),
+            (24, 64),
+            (40, 128),
+            (79, 256),
+            (140, 512),
+            (1000, 1024),
+        ] {
             assert_eq!(sequences_for(gib << 30), slots, "{gib} GiB");
         }
     }
