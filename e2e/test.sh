@@ -23,13 +23,23 @@ step() {
     [ -z "$1" ] || printf '\n=== %s (%d s so far)\n' "$1" "$((SECONDS - started))"
 }
 
+# What each of cargo's test programs says that it took, from a second on.
+each_test_program() {
+    awk '/^ +(Running|Doc-tests) / { name = $0; sub(/^ +(Running )?/, "", name); sub(/\([^()]*\/deps\//, "(", name) }
+        /^test result: .* finished in / { s = $NF; sub(/s$/, "", s); if (s >= 1) printf "%12d s  %s\n", s, name }' "$tests"
+}
+
 programs=""
+tests=$(mktemp)
 finish() {
     status=$?
     [ "$status" = 0 ] || current="$current: FAILED"
     step ""
     [ -z "$programs" ] || kill "$programs" 2>/dev/null || true
-    printf '\n=== what each step took\n%s%6d s  in all\n' "$table" "$((SECONDS - started))"
+    printf '\n=== what each step took\n%s' "$table"
+    each_test_program
+    printf '%6d s  in all\n' "$((SECONDS - started))"
+    rm -f "$tests"
 }
 trap finish EXIT
 
@@ -75,4 +85,4 @@ if [ -n "$programs" ]; then
 fi
 
 step "unit, property, golden, cluster and doc tests"
-cargo test --workspace --all-features --locked
+cargo test --workspace --all-features --locked 2>&1 | tee "$tests"

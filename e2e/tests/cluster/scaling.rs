@@ -10,7 +10,7 @@ use kvasir_e2e::wait::Seen;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-const SMALL: &str = "  drainSeconds: 5\n  engine: {maxNumSeqs: 2}\n  \
+const SMALL: &str = "  engine: {maxNumSeqs: 2}\n  \
     resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}\n  ";
 
 /// The Events about the deployment itself with this reason, by their messages.
@@ -29,8 +29,9 @@ fn events(ns: &TestNamespace, reason: &str) -> Vec<String> {
 fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back() {
     let Some(cluster) = kvasir() else { return };
     let ns = TestNamespace::new(cluster, "autoscale");
-    ns.apply(&demo("demo", &format!("{SMALL}replicas: 1")))
-        .expect("accepted");
+    // Longer than any answer: replicas that are taken away while the last clients finish break no stream.
+    let spec = |owner: &str| demo("demo", &format!("{SMALL}drainSeconds: 180\n  {owner}"));
+    ns.apply(&spec("replicas: 1")).expect("accepted");
     ns.await_ready("demo");
     // Of 24 clients 2 run and 22 wait, or a few less between two answers: with 8 in the queue per replica, 17 to 24 are
     // work for exactly 3. Long answers keep the clients waiting for the server and not the other way round, and the
@@ -46,8 +47,7 @@ fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back(
         })
     });
     let autoscaling = "autoscaling: {minReplicas: 1, maxReplicas: 5, targetQueueDepth: 8, scaleDownStabilizationSeconds: 5}";
-    ns.apply(&demo("demo", &format!("{SMALL}{autoscaling}")))
-        .expect("accepted");
+    ns.apply(&spec(autoscaling)).expect("accepted");
     let object = ns.await_deployment("a number is decided", "demo", 60, |object| {
         object["status"]["lastScaling"].is_object()
     });
