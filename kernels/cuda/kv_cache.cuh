@@ -23,24 +23,27 @@ static __device__ inline uint32_t first_visible(uint32_t position, uint32_t wind
 /// Starts a warp's copies of `n` consecutive tokens of one head: their keys to `keys`, their values to `values`, rows
 /// `stride` elements apart. Tokens that are not in [begin, end) become zeros, and nothing of them is read. The warp looks
 /// each token's block up once.
-template <int D, int n, int stride>
+/// Where registers are scarce, a value's address is computed anew rather than from its key's.
+template <int D, int n, int stride, bool registers_are_scarce>
 static __device__ inline void load_tokens(bf16* keys, bf16* values, const KvCache& cache, uint32_t row, uint32_t head,
                                           uint32_t first, uint32_t begin, uint32_t end) {
     static_assert(n * D / 8 % 32 == 0, "every lane copies the same number of chunks");
+    constexpr uint32_t none = 0xffffffff;
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t token = first + lane % n;
     // Before `begin` the difference wraps round and is large.
-    const uint32_t mine = token - begin < end - begin ? key_row(cache, row, token, head) : 0;
-    const uint4* layer = reinterpret_cast<const uint4*>(cache.layer);
+    const uint32_t mine = token - begin < end - begin ? key_row(cache, row, token, head) : none;
+    const char* layer = reinterpret_cast<const char*>(cache.layer);
     const uint32_t to_value = value_rows(cache);
 #pragma unroll
     for (int i = 0; i < n * D / 8 / 32; ++i) {
         const uint32_t chunk = i * 32 + lane;
         const uint32_t t = chunk / (D / 8), c = chunk % (D / 8);
-        const bool valid = first + t - begin < end - begin;
         const uint32_t from = __shfl_sync(ALL_LANES, mine, t);
-        const char* bytes = reinterpret_cast<const char*>(layer) + c * 16;
-        copy_async_16(keys + t * stride + c * 8, bytes + uint64_t(from) * (D * 2), valid);
-        copy_async_16(values + t * stride + c * 8, bytes + uint64_t(valid ? from + to_value : 0) * (D * 2), valid);
+        const char* key = layer + c * 16 + uint64_t(from) * (D * 2);  // not looked at where there is none
+        copy_async_16(keys + t * stride + c * 8, key, from != none);
+        const char* value = registers_are_scarce ? layer + c * 16 + uint64_t(from + to_value) * (D * 2)
+                                                 : key + uint64_t(to_value) * (D * 2);
+        copy_async_16(values + t * stride + c * 8, value, from != none);
     }
 }

@@ -56,7 +56,7 @@ static __device__ inline void paged_decode(const PagedDecodeArgs& args) {
         const uint32_t tile = warp + j * DECODE_WARPS;
         bf16* keys = ring + j % stages * stage_elements;
         if (tile < n_tiles)
-            load_tokens<D, DECODE_TILE, row_stride<D>>(keys, keys + decode_tile_elements<D>, cache, part.row, kv_head,
+            load_tokens<D, DECODE_TILE, row_stride<D>, false>(keys, keys + decode_tile_elements<D>, cache, part.row, kv_head,
                                                        start + tile * DECODE_TILE, begin, end);
         copy_async_commit();
     };

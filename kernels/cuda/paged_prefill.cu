@@ -17,7 +17,7 @@ static __device__ inline void load_prefill_tile(bf16* keys, const KvCache& cache
     constexpr int n = prefill_keys<D> / PREFILL_WARPS;
     const uint32_t mine = threadIdx.x / 32 * n;
     bf16* values = keys + prefill_keys<D> * row_stride<D>;
-    load_tokens<D, n, row_stride<D>>(keys + mine * row_stride<D>, values + mine * row_stride<D>, cache, row, head,
+    load_tokens<D, n, row_stride<D>, true>(keys + mine * row_stride<D>, values + mine * row_stride<D>, cache, row, head,
                                      first + mine, begin, end);
 }
 
