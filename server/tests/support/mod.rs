@@ -73,6 +73,18 @@ pub(crate) fn cases() -> Vec<PathBuf> {
     cases_in(&root)
 }
 
+/// The first of `cases` of each architecture: for what takes long and differs little between cases of one.
+pub(crate) fn one_of_each_family(cases: Vec<PathBuf>) -> Vec<PathBuf> {
+    let mut seen = std::collections::BTreeSet::new();
+    let architecture = |case: &PathBuf| {
+        let config = std::fs::read(case.join("config.json")).unwrap();
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        config["architectures"].to_string()
+    };
+    let is_new = |case: &PathBuf| seen.insert(architecture(case));
+    cases.into_iter().filter(is_new).collect()
+}
+
 /// Small checkpoints in each quantized form that is read.
 pub(crate) fn quantized_cases() -> Vec<PathBuf> {
     cases_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/quantized"))
