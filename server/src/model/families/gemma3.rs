@@ -41,7 +41,7 @@ pub(super) fn decoder(config: &Fields) -> Result<DecoderSpec, LoadError> {
     let sliding = sliding_layers(config, base.n_layers)?;
     let is_local = |i: usize| match &sliding {
         Some(sliding) => sliding[i],
-        None => (i + 1) % period != 0,
+        None => !(i + 1).is_multiple_of(period),
     };
     let decoder = base.decoder(ropes(config, base.rope_defaults())?, |i| Layer {
         attention: Attention {

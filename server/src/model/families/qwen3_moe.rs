@@ -43,7 +43,7 @@ pub(super) fn decoder(config: &Fields) -> Result<DecoderSpec, LoadError> {
             window,
             ..base.attention(bias, bias)
         },
-        mlp: match dense.contains(&i) || (i + 1) % step != 0 {
+        mlp: match dense.contains(&i) || !(i + 1).is_multiple_of(step) {
             true => base.mlp(Activation::Silu, false),
             false => base.experts(NAMES, n_experts, inner, top_k, renormalize),
         },
