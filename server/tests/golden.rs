@@ -63,14 +63,15 @@ impl Bench {
             &mut *device,
             &mut |_| {},
         )
-        .unwrap_or_else(|error| panic!("{}: {error}", case.display()));
+        .map_err(|error| format!("{}: {error}", case.display()))
+        .unwrap();
         let n_groups = shape.groups.len() as u32;
         let n_blocks = blocks_per_sequence * n_groups;
         device.allocate_kv(n_blocks).unwrap();
         // Blocks in an order of their own, so that a kernel that reads them one after another is found out.
         let step = (0..)
             .map(|i| 2 * i + 7)
-            .find(|step| n_blocks % step != 0)
+            .find(|step| !n_blocks.is_multiple_of(*step))
             .unwrap();
         let block = |group, i| BlockId(((i * n_groups + group) * step + 3) % n_blocks);
         let input = StepInput {

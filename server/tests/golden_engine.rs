@@ -263,7 +263,8 @@ fn crowd(kind: DeviceKind, precision: Precision, cases: Vec<PathBuf>) {
             let (crowd, _) = tries
                 .into_iter()
                 .find(wanted)
-                .unwrap_or_else(|| panic!("{}: {why}: preempts: {preempts}", case.display()));
+                .ok_or_else(|| format!("{}: {why}: preempts: {preempts}", case.display()))
+                .unwrap();
             // With blocks of the same size: it is part of the order in which a device may sum attention.
             let alone: BTreeMap<RequestId, Answer> = requests
                 .iter()

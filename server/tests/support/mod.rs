@@ -127,7 +127,10 @@ pub(crate) fn floats(value: &Value) -> Vec<f32> {
 /// What config.json of a case says.
 pub(crate) fn config(case: &Path) -> ModelConfig {
     let bytes = std::fs::read(case.join("config.json")).unwrap();
-    ModelConfig::parse(&bytes, None).unwrap_or_else(|error| panic!("{}: {error}", case.display()))
+    let config = ModelConfig::parse(&bytes, None);
+    config
+        .map_err(|error| format!("{}: {error}", case.display()))
+        .unwrap()
 }
 
 /// Outputs that a golden file holds for each prompt.
