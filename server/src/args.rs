@@ -120,7 +120,7 @@ pub struct EngineArgs {
     /// Threads that compute [default: the cores of this machine or container].
     #[arg(long, value_parser = n_threads)]
     pub threads: Option<NonZeroUsize>,
-    /// Requests that may wait; more are answered with 429 [default: eight times --max-num-seqs].
+    /// Requests that may wait; more are answered with 429 [default: eight times --max-num-seqs, at least 256].
     #[arg(long, value_parser = positive::<u32>)]
     pub max_waiting: Option<u32>,
     /// Prompts in one call at most.

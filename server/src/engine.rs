@@ -163,7 +163,7 @@ impl EngineLoop {
             executor,
             outputs,
             in_flight: VecDeque::new(),
-            pacer: PrefillPacer::default(),
+            pacer: PrefillPacer::new(info.limits.max_tokens as u32),
             collected: None,
             arrived: HashMap::new(),
             admitted: Vec::new(),
@@ -194,7 +194,7 @@ impl EngineLoop {
     /// One step: schedules a batch, starts it, and takes the results of the oldest under way when the device has as
     /// many as it can run at once.
     fn step(&mut self) -> Result<(), EngineError> {
-        let prompt_tokens = self.pacer.budget(self.max_tokens());
+        let prompt_tokens = self.pacer.budget();
         let schedule = self.scheduler.schedule(&mut self.blocks, prompt_tokens);
         self.count(&schedule);
         // A step may take long: who reads the load meanwhile sees what runs in it.
@@ -241,10 +241,6 @@ impl EngineLoop {
             self.arrived.remove(&ended.id);
         }
         self.send(outputs)
-    }
-
-    fn max_tokens(&self) -> u32 {
-        self.handle.model_info().limits.max_tokens as u32
     }
 
     /// Counts preemptions, and keeps when requests were admitted until it is sent.

@@ -20,8 +20,9 @@ use crate::model::{self, LoadError, LoadOptions, ModelFiles, Progress};
 use crate::text::tokenizer::TextFiles;
 use crate::text::{TextError, TextPool, Tokenizer};
 
-/// Requests that may wait for each sequence that may run.
+/// Requests that may wait for each sequence that may run, and however few these are.
 const WAITING_PER_SLOT: u32 = 8;
+const LEAST_WAITING: u32 = 256;
 
 /// A loaded model with its engine running.
 #[derive(Debug)]
@@ -115,8 +116,8 @@ pub fn start(
         can_chat: tokenizer.chat_template().is_ok(),
         ignored,
     };
-    let max_waiting = (args.engine.max_waiting)
-        .unwrap_or_else(|| WAITING_PER_SLOT.saturating_mul(options.max_num_seqs.get()));
+    let max_waiting =
+        (args.engine.max_waiting).unwrap_or_else(|| default_max_waiting(options.max_num_seqs));
     let (engine, outputs) = Engine::start(Box::new(loaded.executor), info, max_waiting)?;
     let budget = ByteBudget::new(args.limits.request_memory_bytes);
     let async_engine = AsyncEngine::start(engine.handle(), outputs, Arc::clone(metrics), budget)
@@ -191,6 +192,12 @@ fn options(args: &Args, preferred: Preferences) -> LoadOptions {
     }
 }
 
+fn default_max_waiting(max_num_seqs: NonZeroU32) -> u32 {
+    WAITING_PER_SLOT
+        .saturating_mul(max_num_seqs.get())
+        .max(LEAST_WAITING)
+}
+
 /// The container's share of the machine counts: more threads than that wait for each other.
 fn compute_threads(asked: Option<NonZeroUsize>) -> NonZeroUsize {
     asked
@@ -202,4 +209,17 @@ fn compute_threads(asked: Option<NonZeroUsize>) -> NonZeroUsize {
 fn text_threads() -> NonZeroUsize {
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     NonZeroUsize::new((cores / 4).clamp(1, 4)).unwrap_or(NonZeroUsize::MIN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_queue_follows_from_the_slots_and_is_never_short() {
+        for (slots, waiting) in [(2, 256), (32, 256), (64, 512), (512, 4096)] {
+            let slots = NonZeroU32::new(slots).unwrap();
+            assert_eq!(default_max_waiting(slots), waiting, "{slots} slots");
+        }
+    }
 }

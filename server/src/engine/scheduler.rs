@@ -21,6 +21,9 @@ use super::blocks::{Appended, BlockPool, BlockTable};
 use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
 use sequence::{PendingSample, Sequence};
 
+/// A prompt with at most so many tokens left is short, or a quarter of a step where that is less: it need not wait for
+/// long ones.
+const SHORT_TOKENS: usize = 256;
 /// Groups at the head of the queue among which short prompts are looked for.
 const MOST_OVERTAKEN: usize = 256;
 
@@ -339,35 +342,38 @@ impl Scheduler {
         }
     }
 
-    /// Prompts that end within a quarter of the step's room go first, running ones and waiting ones, so that a short
-    /// one isn't held up behind long ones; the other three quarters are theirs, so that nobody starves.
+    /// Short prompts have a quarter of the step's room first, running ones and waiting ones, the one with the fewest tokens
+    /// left before the others, so that none is held up behind long ones; the rest is everybody's in the order of service,
+    /// so that nobody starves.
     fn schedule_short_prompts(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
-        let room = batch.most_tokens.saturating_sub(batch.n_tokens());
-        let most = batch.n_tokens() + room / 4;
-        let rows: Vec<TableRow> = self.rows_in_order().collect();
+        let most_tokens = batch.most_tokens;
+        let room = most_tokens.saturating_sub(batch.n_tokens());
+        batch.most_tokens = batch.n_tokens() + room / 4;
+        let left = |row: &TableRow| self.at(*row).n_ready() as usize;
+        let short_tokens = SHORT_TOKENS.min(self.limits.max_tokens / 4);
+        let is_short = |row: &TableRow| (2..=short_tokens).contains(&left(row));
+        let mut rows: Vec<TableRow> = self.rows_in_order().filter(is_short).collect();
+        rows.sort_by_key(left);
         for row in rows {
-            let n_ready = self.at(row).n_ready() as usize;
-            if n_ready > 1 && batch.n_tokens() + n_ready <= most {
-                self.schedule_span(blocks, row, batch);
-            }
+            self.schedule_span(blocks, row, batch);
         }
         // While the head of the queue waits for blocks, whoever overtakes it would take them.
         let head_fits = (self.waiting.values().next()).is_some_and(|head| self.fits(blocks, head));
-        if !head_fits || !batch.schedule.preempted.is_empty() {
-            return;
-        }
-        let waiting = self.waiting.iter().take(MOST_OVERTAKEN);
-        let short = waiting.filter(|(_, group)| group.n_tokens() <= room / 4);
-        let keys: Vec<ServiceKey> = short.map(|(&key, _)| key).collect();
-        for key in keys {
-            let group = &self.waiting[&key];
-            if !group.is_pending()
-                && batch.n_tokens() + group.n_tokens() <= most
-                && self.fits(blocks, group)
-            {
-                self.start_running(blocks, key, batch);
+        if head_fits && batch.schedule.preempted.is_empty() {
+            let waiting = self.waiting.iter().take(MOST_OVERTAKEN);
+            let short = waiting.filter(|(_, group)| group.n_tokens() <= short_tokens);
+            let keys: Vec<ServiceKey> = short.map(|(&key, _)| key).collect();
+            for key in keys {
+                let group = &self.waiting[&key];
+                if !group.is_pending()
+                    && batch.n_tokens() < batch.most_tokens
+                    && self.fits(blocks, group)
+                {
+                    self.start_running(blocks, key, batch);
+                }
             }
         }
+        batch.most_tokens = most_tokens;
     }
 
     /// Admits from the head of the queue while there is room for all known tokens of the next.
