@@ -2,7 +2,8 @@
 //!
 //! Pure: it is told how long steps took and knows no clock. The budget is steered so that a step with prompts takes
 //! [`MOST_STRETCH`] times as long as one that only decodes: what a prompt token costs depends on the device, the chunk and
-//! the context in no simple way (on a GPU a small chunk costs almost what a larger one does), so no cost is assumed. Every
+//! the context in no simple way (on a GPU a small chunk costs almost what a larger one does), so no cost is assumed. It never
+//! falls below [`LEAST_SHARE`], because small chunks compute prompts so slowly that everybody would wait. Every
 //! [`CADENCE`]th step with decodes has no prompt tokens, so that their own time stays known while prompts never end.
 
 use std::time::Duration;
@@ -15,10 +16,8 @@ const CADENCE: u32 = 16;
 const NEWEST: f64 = 0.25;
 /// The budget changes by at most this factor down and up after one step.
 const STEERING: (f64, f64) = (0.6, 1.15);
-/// Prompt tokens that a step may always have: below this, a step's time is the weights' to read.
-const LEAST_TOKENS: u32 = 16;
-/// The first budget, as a share of the largest step.
-const FIRST_SHARE: f64 = 1.0 / 16.0;
+/// The prompt tokens that a step may always have, as a share of the largest step; the first budget is the same.
+const LEAST_SHARE: f64 = 1.0 / 8.0;
 
 /// What a step was made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +43,7 @@ impl PrefillPacer {
         Self {
             max_tokens,
             decode_s: None,
-            budget: f64::from(max_tokens) * FIRST_SHARE,
+            budget: f64::from(max_tokens) * LEAST_SHARE,
             n_mixed: 0,
         }
     }
@@ -91,7 +90,7 @@ impl PrefillPacer {
     }
 
     fn least(&self) -> u32 {
-        LEAST_TOKENS.min(self.max_tokens)
+        ((f64::from(self.max_tokens) * LEAST_SHARE) as u32).max(1)
     }
 }
 
@@ -122,11 +121,11 @@ mod tests {
     #[test]
     fn the_time_that_a_step_may_take_is_used_and_not_exceeded() {
         // What a chunk costs: in proportion, or almost the same whatever its size, as on a GPU.
-        let proportional = |n: u32| 5_000 + 25 * u64::from(n);
-        let flat = |n: u32| 5_000 + if n > 0 { 7_000 + 6 * u64::from(n) } else { 0 };
+        let proportional = |n: u32| 5_000 + 5 * u64::from(n) / 2;
+        let flat = |n: u32| 5_000 + if n > 0 { 7_000 + u64::from(n) / 2 } else { 0 };
         for (why, cost, least) in [
-            ("in proportion", &proportional as &dyn Fn(u32) -> u64, 330),
-            ("almost flat", &flat, 350),
+            ("in proportion", &proportional as &dyn Fn(u32) -> u64, 3_300),
+            ("almost flat", &flat, 3_500),
         ] {
             let mixed = run(&mut PrefillPacer::new(8192), cost);
             assert!(mixed.len() > 250, "{why}: prompts run in most steps");
@@ -144,7 +143,7 @@ mod tests {
     fn the_budget_follows_what_decodes_cost() {
         let mut pacer = PrefillPacer::new(8192);
         let mut settled = |decode_us: u64| {
-            let mixed = run(&mut pacer, |n| decode_us + 25 * u64::from(n));
+            let mixed = run(&mut pacer, |n| decode_us + 5 * u64::from(n));
             mixed.last().map_or(0, |(n_prompt, _)| *n_prompt)
         };
         let (short, long) = (settled(5_000), settled(15_000));
@@ -171,8 +170,8 @@ mod tests {
             for (n_decodes, n_prompt) in [(0, 0), (1, 0), (1, 1), (0, 8), (1, 8192)] {
                 pacer.observe(size(n_decodes, n_prompt), took);
             }
-            assert!((16..=8192).contains(&pacer.budget()));
+            assert!((1024..=8192).contains(&pacer.budget()));
         }
-        assert_eq!(PrefillPacer::new(4).budget(), 4);
+        assert_eq!(PrefillPacer::new(4).budget(), 1);
     }
 }
