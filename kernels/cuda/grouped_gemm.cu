@@ -1,4 +1,4 @@
-// Products of rows with the weight of their expert: out[r] = weight[expert of r] * x[r], sums in binary32. Rows are grouped by
+// Products of rows with the weight of their expert: out[r] = weight[expert of r] * x[r], sums in f32. Rows are grouped by
 // expert (group_by_expert), whose tiles are looked up here, so that the host needs to know nothing of the routing and a step
 // can be captured.
 //

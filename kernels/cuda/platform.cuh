@@ -82,7 +82,7 @@ static __device__ inline void load_matrices_transposed(uint32_t (&out)[4], const
                  : "memory");
 }
 
-/// `d += a * b`: a 16 x 16 (rows), b 16 x 8 (columns), bfloat16; d 16 x 8, binary32.
+/// `d += a * b`: a 16 x 16 (rows), b 16 x 8 (columns), bfloat16; d 16 x 8, f32.
 static __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
@@ -117,13 +117,13 @@ static __device__ inline float low_half(uint32_t pair) { return __uint_as_float(
 static __device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000); }
 static __device__ inline bf16 to_bf16(float x) { return bf16(pack_bf16(x, 0.0f) & 0xffff); }
 
-/// Eight bfloat16 as binary32.
+/// Eight bfloat16 as f32.
 static __device__ inline void unpack(float (&out)[8], const uint4& x) {
     out[0] = low_half(x.x), out[1] = high_half(x.x), out[2] = low_half(x.y), out[3] = high_half(x.y);
     out[4] = low_half(x.z), out[5] = high_half(x.z), out[6] = low_half(x.w), out[7] = high_half(x.w);
 }
 
-/// Eight binary32 rounded to bfloat16.
+/// Eight f32 rounded to bfloat16.
 static __device__ inline uint4 pack(const float (&x)[8]) {
     return uint4{pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
 }

@@ -1,7 +1,7 @@
 // Rotary position embedding of queries and keys, in place (arXiv 2104.09864, in the halves' order of Transformers), fused
 // with the norms of single heads where a layer has them, and with the append of keys and values to the paged cache.
 //
-// One block a token; a position of all ones is inert. The angle is a binary32 product, as in Transformers; sine and
+// One block a token; a position of all ones is inert. The angle is an f32 product, as in Transformers; sine and
 // cosine are computed once a pair and used by every head. 16 bytes a load and store.
 #include "kv_cache.cuh"
 

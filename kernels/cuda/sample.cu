@@ -1,5 +1,5 @@
 // Samples or scores rows of logits, token for token what kernels/src/sampling.rs gives: the same fixed sequences of
-// correctly rounded binary32 operations (never fused), the same integers, the same ties.
+// correctly rounded f32 operations (never fused), the same integers, the same ties.
 //
 // One block of 1024 threads a row. The kept set of top-k and top-p is a threshold on a 64-bit key (logit, then lowest
 // id), weighted by 1 (top-k) or by fixed-point mass (top-p): integers have one sum, whatever the order. A first pass puts

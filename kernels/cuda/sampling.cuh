@@ -1,5 +1,5 @@
 // The arithmetic of sampling, bit for bit that of kernels/src/sampling: every operation is an integer's, a comparison or
-// one correctly rounded binary32 operation (the `_rn` intrinsics are never fused).
+// one correctly rounded f32 operation (the `_rn` intrinsics are never fused).
 #pragma once
 
 #include "platform.cuh"

@@ -1,6 +1,6 @@
 //! The arithmetic of sampling, the same on every device: from a row of logits to a token and its log-probabilities.
 //!
-//! Every step is either exact (comparisons, integers) or a fixed sequence of correctly rounded binary32 operations
+//! Every step is either exact (comparisons, integers) or a fixed sequence of correctly rounded f32 operations
 //! without fused multiply-add, so that another device (in CUDA C++: `__fmul_rn` and its kin) repeats it bit for bit.
 //!
 //! - Noise: Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = (token / 4, output index, 0, 0), word

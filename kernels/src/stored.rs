@@ -10,7 +10,7 @@ pub enum Dtype {
     F32,
     /// IEEE 754 binary16.
     F16,
-    /// bfloat16: the upper half of a binary32.
+    /// bfloat16: the upper half of an f32.
     BF16,
 }
 

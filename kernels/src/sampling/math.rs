@@ -1,4 +1,4 @@
-//! Exponential and logarithm in binary32 as fixed sequences of correctly rounded operations: no libm, no fused
+//! Exponential and logarithm in f32 as fixed sequences of correctly rounded operations: no libm, no fused
 //! multiply-add, so that every device and compiler gives the same bits. Written without branches, so that loops over
 //! them vectorise.
 

@@ -286,7 +286,7 @@ impl PagedSequences {
 const SCALE: f32 = 0.25;
 
 /// Values are within [-1, 1]: weights rounded to bfloat16 move a mean of them by at most 2^-8, the rounding of the result
-/// moves it by at most 2^-9, and the rest is for binary32 sums.
+/// moves it by at most 2^-9, and the rest is for f32 sums.
 const TOLERANCE: f64 = 1.5 / 256.0 + 1e-4;
 
 fn shapes() -> impl Iterator<Item = Shape> {

@@ -6,7 +6,7 @@ use kvasir_kernels::cuda::kernel::{
     RmsNormArgs, SILU, UpdateTablesArgs,
 };
 
-/// One rounding to bfloat16 is at most 2^-8 of the value; the rest covers binary32 sums of a few thousand terms.
+/// One rounding to bfloat16 is at most 2^-8 of the value; the rest covers f32 sums of a few thousand terms.
 const ROUNDED: f64 = 1.001 / 256.0;
 
 /// Rows of `cols` values, padded with zeros to a multiple of 8.
