@@ -278,11 +278,6 @@ impl Scheduler {
         outputs
     }
 
-    /// Steps that were scheduled and not committed.
-    pub fn n_in_flight(&self) -> usize {
-        self.in_flight.len()
-    }
-
     /// No request is queued or runs, and no step is under way.
     pub fn is_idle(&self) -> bool {
         self.keys.is_empty() && self.in_flight.is_empty()

@@ -12,14 +12,7 @@ use crate::model::spec::{Attention, DecoderSpec, Layer, Norms};
 
 pub(super) fn decoder(config: &Fields) -> Result<DecoderSpec, LoadError> {
     expect_activation(config, "hidden_act", "silu")?;
-    let base = Base::read(
-        config,
-        &Defaults {
-            n_kv_heads: Some(8),
-            max_position_embeddings: Some(4096 * 32),
-            ..Defaults::default()
-        },
-    )?;
+    let base = Base::read(config, &defaults())?;
     let window = match config.has("sliding_window") {
         true => config.optional_size("sliding_window")?,
         false => NonZeroU32::new(4096),
@@ -37,4 +30,13 @@ pub(super) fn decoder(config: &Fields) -> Result<DecoderSpec, LoadError> {
 
 pub(super) fn decoder_beside_images(config: &Fields) -> Result<DecoderSpec, LoadError> {
     beside_images(config, decoder)
+}
+
+/// What Mixtral's configuration has too.
+pub(super) fn defaults() -> Defaults {
+    Defaults {
+        n_kv_heads: Some(8),
+        max_position_embeddings: Some(4096 * 32),
+        ..Defaults::default()
+    }
 }

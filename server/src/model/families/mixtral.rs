@@ -1,6 +1,6 @@
 //! Mixtral (`MixtralForCausalLM` of Transformers): Mistral with a mixture of experts in every layer.
 
-use super::{Base, Defaults, expect_activation, expect_top_k};
+use super::{Base, expect_activation, expect_top_k, mistral};
 use crate::model::LoadError;
 use crate::model::fields::Fields;
 use crate::model::spec::{Attention, DecoderSpec, Layer, Norms};
@@ -14,14 +14,7 @@ const NAMES: [&str; 4] = [
 
 pub(super) fn decoder(config: &Fields) -> Result<DecoderSpec, LoadError> {
     expect_activation(config, "hidden_act", "silu")?;
-    let base = Base::read(
-        config,
-        &Defaults {
-            n_kv_heads: Some(8),
-            max_position_embeddings: Some(4096 * 32),
-            ..Defaults::default()
-        },
-    )?;
+    let base = Base::read(config, &mistral::defaults())?;
     let window = config.optional_size("sliding_window")?;
     let n_experts = config.size("num_local_experts", Some(8))?;
     let top_k = expect_top_k(config, "num_experts_per_tok", n_experts)?;
