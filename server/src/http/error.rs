@@ -172,9 +172,7 @@ impl From<TextError> for ApiError {
                 param: Some("messages".into()),
                 ..Self::new(StatusCode::BAD_REQUEST, message)
             },
-            TextError::TooManyBlanks { .. } | TextError::NoCut { .. } => {
-                Self::new(StatusCode::BAD_REQUEST, message)
-            }
+            TextError::NoCut { .. } => Self::new(StatusCode::BAD_REQUEST, message),
             TextError::TooLong { .. } => Self {
                 code: Some("context_length_exceeded"),
                 ..Self::new(
