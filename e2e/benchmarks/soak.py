@@ -121,8 +121,8 @@ def held_after(server, patience_s=30):
 
 
 def drain(crowd, server, failures):
-    """SIGTERM while four streams run, which must come whole; the exit status."""
-    jobs = [(client.prompt(i, 64, crowd.n_ids), 4 * crowd.output_tokens) for i in range(4)]
+    """SIGTERM while four streams run, which must come whole within --drain-seconds; the exit status."""
+    jobs = [(client.prompt(i, 64, crowd.n_ids), crowd.output_tokens) for i in range(4)]
     try:
         return client.beside(jobs, lambda: server.end(signal.SIGTERM), leave_after_work=False)[0]
     except (OSError, RuntimeError, http.client.HTTPException) as error:
