@@ -60,7 +60,7 @@ pub enum TextError {
     },
     /// No prompt that fits the context has as long a text.
     #[error(
-        "the text has {n_bytes} bytes, the longest context of {max_tokens} tokens has {limit} at most"
+        "the prompt is too long: it has {n_bytes} bytes, this model's maximum context length is {max_tokens} tokens, {limit} bytes at most"
     )]
     TooLong {
         /// Bytes of the text.

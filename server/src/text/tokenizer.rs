@@ -423,7 +423,7 @@ pub(super) mod tests {
             let text = "a".repeat(4 * longest * 10 + 1);
             let error = tokenizer.check_length(&text, 10).unwrap_err().to_string();
             assert!(
-                error.contains("the longest context of 10 tokens"),
+                error.contains("this model's maximum context length is 10 tokens"),
                 "{name}: {error}"
             );
         }
