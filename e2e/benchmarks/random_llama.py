@@ -1,10 +1,11 @@
-"""A Llama model of random bf16 weights as Hugging Face writes one: its tensors, config.json, tokenizer.json and the head
-of model.safetensors. The numbers are the caller's, in the order of `tensors`. Needs Python alone.
+"""A Llama model of random bf16 weights as Hugging Face writes one: its tensors, config.json, tokenizer.json and
+model.safetensors; who wants other numbers writes those behind its head in the order of `tensors`. Needs Python alone.
 """
 
 import dataclasses
 import json
 import math
+import random
 import struct
 
 
@@ -76,3 +77,33 @@ def safetensors_head(shape):
     encoded = json.dumps(head).encode()
     encoded += b" " * (-len(encoded) % 8)
     return struct.pack("<Q", len(encoded)) + encoded
+
+
+# The upper byte of a bf16 number: its sign, and an exponent of -7 or -6 (the lower byte has the exponent's last bit).
+UPPER_BYTES = bytes([0x3C] * 128 + [0xBC] * 128)
+
+
+def random_bf16(generator, dimensions):
+    """Little-endian bf16 numbers between 2^-7 and 2^-5 with a random sign, about 0.02 in the mean square."""
+    numbers = bytearray(generator.randbytes(2 * math.prod(dimensions)))
+    numbers[1::2] = numbers[1::2].translate(UPPER_BYTES)
+    return numbers
+
+
+def ones_bf16(n):
+    return struct.pack("<H", 0x3F80) * n
+
+
+def write(directory, shape):
+    """Writes the whole model, unless the directory has one of this shape already."""
+    weights, complete = directory / "model.safetensors", directory / "complete"
+    if complete.exists() and complete.read_text() == repr(shape):
+        return
+    write_json(directory, shape)
+    generator = random.Random(0)
+    with weights.open("wb") as file:
+        file.write(safetensors_head(shape))
+        for _, dimensions in tensors(shape):
+            is_norm = len(dimensions) == 1
+            file.write(ones_bf16(dimensions[0]) if is_norm else random_bf16(generator, dimensions))
+    complete.write_text(repr(shape))

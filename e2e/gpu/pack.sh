@@ -27,5 +27,5 @@ cp "$(binary kvasir-kernels bench cuda --release --features cuda)" "$out/cuda_be
 strip "$out"/{kvasir-server,cuda_shim,golden_tests,golden_engine,cuda_bench}
 
 cp -r server/tests/golden/*/ "$out/golden/"
-cp e2e/gpu/*.py e2e/benchmarks/random_llama.py "$out/"
+cp e2e/gpu/*.py e2e/benchmarks/*.py "$out/"
 du -sh "$out"

@@ -15,7 +15,6 @@ Stages, each under 9 minutes, each leaving RESULTS/<stage>.json behind, in any o
 table.py makes one table of what there is. Needs python3 with torch (and transformers for the last two); no Rust, no network.
 """
 
-import concurrent.futures
 import json
 import os
 import pathlib
@@ -85,7 +84,6 @@ def model():
         import random_weights
 
         random_weights.write(MODEL)
-    os.environ["KVASIR_MODEL_NAME"] = MODEL.name
 
 
 def mix(n):
@@ -171,105 +169,38 @@ def workload(n, m, count):
     return {"machine": machine(), "requests": count, **rates}
 
 
-def percentile(values, share):
-    values = sorted(values)
-    return values[min(int(len(values) * share), len(values) - 1)]
-
-
-def gaps_ms(streams, begun, ended):
-    """The gaps of all streams that lie between two times."""
-    gaps = [(b - a) * 1e3 for times in streams for a, b in zip(times, times[1:]) if begun <= a and b <= ended]
-    return {"p50": round(percentile(gaps, 0.5), 2), "p99": round(percentile(gaps, 0.99), 2), "n": len(gaps)}
-
-
-def long_prompts(seconds, at_once=4, tokens=8000):
-    """Keeps so many long prompts under way; prompt tokens computed in a second."""
-    import client
-
-    ends = time.monotonic() + seconds
-    done = []
-
-    def one(i):
-        while time.monotonic() < ends:
-            client.whole(client.prompt(100_000 * i + len(done), tokens), 1)
-            done.append(tokens)
-
-    begun = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(one, range(at_once)))
-    return round(sum(done) / (time.monotonic() - begun))
+# Prompts of 8k beside streams.
+LOAD = dict(context=128, output_tokens=1500, long_tokens=8000, at_once=4, undisturbed_s=4, disturbed_s=6, alone_s=5)
 
 
 def pacing():
     import client
+    import pacing as measurement
 
     model()
     server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, "pacing.log", environment())
-    client.whole(client.prompt(0, 100), 64)
-    long_prompts(3)
-    results = {"machine": machine(), "prefill_alone_tokens_s": long_prompts(5), "streams": {}}
-    for n in (1, 16, 64):
-        jobs = [(client.prompt(i, 128), 1500) for i in range(n)]
-        _, (begun, ended), streams = client.beside(jobs, lambda: time.sleep(4))
-        undisturbed = gaps_ms(streams, begun, ended)
-        rate, (begun, ended), streams = client.beside(jobs, lambda: long_prompts(6))
-        disturbed = gaps_ms(streams, begun, ended)
-        results["streams"][n] = {"undisturbed": undisturbed, "disturbed": disturbed, "prefill_tokens_s": rate,
-                                 "p99_ratio": round(disturbed["p99"] / undisturbed["p99"], 2)}  # fmt: skip
-        print(n, results["streams"][n], flush=True)
-    results["short_behind_64_long_s"], _, _ = client.beside(jobs[:1], short_behind_long)
+    load = measurement.Load(**LOAD)
+    results = {"machine": machine(), **measurement.run(load, (1, 16, 64))}
+    results["short_behind_64_long_s"] = measurement.short_behind_long(load, 64)
     print(results["short_behind_64_long_s"], flush=True)
     results["exit"] = server.stop()
     return results
 
 
-def short_behind_long():
-    """Seconds to the first token of a short prompt that comes after 64 long ones, and to the last long one's."""
-    import client
-
-    begun = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(64) as pool:
-        futures = [pool.submit(client.whole, client.prompt(5000 + i, 8000), 1) for i in range(64)]
-        time.sleep(0.5)
-        first = client.streamed(client.prompt(9999, 100), 2)[0]
-        for future in futures:
-            future.result()
-    return {"short": round(first, 3), "all": round(time.monotonic() - begun, 1)}
+def gpu_memory():
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    used = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return {"gpu_mb": int(used[0]) if used else None}
 
 
 def soak(seconds=float(os.environ.get("KVASIR_SOAK_SECONDS", "90"))):
     import client
+    import soak as crowd
 
     model()
     server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, "soak.log", environment())
-    ends = time.monotonic() + seconds
-    counts = {"whole": 0, "left": 0, "failed": 0}
-
-    def one(i):
-        generator = random.Random(i)
-        while time.monotonic() < ends:
-            leaves = generator.random() < 0.25
-            job = (client.prompt(generator.randrange(1 << 20), generator.randrange(1, 700)), generator.randrange(1, 300))
-            sampling = {"temperature": generator.choice([0, 0.7, 1.0]), "top_p": generator.choice([1, 0.9]),
-                        "seed": generator.randrange(1 << 30)}  # fmt: skip
-            try:
-                client.streamed(*job, generator.randrange(1, 40) if leaves else None, **sampling)
-                counts["left" if leaves else "whole"] += 1
-            except (OSError, RuntimeError) as error:
-                print("failed:", error, flush=True)
-                counts["failed"] += 1
-
-    memory = []
-    with concurrent.futures.ThreadPoolExecutor(161) as pool:
-        futures = [pool.submit(one, i) for i in range(160)]
-        while time.monotonic() < ends:
-            query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-            used = subprocess.run(query, capture_output=True, text=True).stdout.split()
-            memory.append({"host_mb": server.resident_mb(), "gpu_mb": int(used[0]) if used else None})
-            time.sleep(seconds / 8)
-        for future in futures:
-            future.result()
-    results = {"machine": machine(), "seconds": seconds, **counts, "memory": memory, "exit": server.stop()}
+    many = crowd.Crowd(clients=160, seconds=seconds, n_ids=120000, prompt_tokens=700, output_tokens=300)
+    results = {"machine": machine(), **crowd.run(server, many, gpu_memory)}
     print(results, flush=True)
     return results
 

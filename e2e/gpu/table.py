@@ -95,10 +95,10 @@ def main():
         print(f"\nA prompt of 100 tokens that comes after 64 of 8,000 has its first token after {short['short']} s; "
               f"the long ones take {short['all']} s.")  # fmt: skip
     if soak:
-        first, last = soak["memory"][1], soak["memory"][-1]
+        first, last = soak["memory"][len(soak["memory"]) // 4], soak["memory"][-1]
         print(f"\n## Soak\n\n160 clients for {soak['seconds']:.0f} s: {soak['whole']:,} answers, {soak['left']:,} left early, "
               f"{soak['failed']} failed. Host memory {first['host_mb']} to {last['host_mb']} MB, the GPU's {first['gpu_mb']} to "
-              f"{last['gpu_mb']} MB (from the second of eight looks to the last); the server ended with {soak['exit']}.")  # fmt: skip
+              f"{last['gpu_mb']} MB (from a quarter of the time to its end); the server ended with {soak['exit']}.")  # fmt: skip
     for found, way in [(peers, "in static batches of 32"), (continuous, "in its continuous batching")]:
         if found:
             print(f"\nTransformers {found['transformers']} {way}, torch {found['torch']}, the mix's first 200: "

@@ -50,16 +50,6 @@ pub enum TextError {
         "this model has no chat template; use /v1/completions, or add chat_template.jinja to the model"
     )]
     NoTemplate,
-    /// More whitespace in a row than the tokenizer's patterns can take.
-    #[error(
-        "the text has {found} whitespace characters in a row, at most {limit} can be tokenized"
-    )]
-    TooManyBlanks {
-        /// Characters of the longest run.
-        found: usize,
-        /// What the pattern can take.
-        limit: usize,
-    },
     /// A text that has no place to be cut at, and that is too long to be tokenized at once.
     #[error("{n_bytes} bytes of the text have to be tokenized at once, at most {limit} can be")]
     NoCut {
@@ -70,7 +60,7 @@ pub enum TextError {
     },
     /// No prompt that fits the context has as long a text.
     #[error(
-        "the text has {n_bytes} bytes, the longest context of {max_tokens} tokens has {limit} at most"
+        "the prompt is too long: it has {n_bytes} bytes, this model's maximum context length is {max_tokens} tokens, {limit} bytes at most"
     )]
     TooLong {
         /// Bytes of the text.

@@ -530,7 +530,7 @@ fn a_text_that_no_context_holds_is_refused_before_it_is_tokenized() {
         assert_eq!(error["param"], param, "{refused}");
         let message = error["message"].as_str().unwrap();
         assert!(
-            message.contains("bytes, the longest context of 2048 tokens"),
+            message.contains("bytes, this model's maximum context length is 2048 tokens"),
             "{message}"
         );
     }

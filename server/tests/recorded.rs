@@ -172,3 +172,64 @@ fn lm_eval_local_chat_completions() {
         assert!(message["content"].is_string(), "{generated}");
     }
 }
+
+/// By their words, because neither sees the code: LangChain (langchain_openai/chat_models/base.py,
+/// `_handle_openai_bad_request`) and litellm (litellm_core_utils/exception_mapping_utils.py,
+/// `is_error_str_context_window_exceeded`), which then cut the conversation or go to a model with a longer context.
+#[test]
+fn agents_know_a_prompt_that_is_too_long() {
+    let server = Server::start(&[]);
+    let litellm = "this model's maximum context length is";
+    let langchain = "prompt is too long";
+    let chat = |text: String, max_tokens: u32| json!({"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens});
+    for (why, path, body, words) in [
+        (
+            "by its bytes",
+            CHAT,
+            chat("block ".repeat(90_000), 1),
+            vec![langchain, litellm],
+        ),
+        (
+            "by its tokens",
+            CHAT,
+            chat("block ".repeat(5_000), 1),
+            vec![langchain, litellm],
+        ),
+        (
+            "by its answer",
+            CHAT,
+            chat("block ".repeat(1_000), 2_000),
+            vec![litellm],
+        ),
+        (
+            "in bytes",
+            COMPLETIONS,
+            json!({"prompt": "block ".repeat(90_000)}),
+            vec![langchain, litellm],
+        ),
+        (
+            "in ids",
+            COMPLETIONS,
+            json!({"prompt": vec![5; 3_000]}),
+            vec![langchain, litellm],
+        ),
+        (
+            "no room left",
+            COMPLETIONS,
+            json!({"prompt": vec![5; 2_048]}),
+            vec![langchain, litellm],
+        ),
+    ] {
+        let (status, refused) = server.post(path, &body);
+        let error = &refused["error"];
+        assert_eq!(
+            (status, &error["code"]),
+            (400, &json!("context_length_exceeded")),
+            "{why}: {refused}"
+        );
+        for words in words {
+            let message = error["message"].as_str().unwrap().to_lowercase();
+            assert!(message.contains(words), "{why}: {message}");
+        }
+    }
+}

@@ -32,17 +32,6 @@ def gguf_name(name):
     return name
 
 
-# The upper byte of a bf16 number: its sign, and an exponent of -7 or -6 (the lower byte has the exponent's last bit).
-UPPER_BYTES = bytes([0x3C] * 128 + [0xBC] * 128)
-
-
-def random_bf16(generator, dimensions):
-    """Little-endian bf16 numbers between 2^-7 and 2^-5 with a random sign, about 0.02 in the mean square."""
-    numbers = bytearray(generator.randbytes(2 * math.prod(dimensions)))
-    numbers[1::2] = numbers[1::2].translate(UPPER_BYTES)
-    return numbers
-
-
 GGUF_ALIGNMENT = 32
 
 
@@ -108,10 +97,10 @@ def main():
         theirs.write(gguf_head(shape))
         for _, dimensions in random_llama.tensors(shape):
             if len(dimensions) == 1:
-                ours.write(struct.pack("<H", 0x3F80) * shape.hidden)
+                ours.write(random_llama.ones_bf16(shape.hidden))
                 numbers = struct.pack("<f", 1.0) * shape.hidden
             else:
-                numbers = random_bf16(generator, dimensions)
+                numbers = random_llama.random_bf16(generator, dimensions)
                 ours.write(numbers)
             theirs.write(numbers)
             theirs.write(gguf_padding(len(numbers)))

@@ -188,7 +188,11 @@ fn stripped(folder: &Path, name: &str) -> Result<PathBuf, Error> {
     Ok(place.join(name))
 }
 
-fn release_binaries(devices: Devices) -> Result<PathBuf, Error> {
+/// Builds kvasir-server and kvasir-operator in release; the folder that they are in.
+///
+/// # Errors
+/// When cargo fails.
+pub fn release_binaries(devices: Devices) -> Result<PathBuf, Error> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.current_dir(workspace()).args([

@@ -72,6 +72,38 @@ impl ApiError {
         }
     }
 
+    /// 400: the prompt is longer than the longest context. Clients know it by its code or by these words: LangChain by
+    /// the first four, litellm by "this model's maximum context length is".
+    pub fn prompt_too_long(field: &str, found: impl std::fmt::Display, max_model_len: u32) -> Self {
+        Self {
+            code: Some("context_length_exceeded"),
+            ..Self::field(
+                field,
+                format!(
+                    "the prompt is too long: it has {found}, this model's maximum context length is {max_model_len} tokens, the answer's included; shorten it"
+                ),
+            )
+        }
+    }
+
+    /// 400: the prompt alone has room, its answer beside it has none. Known as [`Self::prompt_too_long`] is.
+    pub fn answer_too_long(
+        field: &str,
+        prompt_tokens: usize,
+        max_tokens: u32,
+        max_model_len: u32,
+    ) -> Self {
+        Self {
+            code: Some("context_length_exceeded"),
+            ..Self::field(
+                field,
+                format!(
+                    "the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, this model's maximum context length is {max_model_len} tokens; shorten the prompt or ask for fewer tokens"
+                ),
+            )
+        }
+    }
+
     /// 503: try again soon, here or elsewhere.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self {
@@ -146,7 +178,11 @@ impl From<SubmitError> for ApiError {
         let message = error.to_string();
         match error {
             SubmitError::QueueFull { .. } => Self::busy("queue_full", message),
-            SubmitError::PromptTooLong { .. } | SubmitError::NeverFits { .. } => Self {
+            SubmitError::PromptTooLong {
+                prompt_tokens,
+                max_model_len,
+            } => Self::prompt_too_long("prompt", format!("{prompt_tokens} tokens"), max_model_len),
+            SubmitError::NeverFits { .. } => Self {
                 code: Some("context_length_exceeded"),
                 ..Self::new(
                     StatusCode::BAD_REQUEST,
@@ -172,15 +208,10 @@ impl From<TextError> for ApiError {
                 param: Some("messages".into()),
                 ..Self::new(StatusCode::BAD_REQUEST, message)
             },
-            TextError::TooManyBlanks { .. } | TextError::NoCut { .. } => {
-                Self::new(StatusCode::BAD_REQUEST, message)
-            }
+            TextError::NoCut { .. } => Self::new(StatusCode::BAD_REQUEST, message),
             TextError::TooLong { .. } => Self {
                 code: Some("context_length_exceeded"),
-                ..Self::new(
-                    StatusCode::BAD_REQUEST,
-                    format!("{message}; shorten the prompt"),
-                )
+                ..Self::new(StatusCode::BAD_REQUEST, format!("{message}; shorten it"))
             },
             TextError::Busy { .. } => Self::busy("tokenizer_busy", message),
             TextError::Stopped => Self::unavailable(message),

@@ -59,16 +59,11 @@ impl Serving {
         let default = self.defaults.max_tokens.map_or(room, |n| n.min(room));
         let max_tokens = asked.unwrap_or(default);
         if max_tokens > room || (asked.is_none() && room == 0) {
-            let asked = asked.map_or(String::new(), |n| format!(" and max_tokens is {n}"));
-            return Err(ApiError {
-                code: Some("context_length_exceeded"),
-                ..ApiError::field(
-                    field,
-                    format!(
-                        "the prompt has {} tokens{asked}, the longest context is {longest}; shorten the prompt or ask for fewer tokens",
-                        prompt.len()
-                    ),
-                )
+            return Err(match asked {
+                Some(asked) if room > 0 => {
+                    ApiError::answer_too_long(field, prompt.len(), asked, longest)
+                }
+                _ => ApiError::prompt_too_long(field, format!("{} tokens", prompt.len()), longest),
             });
         }
         Ok(max_tokens)

@@ -47,15 +47,11 @@ pub(super) fn take_prompts(
             "prompt",
             format!("more than {max_prompts} prompts; 1 to {max_prompts} are allowed in one call"),
         )),
-        (Err(_), Some(TooMany::Tokens)) => Err(ApiError {
-            code: Some("context_length_exceeded"),
-            ..ApiError::field(
-                "prompt",
-                format!(
-                    "a prompt has more than {max_tokens} tokens, the longest context is {max_tokens}; shorten it"
-                ),
-            )
-        }),
+        (Err(_), Some(TooMany::Tokens)) => Err(ApiError::prompt_too_long(
+            "prompt",
+            format!("more than {max_tokens} tokens"),
+            max_tokens,
+        )),
         (Err(_), None) => Err(ApiError::field(
             "prompt",
             "expected a string, a list of strings, a list of token ids, or a list of such lists",
@@ -236,11 +232,11 @@ mod tests {
             ),
             (
                 json!([1, 2, 3, 4, 5]),
-                "prompt: a prompt has more than 4 tokens, the longest context is 4; shorten it",
+                "prompt: the prompt is too long: it has more than 4 tokens, this model's maximum context length is 4 tokens, the answer's included; shorten it",
             ),
             (
                 json!([[1], [1, 2, 3, 4, 5]]),
-                "prompt: a prompt has more than 4 tokens, the longest context is 4; shorten it",
+                "prompt: the prompt is too long: it has more than 4 tokens, this model's maximum context length is 4 tokens, the answer's included; shorten it",
             ),
             (json!({"a": 1}), form),
             (json!(3), form),

@@ -1,6 +1,6 @@
-//! What a tokenizer can take: how long a text of so many tokens can be at most, and how many blanks may follow each
-//! other. Both are known from the tokenizer alone, and checked before its work, which takes time and memory for each
-//! byte. It tokenizes nothing.
+//! What a tokenizer can take: how long a text of so many tokens can be at most, and how many bytes may come without a place
+//! to cut them. The first is known from the tokenizer alone; both are checked before its work, which takes time and memory
+//! for each byte. It tokenizes nothing.
 
 use serde_json::Value;
 use tokenizers::ModelWrapper;
@@ -8,13 +8,11 @@ use tokenizers::ModelWrapper;
 use super::vocabulary::byte_level_alphabet;
 use super::{TextError, Vocabulary};
 
-/// Whitespace characters that may follow each other in a text, where the tokenizer splits it by regular expressions.
-/// The engine of those keeps a way back for each of them and gives up at a million. The rest of the text would then be
-/// one word, tokenized other than Transformers does, without a sign of it.
-pub(super) const MAX_BLANKS: usize = 900_000;
-
-/// Bytes that are given to a tokenizer at once, where it can't be cut: each needs some 170 bytes of memory meanwhile.
-const MAX_WHOLE_BYTES: usize = 1 << 20;
+/// Bytes that are given to a tokenizer at once, where it can't be cut. Two things need the bound: some 110 bytes of memory
+/// for each of these (measured on 2026-11-26: 98 MB for this many), and the engine of regular expressions, which keeps a way
+/// back for each blank of a run, gives up at a million, and would leave the rest of the text one word, tokenized other
+/// than Transformers does, without a sign of it.
+pub(super) const MAX_WHOLE_BYTES: usize = 900_000;
 
 /// Unicode's normal forms make a text at most so many times shorter: four bytes of a mathematical letter become one.
 const NORMAL_FORM_RATIO: usize = 4;
@@ -24,8 +22,6 @@ const NORMAL_FORM_RATIO: usize = 4;
 pub(super) struct TextBounds {
     /// Bytes of text that one token stands for at most; `None` where that isn't bounded.
     max_bytes_per_token: Option<usize>,
-    /// Whitespace characters in a row at most.
-    max_blanks: Option<usize>,
     /// Whether the tokens of a text are those of its [`pieces`](super::pieces).
     pub(super) can_cut: bool,
 }
@@ -52,7 +48,6 @@ impl TextBounds {
         };
         Self {
             max_bytes_per_token,
-            max_blanks: has_pattern(&pre_tokenizer).then_some(MAX_BLANKS),
             can_cut: matches!(normalizer["type"].as_str(), None | Some("NFC"))
                 && is_byte_level(&pre_tokenizer)
                 && !strips(tokenizer)
@@ -83,18 +78,6 @@ impl TextBounds {
                 max_tokens,
                 limit,
             }),
-        }
-    }
-
-    pub(super) fn check_blanks(self, text: &str) -> Result<(), TextError> {
-        let Some(limit) = self.max_blanks.filter(|limit| text.len() > *limit) else {
-            return Ok(());
-        };
-        let runs = text.split(|c: char| !c.is_whitespace());
-        let found = runs.map(|run| run.chars().count()).max().unwrap_or(0);
-        match found <= limit {
-            true => Ok(()),
-            false => Err(TextError::TooManyBlanks { found, limit }),
         }
     }
 }
