@@ -21,7 +21,9 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use status::{ConditionType, LLMDeploymentStatus, LastScaling, NotReadyReplica, Reason};
+pub use status::{
+    ConditionType, EndedPods, LLMDeploymentStatus, LastScaling, NotReadyReplica, Reason,
+};
 
 /// The label that selects the pods of one deployment, and the selector of its children: it never changes.
 pub const SELECTOR_LABEL: &str = "kvasir.dev/llmdeployment";
@@ -34,6 +36,8 @@ pub const SELECTOR_LABEL: &str = "kvasir.dev/llmdeployment";
     kind = "LLMDeployment",
     plural = "llmdeployments",
     shortname = "llmd",
+    category = "all",
+    category = "kvasir",
     namespaced,
     status = "LLMDeploymentStatus",
     derive = "PartialEq",
@@ -95,7 +99,7 @@ pub struct LLMDeploymentSpec {
     #[schemars(range(min = 5, max = 86_400))]
     pub drain_seconds: i32,
     /// Merged into the pods' template: metadata.labels, metadata.annotations and spec. Lists are merged by
-    /// name; the container `server` is the operator's, of which env, envFrom, volumeMounts, volumeDevices,
+    /// name, and a null takes a member of a securityContext away; the container `server` is the operator's, of which env, envFrom, volumeMounts, volumeDevices,
     /// securityContext, lifecycle and startupProbe (GET /ready on the port `management`) may be set. Mistakes
     /// show in the condition Accepted.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -75,7 +75,7 @@ impl Toolchain {
     /// # Errors
     /// When a package cannot be had or a build fails.
     pub fn ensure() -> Result<Self, Error> {
-        ensure_host_programs()?;
+        ensure_host_programs(HOST_PROGRAMS)?;
         Ok(Self {
             kubernetes: kubernetes()?,
             helm: build(&Program {
@@ -352,8 +352,18 @@ fn go_version(said: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-fn ensure_host_programs() -> Result<(), Error> {
-    let mut packages: Vec<&str> = HOST_PROGRAMS
+/// The interpreter of the Lua that Argo CD's health checks are written in, 5.1; its name.
+///
+/// # Errors
+/// When it is missing and cannot be installed.
+pub fn lua() -> Result<&'static str, Error> {
+    const LUA: &str = "lua5.1";
+    ensure_host_programs(&[(LUA, LUA)])?;
+    Ok(LUA)
+}
+
+fn ensure_host_programs(programs: &[(&str, &str)]) -> Result<(), Error> {
+    let mut packages: Vec<&str> = programs
         .iter()
         .filter(|(program, _)| !present(program))
         .map(|(_, package)| *package)

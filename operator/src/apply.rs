@@ -1,92 +1,156 @@
-//! Carries a plan out: server-side apply of the children, then events, and the status last. It deletes nothing: children
-//! that belong to no `LLMDeployment` any more are the garbage collector's.
+//! Carries a plan out: server-side apply of the children; and tells what came of it: events, and the status last. It
+//! deletes nothing: children that belong to no `LLMDeployment` any more are the garbage collector's.
 //!
-//! It decides nothing. An object that already is as planned is not written again.
+//! It decides nothing. An object that already is as planned is not written again. What the API server refuses is no error
+//! but an outcome, and what it fails with keeps nothing else from being written.
 
+use std::time::Instant;
+
+use k8s_openapi::api::apps::v1::Deployment;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
-use kvasir_crds::llmdeployment::LLMDeploymentStatus;
+use kvasir_crds::llmdeployment::{LLMDeploymentStatus, Reason};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::error::Error;
+use crate::cache::key_of;
+use crate::error::{Error, in_time};
 use crate::observe::Sources;
 use crate::observed::{Child, ObservedChildren};
 use crate::plan::children::{Children, FIELD_MANAGER};
-use crate::plan::{EventRecord, Plan, Severity};
+use crate::plan::status::Refusal;
+use crate::plan::{EventRecord, Outcome, Plan, Severity};
 use crate::stored::Stored;
 
-/// Carries out `plan` for `stored`, and lets the cache know how the API server answered.
-///
-/// # Errors
-/// What the API server says; what was written before stays, and the next reconcile goes on from there.
+/// The API server takes no longer note of an event (`events.k8s.io/v1`, Event.note).
+const MAX_NOTE_BYTES: usize = 1024;
+
+/// Carries out `plan`, and lets the cache know how the API server answered. Beside the outcome stands the first failure of
+/// a request that may go through when it is made again.
 pub async fn apply(
     sources: &Sources,
-    stored: &Stored,
     existing: &ObservedChildren,
     plan: &Plan,
-) -> Result<(), Error> {
-    if let Some(wanted) = &plan.children {
-        children(sources, wanted, existing).await?;
+) -> (Outcome, Option<Error>) {
+    let mut tally = Tally::default();
+    let stands = existing.deployment.as_deref();
+    let wanted = match &plan.children {
+        None => None,
+        Some(Children {
+            deployment,
+            service,
+            budget,
+            account,
+        }) => {
+            // The Deployment last: its pods need the ServiceAccount.
+            tally.count(child(sources, account, existing.account.as_deref()).await);
+            tally.count(child(sources, service, existing.service.as_deref()).await);
+            tally.count(child(sources, budget, existing.budget.as_deref()).await);
+            Some(deployment)
+        }
+    };
+    for deployment in wanted.into_iter().chain(&plan.fallback) {
+        if tally.count(apply_deployment(sources, deployment, stands).await) {
+            tally.outcome.is_scaled = true;
+            break;
+        }
     }
-    for event in &plan.events {
-        publish(&sources.client, stored, event).await?;
-    }
-    if let Some(status) = &plan.status {
-        write_status(sources, stored, status).await?;
-    }
-    Ok(())
+    (tally.outcome, tally.failure)
 }
 
-/// Applies the children; the Deployment last, since its pods need the ServiceAccount.
-async fn children(
-    Sources { client, cache, .. }: &Sources,
-    wanted: &Children,
-    existing: &ObservedChildren,
+/// How the requests of one plan ended.
+#[derive(Default)]
+struct Tally {
+    outcome: Outcome,
+    failure: Option<Error>,
+}
+
+impl Tally {
+    /// True where the child is as it was wanted.
+    fn count<T>(&mut self, written: Result<T, Error>) -> bool {
+        let Err(error) = written else { return true };
+        match error.refusal() {
+            Some(_) => {
+                let sentence = cut(&error.sentence(), MAX_NOTE_BYTES);
+                let refusal = Refusal {
+                    reason: Reason::ChildRefused,
+                    sentence,
+                };
+                self.outcome.refused.get_or_insert(refusal);
+            }
+            None => drop(self.failure.get_or_insert(error)),
+        }
+        false
+    }
+}
+
+async fn apply_deployment(
+    sources: &Sources,
+    wanted: &Deployment,
+    existing: Option<&Deployment>,
 ) -> Result<(), Error> {
-    let Children {
-        deployment,
-        service,
-        budget,
-        account,
-    } = wanted;
-    child(client, account, existing.account.as_deref()).await?;
-    child(client, service, existing.service.as_deref()).await?;
-    child(client, budget, existing.budget.as_deref()).await?;
-    let existing = existing.deployment.as_deref();
+    let cache = &sources.cache;
     let stands = existing.is_some_and(|existing| {
-        cache.is_answer(existing, deployment) && holds(&existing.metadata, &deployment.metadata)
+        cache.is_answer(existing, wanted) && holds(&existing.metadata, &wanted.metadata)
     });
-    if !stands && let Some(answer) = child(client, deployment, existing).await? {
-        cache.wrote_deployment(deployment, answer);
+    if !stands && let Some(answer) = child(sources, wanted, existing).await? {
+        cache.wrote_deployment(wanted, answer);
     }
     Ok(())
 }
 
-/// Applies one child, unless what exists already holds every field of it.
+/// Publishes the events, and gives back those that may be published later.
+pub async fn publish(
+    sources: &Sources,
+    stored: &Stored,
+    events: &[EventRecord],
+) -> Vec<(EventRecord, Error)> {
+    let mut unsent = Vec::new();
+    for event in events {
+        match publish_one(&sources.client, stored, event).await {
+            Ok(()) => {}
+            Err(error) if error.namespace_is_terminating() => {}
+            Err(error) => unsent.push((event.clone(), error)),
+        }
+    }
+    unsent
+}
+
+/// Applies one child, unless what exists already holds every field of it, or the same was refused just now.
 async fn child<K: Child>(
-    client: &Client,
+    Sources { client, cache, .. }: &Sources,
     wanted: &K,
     existing: Option<&K>,
 ) -> Result<Option<K>, Error> {
     if existing.is_some_and(|existing| holds(existing, wanted)) {
         return Ok(None);
     }
-    let api: Api<K> = Api::namespaced(client.clone(), &wanted.namespace().unwrap_or_default());
+    let kind = K::kind(&());
+    let failed = |source| Error::ApplyChild {
+        kind: K::kind(&()),
+        source,
+    };
+    let (key, now) = (key_of(wanted), Instant::now());
+    let request = serde_json::to_value(wanted).unwrap_or_default();
+    if let Some(said) = cache.refusals.latest(&kind, &key, &request, now) {
+        return Err(failed(kube::Error::Api(said)));
+    }
+    let api: Api<K> = Api::namespaced(client.clone(), &key.0);
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    let written = api
-        .patch(&wanted.name_any(), &params, &Patch::Apply(wanted))
-        .await
-        .map_err(|source| Error::ApplyChild {
-            kind: K::kind(&()),
-            source,
-        })?;
-    tracing::info!(kind = %K::kind(&()), name = %wanted.name_any(), "applied");
+    let written = in_time(api.patch(&key.1, &params, &Patch::Apply(wanted))).await;
+    let written = written.map_err(failed).inspect_err(|error| {
+        if let (Some(_), kube::Error::Api(said)) = (error.refusal(), error.api_error()) {
+            cache
+                .refusals
+                .insert(kind.clone(), key.clone(), request, now, said.clone());
+        }
+    })?;
+    tracing::info!(%kind, name = key.1, "applied");
     Ok(Some(written))
 }
 
-async fn publish(client: &Client, stored: &Stored, record: &EventRecord) -> Result<(), Error> {
+async fn publish_one(client: &Client, stored: &Stored, record: &EventRecord) -> Result<(), Error> {
     let reporter = Reporter {
         controller: FIELD_MANAGER.into(),
         instance: None,
@@ -97,13 +161,13 @@ async fn publish(client: &Client, stored: &Stored, record: &EventRecord) -> Resu
             Severity::Warning => EventType::Warning,
         },
         reason: record.reason.to_owned(),
-        note: Some(record.message.clone()),
+        note: Some(cut(&record.message, MAX_NOTE_BYTES)),
         action: record.action.to_owned(),
         secondary: None,
     };
     // A recorder of its own for each: a shared one would merge two scalings into one event with the first's words.
-    Recorder::new(client.clone(), reporter)
-        .publish(&event, &stored.object_ref(&()))
+    let recorder = Recorder::new(client.clone(), reporter);
+    in_time(recorder.publish(&event, &stored.object_ref(&())))
         .await
         .map_err(|source| Error::PublishEvent {
             reason: record.reason,
@@ -111,7 +175,11 @@ async fn publish(client: &Client, stored: &Stored, record: &EventRecord) -> Resu
         })
 }
 
-async fn write_status(
+/// Writes the status.
+///
+/// # Errors
+/// What the API server says.
+pub async fn write_status(
     Sources { client, cache, .. }: &Sources,
     stored: &Stored,
     status: &LLMDeploymentStatus,
@@ -121,16 +189,24 @@ async fn write_status(
         "apiVersion": Stored::api_version(&()), "kind": Stored::kind(&()), "status": status,
     });
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    match api
-        .patch_status(&stored.name_any(), &params, &Patch::Apply(&patch))
-        .await
-    {
+    let name = stored.name_any();
+    match in_time(api.patch_status(&name, &params, &Patch::Apply(&patch))).await {
         Ok(answer) => cache.wrote_status(answer),
         // Deleted in between: nothing to report on.
         Err(kube::Error::Api(status)) if status.is_not_found() => {}
         Err(source) => return Err(Error::WriteStatus(source)),
     }
     Ok(())
+}
+
+/// The first bytes of `text`, at a character's end, with dots where there were more.
+fn cut(text: &str, max_bytes: usize) -> String {
+    const DOTS: &str = "...";
+    if text.len() <= max_bytes {
+        return text.to_owned();
+    }
+    let end = text.floor_char_boundary(max_bytes - DOTS.len());
+    format!("{}{DOTS}", &text[..end])
 }
 
 /// `existing` has every field that `wanted` has: what others added to it is theirs. A field that the user took out of the
@@ -177,6 +253,24 @@ mod tests {
             ),
             "an element that is missing"
         );
+    }
+
+    #[test]
+    fn a_note_is_as_long_as_the_api_server_takes() {
+        let letters = "\u{1F600}".repeat(256);
+        for (why, text, want) in [
+            ("short", "abc", "abc".to_owned()),
+            ("just fits", letters.as_str(), letters.clone()),
+            (
+                "too long, and no letter is broken",
+                &format!("{letters}x"),
+                format!("{}...", "\u{1F600}".repeat(255)),
+            ),
+        ] {
+            let note = cut(text, MAX_NOTE_BYTES);
+            assert_eq!(note, want, "{why}");
+            assert!(note.len() <= MAX_NOTE_BYTES, "{why}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What the watches have brought: children by name, pods by deployment. It makes a reconcile of one deployment among
+//! What the watches have brought: children by name, pods by deployment, warnings by pod. It makes a reconcile of one deployment among
 //! thousands cost no read of the API server.
 //!
 //! It may be behind the API server, so two things are never concluded from it: that an object does not exist (it holds
@@ -10,15 +10,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{
+    Event as CoreEvent, ObjectReference, Pod, Service, ServiceAccount,
+};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
-use crate::last_writes::LastWrites;
+use crate::last_writes::{LastRefusals, LastWrites};
 use crate::pod::deployment_of;
 use crate::stored::Stored;
 
@@ -33,10 +36,13 @@ pub struct Cache {
     deployments: Store<Deployment>,
     /// Our last write of each child Deployment.
     written_deployments: LastWrites<Deployment, Deployment>,
+    /// What the API server refused to write.
+    pub refusals: LastRefusals,
     services: Store<Service>,
     budgets: Store<PodDisruptionBudget>,
     accounts: Store<ServiceAccount>,
     pods: Arc<Pods>,
+    warnings: Arc<Warnings>,
     ready: OnceCell<()>,
 }
 
@@ -53,6 +59,8 @@ pub struct Writers {
     pub accounts: Writer<ServiceAccount>,
     /// Of the pods.
     pub pods: Arc<Pods>,
+    /// Of the warnings about pods.
+    pub warnings: Arc<Warnings>,
 }
 
 impl Cache {
@@ -63,28 +71,38 @@ impl Cache {
         let (services, to_services) = reflector::store();
         let (budgets, to_budgets) = reflector::store();
         let (accounts, to_accounts) = reflector::store();
-        let pods = Arc::new(Pods::default());
+        let pods = Arc::new(Pods::by(|pod| {
+            Some((pod.namespace()?, deployment_of(pod)?.to_owned()))
+        }));
+        let warnings = Arc::new(Warnings::by(|event| {
+            let about = &event.involved_object;
+            Some((about.namespace.clone()?, about.name.clone()?))
+        }));
         let writers = Writers {
             deployments: to_deployments,
             services: to_services,
             budgets: to_budgets,
             accounts: to_accounts,
             pods: Arc::clone(&pods),
+            warnings: Arc::clone(&warnings),
         };
         let cache = Self {
             statuses: LastWrites::default(),
             deployments,
             written_deployments: LastWrites::default(),
+            refusals: LastRefusals::default(),
             services,
             budgets,
             accounts,
             pods,
+            warnings,
             ready: OnceCell::new(),
         };
         (cache, writers)
     }
 
-    /// Waits until each watch has brought everything that there was at its start.
+    /// Waits until each watch has brought everything that there was at its start; without warnings everything but a reason
+    /// can be told.
     pub async fn ready(&self) {
         let all = || async {
             // An error says that the watches have ended, and with them the controller that waits here.
@@ -131,6 +149,7 @@ impl Cache {
     pub fn forget(&self, key: &Key) {
         self.statuses.remove(key);
         self.written_deployments.remove(key);
+        self.refusals.remove(key);
     }
 
     /// The Service.
@@ -152,51 +171,77 @@ impl Cache {
     pub fn pods(&self, key: &Key) -> Vec<Arc<Pod>> {
         self.pods.of(key)
     }
+
+    /// The warnings about a pod that are known by now, and not about one of the same name before it.
+    pub fn warnings(&self, pod: &Pod) -> Vec<Arc<CoreEvent>> {
+        let mut found = self.warnings.of(&key_of(pod));
+        found.retain(|event| event.involved_object.uid == pod.metadata.uid);
+        found
+    }
 }
 
 /// Pods by the deployment that they serve.
+pub type Pods = Groups<Pod>;
+
+/// Warnings by the pod that they are about.
+pub type Warnings = Groups<CoreEvent>;
+
+/// Objects by what they belong to.
 #[derive(Debug)]
-pub struct Pods {
-    held: RwLock<Held>,
+pub struct Groups<K> {
+    group_of: fn(&K) -> Option<Key>,
+    held: RwLock<Held<K>>,
     ready: watch::Sender<bool>,
 }
 
-impl Default for Pods {
+#[derive(Debug)]
+struct Held<K> {
+    current: Index<K>,
+    /// What a list that began anew has brought so far.
+    incoming: Index<K>,
+}
+
+#[derive(Debug)]
+struct Index<K> {
+    of_group: HashMap<Key, BTreeMap<String, Arc<K>>>,
+    /// The group of each object: it may change.
+    group_of: HashMap<Key, Key>,
+}
+
+impl<K> Default for Index<K> {
     fn default() -> Self {
         Self {
-            held: RwLock::default(),
-            ready: watch::Sender::new(false),
+            of_group: HashMap::new(),
+            group_of: HashMap::new(),
         }
     }
 }
 
-#[derive(Debug, Default)]
-struct Held {
-    current: Index,
-    /// What a list that began anew has brought so far.
-    incoming: Index,
-}
+impl<K: Resource + Clone> Groups<K> {
+    /// Grouped by what this says; an object of no group is not held.
+    fn by(group_of: fn(&K) -> Option<Key>) -> Self {
+        Self {
+            group_of,
+            held: RwLock::new(Held {
+                current: Index::default(),
+                incoming: Index::default(),
+            }),
+            ready: watch::Sender::new(false),
+        }
+    }
 
-#[derive(Debug, Default)]
-struct Index {
-    of_deployment: HashMap<Key, BTreeMap<String, Arc<Pod>>>,
-    /// The deployment of each pod: its label may be changed.
-    deployment_of: HashMap<Key, Key>,
-}
-
-impl Pods {
     /// Takes an event of the watch in.
-    pub fn see(&self, event: &Event<Pod>) {
+    pub fn see(&self, event: &Event<K>) {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
         match event {
             Event::Init => held.incoming = Index::default(),
-            Event::InitApply(pod) => held.incoming.put(pod),
+            Event::InitApply(object) => held.incoming.put(object, (self.group_of)(object)),
             Event::InitDone => {
                 held.current = std::mem::take(&mut held.incoming);
                 self.ready.send_replace(true);
             }
-            Event::Apply(pod) => held.current.put(pod),
-            Event::Delete(pod) => held.current.take(&key_of(pod)),
+            Event::Apply(object) => held.current.put(object, (self.group_of)(object)),
+            Event::Delete(object) => held.current.take(&key_of(object)),
         }
     }
 
@@ -205,39 +250,64 @@ impl Pods {
         ready.wait_for(|ready| *ready).await.map(drop)
     }
 
-    fn of(&self, deployment: &Key) -> Vec<Arc<Pod>> {
+    /// The objects of a group, by name.
+    fn of(&self, group: &Key) -> Vec<Arc<K>> {
         let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
-        let pods = held.current.of_deployment.get(deployment);
-        pods.into_iter()
+        let objects = held.current.of_group.get(group);
+        objects
+            .into_iter()
             .flat_map(BTreeMap::values)
             .cloned()
             .collect()
     }
 }
 
-impl Index {
-    fn put(&mut self, pod: &Pod) {
-        let key = key_of(pod);
+impl<K: Resource + Clone> Index<K> {
+    fn put(&mut self, object: &K, group: Option<Key>) {
+        let key = key_of(object);
         self.take(&key);
-        if let Some(deployment) = deployment_of(pod) {
-            let deployment = (key.0.clone(), deployment.to_owned());
-            let pods = self.of_deployment.entry(deployment.clone()).or_default();
-            pods.insert(key.1.clone(), Arc::new(pod.clone()));
-            self.deployment_of.insert(key, deployment);
+        if let Some(group) = group {
+            let objects = self.of_group.entry(group.clone()).or_default();
+            objects.insert(key.1.clone(), Arc::new(object.clone()));
+            self.group_of.insert(key, group);
         }
     }
 
-    fn take(&mut self, pod: &Key) {
-        let Some(deployment) = self.deployment_of.remove(pod) else {
+    fn take(&mut self, object: &Key) {
+        let Some(group) = self.group_of.remove(object) else {
             return;
         };
-        if let Some(pods) = self.of_deployment.get_mut(&deployment) {
-            pods.remove(&pod.1);
-            if pods.is_empty() {
-                self.of_deployment.remove(&deployment);
+        if let Some(objects) = self.of_group.get_mut(&group) {
+            objects.remove(&object.1);
+            if objects.is_empty() {
+                self.of_group.remove(&group);
             }
         }
     }
+}
+
+/// Takes out of a warning what nobody reads.
+pub fn strip_warning(event: &mut CoreEvent) {
+    let about = std::mem::take(&mut event.involved_object);
+    let metadata = std::mem::take(&mut event.metadata);
+    *event = CoreEvent {
+        metadata: ObjectMeta {
+            name: metadata.name,
+            namespace: metadata.namespace,
+            resource_version: metadata.resource_version,
+            ..ObjectMeta::default()
+        },
+        involved_object: ObjectReference {
+            name: about.name,
+            namespace: about.namespace,
+            uid: about.uid,
+            ..ObjectReference::default()
+        },
+        reason: event.reason.take(),
+        message: event.message.take(),
+        last_timestamp: event.last_timestamp.take(),
+        ..CoreEvent::default()
+    };
 }
 
 /// Namespace and name of an object.
@@ -273,7 +343,7 @@ mod tests {
 
     #[test]
     fn pods_are_those_of_the_watchs_last_word() {
-        let pods = Pods::default();
+        let (_, Writers { pods, .. }) = Cache::new();
         let names = |of: &str| -> Vec<String> {
             let found = pods.of(&key(of));
             found.iter().map(|pod| pod.name_any()).collect()
@@ -335,6 +405,44 @@ mod tests {
                 "{why}"
             );
         }
+    }
+
+    #[test]
+    fn warnings_are_those_about_the_pod_of_today() {
+        let (cache, writers) = Cache::new();
+        let warning = |name: &str, pod: &str, uid: &str| {
+            let mut event: CoreEvent = serde_json::from_value(json!({
+                "metadata": { "name": name, "namespace": "n", "managedFields": [{ "manager": "kubelet" }] },
+                "involvedObject": { "kind": "Pod", "namespace": "n", "name": pod, "uid": uid },
+                "reason": "Unhealthy", "message": name, "count": 7 }))
+            .unwrap();
+            strip_warning(&mut event);
+            event
+        };
+        writers.warnings.see(&Event::Init);
+        writers
+            .warnings
+            .see(&Event::InitApply(warning("old", "p", "u1")));
+        writers.warnings.see(&Event::InitDone);
+        writers
+            .warnings
+            .see(&Event::Apply(warning("new", "p", "u2")));
+        writers
+            .warnings
+            .see(&Event::Apply(warning("another's", "q", "u3")));
+        let mut today = pod("p", "d");
+        today.metadata.uid = Some("u2".into());
+        let told = cache.warnings(&today);
+        assert_eq!(told.len(), 1);
+        assert_eq!(told[0].message.as_deref(), Some("new"));
+        assert_eq!(
+            (told[0].count, told[0].metadata.managed_fields.as_ref()),
+            (None, None)
+        );
+        writers
+            .warnings
+            .see(&Event::Delete(warning("new", "p", "u2")));
+        assert_eq!(cache.warnings(&today), []);
     }
 
     #[tokio::test]

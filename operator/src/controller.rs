@@ -1,4 +1,4 @@
-//! Watches, and calls observe -> plan -> apply for each `LLMDeployment` that something happened to. One that can't be
+//! Watches, and calls observe -> plan -> apply -> report -> tell for each `LLMDeployment` that something happened to. One that can't be
 //! read is reconciled like any other, into a status that says so.
 //!
 //! A change of the status alone triggers nothing. It holds no state that a restart would lose.
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures::{Stream, StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Event as CoreEvent, Pod};
 use kube::runtime::controller::{self, Action, Config, Controller};
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{self, ObjectRef};
@@ -21,13 +21,14 @@ use kube::{Api, Client, Resource, ResourceExt};
 use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 use serde::de::DeserializeOwned;
 
-use crate::apply::apply;
-use crate::cache::{Cache, Key, Pods, Writers, key_of};
+use crate::apply::{apply, publish, write_status};
+use crate::cache::{Cache, Key, Pods, Warnings, Writers, key_of, strip_warning};
 use crate::error::Error;
-use crate::metrics::Metrics;
-use crate::observe::{LoadReader, Sources, observe};
-use crate::observed::Child;
-use crate::plan::{History, Now, plan};
+use crate::health::{Health, WATCH_SECONDS};
+use crate::metrics::{Figures, Metrics};
+use crate::observe::{LoadReader, LogReader, Sources, observe};
+use crate::observed::{Child, Observed};
+use crate::plan::{FAILING_AFTER, History, Now, Outcome, Plan, plan, report};
 use crate::pod::{self, deployment_of};
 use crate::stored::Stored;
 
@@ -50,6 +51,7 @@ struct Context {
     sources: Sources,
     settings: Settings,
     metrics: Arc<Metrics>,
+    health: Arc<Health>,
     started: Instant,
     memory: Mutex<HashMap<Key, Memory>>,
 }
@@ -60,7 +62,10 @@ struct Memory {
     /// Another of the same name is another deployment.
     uid: Option<String>,
     history: History,
+    /// Reconciles that failed one after the other.
     failures: u32,
+    /// Since when children can't be written, by the operator's monotonic clock.
+    failing: Option<Duration>,
 }
 
 impl Context {
@@ -80,8 +85,22 @@ impl Context {
     fn forget(&self, key: &Key) {
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         memory.remove(key);
-        self.sources.cache.forget(key);
+        self.sources.forget(key);
         self.metrics.forget(&key.0, &key.1);
+        self.health.forget(key);
+    }
+
+    /// Says that a step failed, in the log and in the metrics.
+    fn failed(&self, stored: &Stored, error: &Error) {
+        tracing::warn!(
+            namespace = stored.namespace(),
+            name = %stored.name_any(),
+            step = error.step(),
+            %error,
+            cause = error.source().map(ToString::to_string),
+            "a step of the reconcile failed"
+        );
+        self.metrics.failed(error);
     }
 }
 
@@ -90,17 +109,16 @@ pub async fn run(
     client: Client,
     settings: Settings,
     metrics: Arc<Metrics>,
+    health: Arc<Health>,
     stop: impl Future<Output = ()> + Send + Sync + 'static,
 ) {
     let (store, writer) = reflector::store();
-    let deployments = watcher(
-        api::<Stored>(&client, &settings),
-        watcher::Config::default(),
-    )
-    .default_backoff()
-    .reflect(writer)
-    .applied_objects()
-    .predicate_filter(predicates::generation, Default::default());
+    let watch = watcher::Config::default().timeout(WATCH_SECONDS);
+    let deployments = watcher(api::<Stored>(&client, &settings), watch)
+        .default_backoff()
+        .reflect(writer)
+        .applied_objects()
+        .predicate_filter(predicates::generation, Default::default());
     let (cache, writers) = Cache::new();
     let Writers {
         deployments: child_deployments,
@@ -108,6 +126,7 @@ pub async fn run(
         budgets,
         accounts,
         pods,
+        warnings,
     } = writers;
     let watches = Watches {
         client: &client,
@@ -122,15 +141,20 @@ pub async fn run(
         .watches_stream(watches.pods(pods), |pod| {
             let namespace = pod.namespace().unwrap_or_default();
             deployment_of(&pod).map(|name| ObjectRef::<Stored>::new(name).within(&namespace))
-        });
+        })
+        // A warning alone is no reason to look: they are read when their pod's deployment is looked at.
+        .watches_stream(watches.warnings(warnings), |_| None);
+    health.begins();
     let context = Arc::new(Context {
         sources: Sources {
             client: client.clone(),
             cache,
             loads: LoadReader::default(),
+            logs: LogReader::default(),
         },
         settings: settings.clone(),
         metrics,
+        health,
         started: Instant::now(),
         memory: Mutex::default(),
     });
@@ -170,7 +194,9 @@ impl Watches<'_> {
     fn watch<K: Child>(
         &self,
     ) -> impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send + use<K> {
-        let labelled = watcher::Config::default().labels(SELECTOR_LABEL);
+        let labelled = watcher::Config::default()
+            .labels(SELECTOR_LABEL)
+            .timeout(WATCH_SECONDS);
         watcher(api::<K>(self.client, self.settings), labelled).default_backoff()
     }
 
@@ -187,6 +213,21 @@ impl Watches<'_> {
     fn pods(&self, pods: Arc<Pods>) -> impl Stream<Item = watcher::Result<Pod>> + Send + use<> {
         let events = self.watch::<Pod>().modify(pod::strip);
         let seen = events.inspect_ok(move |event| pods.see(event));
+        seen.touched_objects()
+    }
+
+    /// Warnings about pods into the cache, without what nobody reads.
+    fn warnings(
+        &self,
+        warnings: Arc<Warnings>,
+    ) -> impl Stream<Item = watcher::Result<CoreEvent>> + Send + use<> {
+        let of_pods = watcher::Config::default()
+            .fields("type=Warning,involvedObject.kind=Pod")
+            .timeout(WATCH_SECONDS);
+        let events = watcher(api::<CoreEvent>(self.client, self.settings), of_pods)
+            .default_backoff()
+            .modify(strip_warning);
+        let seen = events.inspect_ok(move |event| warnings.see(event));
         seen.touched_objects()
     }
 }
@@ -207,37 +248,100 @@ where
 
 #[tracing::instrument(skip_all, fields(namespace = stored.namespace(), name = stored.name_any()))]
 async fn reconcile(stored: Arc<Stored>, context: Arc<Context>) -> Result<Action, Error> {
+    let outcome = look(stored.clone(), &context).await;
+    let again = match &outcome {
+        Ok(again) => *again,
+        // `on_error` doubles it.
+        Err(_) => Some(LONGEST_RETRY),
+    };
+    context.health.looked_at(&key_of(stored.as_ref()), again);
+    outcome.map(|again| again.map_or_else(Action::await_change, Action::requeue))
+}
+
+/// One look at a deployment; when the next is due, unless it is gone.
+async fn look(stored: Arc<Stored>, context: &Context) -> Result<Option<Duration>, Error> {
     let stored = context.sources.cache.resource(stored);
     if stored.meta().deletion_timestamp.is_some() {
         // The garbage collector takes the children; there is no finalizer to hold it up.
         context.forget(&key_of(stored.as_ref()));
-        return Ok(Action::await_change());
+        return Ok(None);
     }
     let observed = observe(&context.sources, stored.meta()).await?;
     let now = Now {
         monotonic: context.started.elapsed(),
         wall: Timestamp::now(),
     };
-    let history = context.memory(&stored, |memory| memory.history.clone());
-    let plan = plan(
-        &stored,
-        &observed,
-        &history,
-        now,
-        &context.settings.default_image,
-    );
-    match apply(&context.sources, &stored, &observed.children, &plan).await {
+    let Memory {
+        history, failing, ..
+    } = context.memory(&stored, |memory| memory.clone());
+    let image = &context.settings.default_image;
+    let plan = plan(&stored, &observed, &history, now, image);
+    let load = plan.load;
+    let (mut outcome, failure) = apply(&context.sources, &observed.children, &plan).await;
+    if failure
+        .as_ref()
+        .is_some_and(Error::namespace_is_terminating)
+    {
         // The deployment goes with it.
-        Err(error) if error.namespace_is_terminating() => return Ok(Action::await_change()),
-        applied => applied?,
+        return Ok(None);
     }
-    context.metrics.reconciled(&stored, &plan, &observed);
+    let failing = failure.as_ref().map(|_| failing.unwrap_or(now.monotonic));
+    let is_old = failing.is_some_and(|since| now.monotonic - since >= FAILING_AFTER);
+    outcome.failing = failure.as_ref().filter(|_| is_old).map(Error::sentence);
+
+    let desired = desired_replicas(&plan, &outcome, &observed);
+    let report = report(&stored, &observed, plan, &outcome, now);
+    let unsent = publish(&context.sources, &stored, &report.events).await;
+    let written = match &report.status {
+        Some(status) => write_status(&context.sources, &stored, status).await,
+        None => Ok(()),
+    };
+    for (_, error) in &unsent {
+        context.failed(&stored, error);
+    }
+    context.metrics.looked(
+        &stored,
+        &Figures {
+            desired,
+            load,
+            refused: report.refused,
+            pods: &observed.pods,
+        },
+    );
+    // An event that is refused would be refused again.
+    let may_be_sent = unsent
+        .into_iter()
+        .filter(|(_, error)| error.refusal().is_none());
+    let again = report.recheck_after;
+    let history = report.remember(
+        written.is_ok(),
+        may_be_sent.map(|(event, _)| event).collect(),
+    );
     context.memory(&stored, |memory| {
-        memory.failures = 0;
-        // What was not carried out must not be remembered as if it were.
-        memory.history = plan.history;
+        memory.failing = failing;
+        memory.history = history;
     });
-    Ok(Action::requeue(plan.recheck_after))
+    match failure.or(written.err()) {
+        Some(error) => Err(error),
+        None => {
+            context.memory(&stored, |memory| memory.failures = 0);
+            context.metrics.reconciled();
+            Ok(Some(again))
+        }
+    }
+}
+
+/// The number of replicas that the child Deployment asks for by now.
+fn desired_replicas(plan: &Plan, outcome: &Outcome, observed: &Observed) -> i32 {
+    let planned = plan.children.as_ref().map(|children| &children.deployment);
+    let planned = planned
+        .or(plan.fallback.as_ref())
+        .filter(|_| outcome.is_scaled);
+    // Where nothing could be changed, what was asked for before goes on.
+    let child = planned.or(observed.children.deployment.as_deref());
+    child
+        .and_then(|child| child.spec.as_ref()?.replicas)
+        .unwrap_or(0)
 }
 
 fn on_error(stored: Arc<Stored>, error: &Error, context: Arc<Context>) -> Action {
@@ -248,17 +352,7 @@ fn on_error(stored: Arc<Stored>, error: &Error, context: Arc<Context>) -> Action
     let delay = FIRST_RETRY
         .saturating_mul(1 << failures.saturating_sub(1).min(6))
         .min(LONGEST_RETRY);
-    tracing::warn!(
-        namespace = stored.namespace(),
-        name = %stored.name_any(),
-        step = error.step(),
-        %error,
-        cause = error.source().map(ToString::to_string),
-        failures,
-        retry_s = delay.as_secs(),
-        "reconcile failed"
-    );
-    context.metrics.failed(error);
+    context.failed(&stored, error);
     Action::requeue(delay)
 }
 

@@ -1,13 +1,21 @@
 //! "Read what I wrote": the API server's answers to the operator's last writes, each of which counts until the watch has
-//! brought the same object or a later one. The only place that compares versions of objects.
+//! brought the same object or a later one; and its refusals, each of which stands for a while. The only place that compares
+//! versions of objects.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::Resource;
+use kube::core::Status;
+use serde_json::Value;
 
 use crate::cache::{Key, key_of};
+
+/// A request that was refused is made again after this long: a quota may have been raised, a right granted.
+const REFUSAL_STANDS: Duration = Duration::from_secs(20);
 
 /// The last write of each object of the kind `K`, with the `W` that it was made from.
 #[derive(Debug)]
@@ -59,6 +67,57 @@ impl<K: Resource, W> LastWrites<K, W> {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, Write<K, W>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the API server refused of late: the same request is not made again at each look.
+#[derive(Debug, Default)]
+pub struct LastRefusals(Mutex<HashMap<Key, HashMap<Cow<'static, str>, LastRefusal>>>);
+
+#[derive(Debug)]
+struct LastRefusal {
+    wanted: Value,
+    at: Instant,
+    said: Box<Status>,
+}
+
+impl LastRefusals {
+    /// What the API server said to the same request less than [`REFUSAL_STANDS`] before `now`.
+    pub fn latest(
+        &self,
+        kind: &str,
+        key: &Key,
+        wanted: &Value,
+        now: Instant,
+    ) -> Option<Box<Status>> {
+        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let refusal = held.get(key)?.get(kind)?;
+        let stands = refusal.wanted == *wanted && now.duration_since(refusal.at) < REFUSAL_STANDS;
+        stands.then(|| refusal.said.clone())
+    }
+
+    /// Records a refusal of `wanted`.
+    pub fn insert(
+        &self,
+        kind: Cow<'static, str>,
+        key: Key,
+        wanted: Value,
+        now: Instant,
+        said: Box<Status>,
+    ) {
+        let refusal = LastRefusal {
+            wanted,
+            at: now,
+            said,
+        };
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.entry(key).or_default().insert(kind, refusal);
+    }
+
+    /// Forgets a deployment that is gone.
+    pub fn remove(&self, key: &Key) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.remove(key);
     }
 }
 
@@ -121,6 +180,34 @@ mod tests {
         writes.remove(&("n".into(), "d".into()));
         let latest = writes.latest(Arc::new(at("u", "9")));
         assert_eq!(latest.metadata.resource_version.as_deref(), Some("9"));
+    }
+
+    #[test]
+    fn a_refusal_stands_for_the_same_request_for_a_while() {
+        let refusals = LastRefusals::default();
+        let (kind, key, begun) = (
+            Cow::from("Service"),
+            ("n".into(), "d".into()),
+            Instant::now(),
+        );
+        let said: Box<Status> = Box::new(serde_json::from_value(json!({ "code": 422 })).unwrap());
+        refusals.insert(kind.clone(), key.clone(), json!({ "a": 1 }), begun, said);
+        for (why, kind, wanted, second, want) in [
+            ("the same", "Service", json!({ "a": 1 }), 19, true),
+            ("after a while", "Service", json!({ "a": 1 }), 20, false),
+            ("another request", "Service", json!({ "a": 2 }), 0, false),
+            ("another child", "Deployment", json!({ "a": 1 }), 0, false),
+        ] {
+            let now = begun + Duration::from_secs(second);
+            let found = refusals.latest(kind, &key, &wanted, now);
+            assert_eq!(found.is_some_and(|said| said.code == 422), want, "{why}");
+        }
+        refusals.remove(&key);
+        assert!(
+            refusals
+                .latest(&kind, &key, &json!({ "a": 1 }), begun)
+                .is_none()
+        );
     }
 
     #[test]

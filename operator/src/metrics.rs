@@ -1,16 +1,34 @@
 //! The operator's metrics, all of them. Names are `kvasir_operator_...`, in base units.
 
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use prometheus::{GaugeVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+use kvasir_crds::llmdeployment::Reason;
+use prometheus::{
+    GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 
 use crate::error::Error;
-use crate::observed::Observed;
-use crate::plan::Plan;
-use crate::pod::{is_ready, not_terminating};
+use crate::plan::autoscale::LoadSummary;
+use crate::pod;
 use crate::stored::Stored;
 
 /// States of `kvasir_operator_replicas`.
 const STATES: [&str; 3] = ["desired", "current", "ready"];
+
+/// What one look at a deployment found.
+#[derive(Clone, Copy, Debug)]
+pub struct Figures<'a> {
+    /// Replicas that are asked for.
+    pub desired: i32,
+    /// What the replicas report; `None` where none does.
+    pub load: Option<LoadSummary>,
+    /// The reason of the condition Accepted, where it is False.
+    pub refused: Option<Reason>,
+    /// Its pods.
+    pub pods: &'a [Arc<Pod>],
+}
 
 /// What the operator counts.
 #[derive(Debug)]
@@ -20,6 +38,8 @@ pub struct Metrics {
     target: GaugeVec,
     utilization: GaugeVec,
     waiting: IntGaugeVec,
+    refused: IntGaugeVec,
+    leading: IntGauge,
     reconciles: IntCounter,
     errors: IntCounterVec,
 }
@@ -59,6 +79,16 @@ impl Metrics {
             "Requests that wait in the replicas that report.",
             &["namespace", "name"],
         )?;
+        let refused = counts(
+            "kvasir_operator_refused",
+            "1 while an LLMDeployment is refused as a whole or in part, with the reason of its condition Accepted.",
+            &["namespace", "name", "reason"],
+        )?;
+        let leading = IntGauge::new(
+            "kvasir_operator_leading",
+            "1 in the operator that acts, 0 in those that stand by.",
+        )?;
+        registry.register(Box::new(leading.clone()))?;
         let reconciles = IntCounter::new(
             "kvasir_operator_reconciles_total",
             "Reconciles that ended well.",
@@ -82,37 +112,54 @@ impl Metrics {
             target,
             utilization,
             waiting,
+            refused,
+            leading,
             reconciles,
             errors,
         })
     }
 
     /// Records a reconcile that ended well.
-    pub fn reconciled(&self, deployment: &Stored, plan: &Plan, observed: &Observed) {
+    pub fn reconciled(&self) {
         self.reconciles.inc();
+    }
+
+    /// Records whether this operator acts.
+    pub fn leads(&self, leads: bool) {
+        self.leading.set(leads.into());
+        if !leads {
+            // Another one's from here on.
+            for gauges in [&self.replicas, &self.waiting, &self.refused] {
+                gauges.reset();
+            }
+            for gauges in [&self.target, &self.utilization] {
+                gauges.reset();
+            }
+        }
+    }
+
+    /// Records what a look at a deployment found.
+    pub fn looked(&self, deployment: &Stored, figures: &Figures<'_>) {
         let (namespace, name) = (
             deployment.namespace().unwrap_or_default(),
             deployment.name_any(),
         );
-        let desired = plan
-            .children
-            .as_ref()
-            .map(|c| &c.deployment)
-            // Where nothing may be touched, what was asked for before goes on.
-            .or(observed.children.deployment.as_deref())
-            .and_then(|child| child.spec.as_ref()?.replicas)
-            .unwrap_or(0);
         let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        let current = count(not_terminating(&observed.pods).count());
-        let ready = count(
-            not_terminating(&observed.pods)
-                .filter(|pod| is_ready(pod))
-                .count(),
+        let pods = || pod::replicas(figures.pods);
+        let (current, ready) = (
+            pods().count(),
+            pods().filter(|pod| pod::is_ready(pod)).count(),
         );
-        for (state, value) in STATES.iter().zip([i64::from(desired), current, ready]) {
+        let counts = [i64::from(figures.desired), count(current), count(ready)];
+        for (state, value) in STATES.iter().zip(counts) {
             self.replicas
                 .with_label_values(&[&namespace, &name, *state])
                 .set(value);
+        }
+        self.forget_refusals(&namespace, &name);
+        if let Some(reason) = figures.refused {
+            let labels = &[namespace.as_str(), name.as_str(), reason.as_str()];
+            self.refused.with_label_values(labels).set(1);
         }
         let labels = &[namespace.as_str(), name.as_str()];
         // What isn't known has no series: a 0 would read as a measurement. A removal fails where there was none.
@@ -124,7 +171,7 @@ impl Metrics {
             }
             None => drop(self.target.remove_label_values(labels)),
         }
-        match plan.load {
+        match figures.load {
             Some(load) => {
                 let ratio = load.active_blocks as f64 / load.blocks.max(1) as f64;
                 self.utilization.with_label_values(labels).set(ratio);
@@ -140,6 +187,13 @@ impl Metrics {
         let _ = self.waiting.remove_label_values(labels);
     }
 
+    fn forget_refusals(&self, namespace: &str, name: &str) {
+        for reason in Reason::REFUSALS {
+            let labels = &[namespace, name, reason.as_str()];
+            let _ = self.refused.remove_label_values(labels);
+        }
+    }
+
     /// Drops the series of a deployment that is gone.
     pub fn forget(&self, namespace: &str, name: &str) {
         for state in STATES {
@@ -147,6 +201,7 @@ impl Metrics {
             let _ = self.replicas.remove_label_values(&[namespace, name, state]);
         }
         let _ = self.target.remove_label_values(&[namespace, name]);
+        self.forget_refusals(namespace, name);
         self.forget_load(&[namespace, name]);
     }
 
@@ -166,13 +221,9 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use serde_json::json;
 
     use super::*;
-    use crate::plan::History;
-    use crate::plan::autoscale::LoadSummary;
 
     #[test]
     fn unknown_load_has_no_series_and_a_deployment_that_is_gone_none_at_all() {
@@ -182,22 +233,19 @@ mod tests {
             "spec": { "model": { "source": { "demo": {} } }, "replicas": 1 }
         }))
         .unwrap();
-        let plan = |load| Plan {
-            children: None,
-            events: vec![],
-            status: None,
+        let found = |load| Figures {
+            desired: 1,
             load,
-            recheck_after: Duration::ZERO,
-            history: History::default(),
+            refused: None,
+            pods: &[],
         };
-        let observed = Observed::default();
-        let known = plan(Some(LoadSummary {
+        let known = found(Some(LoadSummary {
             blocks: 200,
             active_blocks: 50,
             waiting_requests: 3,
         }));
         let holds = |words: &str| metrics.text().unwrap().contains(words);
-        metrics.reconciled(&deployment, &known, &observed);
+        metrics.looked(&deployment, &known);
         let ratio = "kvasir_operator_block_utilization_ratio{name=\"m\",namespace=\"n\"} 0.25";
         let waiting = "kvasir_operator_waiting_requests{name=\"m\",namespace=\"n\"} 3";
         assert!(
@@ -205,10 +253,36 @@ mod tests {
             "{}",
             metrics.text().unwrap()
         );
-        metrics.reconciled(&deployment, &plan(None), &observed);
+        metrics.looked(&deployment, &found(None));
         assert!(!holds("utilization_ratio{") && !holds("waiting_requests{"));
-        metrics.reconciled(&deployment, &known, &observed);
+        let refused = |reason| Figures {
+            refused: Some(reason),
+            ..known
+        };
+        let series = |reason: &str| {
+            format!("kvasir_operator_refused{{name=\"m\",namespace=\"n\",reason=\"{reason}\"}} 1")
+        };
+        for reason in Reason::REFUSALS {
+            metrics.looked(&deployment, &refused(reason));
+            assert!(holds(&series(reason.as_str())));
+        }
+        assert_eq!(
+            metrics
+                .text()
+                .unwrap()
+                .matches("kvasir_operator_refused{")
+                .count(),
+            1,
+            "one reason at a time"
+        );
         metrics.forget("n", "m");
         assert!(!holds("name=\"m\""));
+        metrics.looked(&deployment, &refused(Reason::ChildRefused));
+        metrics.leads(false);
+        assert!(
+            !holds("name=\"m\""),
+            "they are told by the operator that acts"
+        );
+        assert!(holds("kvasir_operator_leading 0"));
     }
 }

@@ -40,7 +40,7 @@ pub struct Observed {
     /// Pods with the deployment's selector, by name.
     pub pods: Vec<Arc<Pod>>,
     /// Warnings about those pods; empty where every one is ready.
-    pub warnings: Vec<Event>,
+    pub warnings: Vec<Arc<Event>>,
     /// The last lines of containers that ended and left no message.
     pub last_lines: Vec<LastLine>,
     /// One entry for each pod whose server has started and that is not being deleted. A server that hangs is no longer

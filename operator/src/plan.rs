@@ -1,7 +1,8 @@
 //! Decides, purely, what should change for one `LLMDeployment`: children, replicas, status, events.
 //!
-//! It knows no API server and no clock: what was observed, the history and the time are arguments. Nothing is changed by
-//! planning: the history to go on with is part of the plan, and counts once the plan was carried out.
+//! [`plan`] decides what should be made, and [`report`], once it is known how the API server took it, what is to be told. Both
+//! know no API server and no clock: what was observed, the history and the time are arguments. The history to go on with
+//! is what [`Report::remember`] gives.
 
 pub mod autoscale;
 pub mod children;
@@ -16,7 +17,8 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{
-    ConditionType, LLMDeployment, LLMDeploymentSpec, LLMDeploymentStatus, LastScaling, Reason,
+    ConditionType, EndedPods, LLMDeployment, LLMDeploymentSpec, LLMDeploymentStatus, LastScaling,
+    Reason,
 };
 
 use crate::observed::{Observed, ObservedChildren};
@@ -31,6 +33,10 @@ const LOAD_STATUS_INTERVAL: Duration = Duration::from_secs(15);
 const AUTOSCALE_INTERVAL: Duration = Duration::from_secs(2);
 /// How soon to look again at a deployment that isn't ready, whose events come without a watch.
 const NOT_READY_INTERVAL: Duration = Duration::from_secs(5);
+/// Failing requests to write a child become a condition after this long.
+pub const FAILING_AFTER: Duration = Duration::from_secs(60);
+/// Events that wait to be published, at most.
+const MAX_UNSENT: usize = 16;
 /// How soon to look again where nothing is expected to happen.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(300);
 
@@ -44,28 +50,78 @@ pub struct Now {
 }
 
 /// What is remembered of one deployment between reconciles, by UID. Lost in a restart, and then only a little slower.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
     autoscale: autoscale::History,
     /// When a status was written last.
     status_at: Option<Duration>,
+    /// A change of the number of replicas that was carried out, and that no status tells yet.
+    untold: Option<LastScaling>,
+    /// Events that could not be published yet.
+    unsent: Vec<EventRecord>,
 }
 
-/// What is to be done.
+/// What is to be made.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The children as they should be; `None` where nothing may be touched.
+    /// The children as they should be; `None` where they can't be made from the spec, or nothing may be touched.
     pub children: Option<Children>,
-    /// What to tell the user, in order.
+    /// What runs, with the pod template that was applied last and the replicas that are asked for now: for when the
+    /// Deployment of `children` can't be had.
+    pub fallback: Option<Deployment>,
+    /// What the replicas report, for the metrics.
+    pub load: Option<LoadSummary>,
+    /// Why there are no `children`.
+    refusal: Option<Refusal>,
+    decision: Option<Decision>,
+    /// A change of the number of replicas by the autoscaler, to be told once it was carried out.
+    scaling: Option<LastScaling>,
+    history: History,
+}
+
+/// How the API server took the children of a plan.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// The Deployment asks for the replicas that were planned.
+    pub is_scaled: bool,
+    /// It refuses a child: the same request will be refused again.
+    pub refused: Option<Refusal>,
+    /// It has failed to write a child for [`FAILING_AFTER`] or longer; in its words.
+    pub failing: Option<String>,
+}
+
+/// What is to be told.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// To the user, in order.
     pub events: Vec<EventRecord>,
     /// The status, where it changes.
     pub status: Option<LLMDeploymentStatus>,
-    /// What the replicas report, for the metrics.
-    pub load: Option<LoadSummary>,
+    /// The reason of the condition Accepted where it is False, for the metrics.
+    pub refused: Option<Reason>,
     /// When to look again, if nothing happens before.
     pub recheck_after: Duration,
-    /// What to remember, once all of this was carried out.
-    pub history: History,
+    at: Duration,
+    scaling: Option<LastScaling>,
+    history: History,
+}
+
+impl Report {
+    /// What to remember, once it is known what of this could be told.
+    #[must_use]
+    pub fn remember(self, status_written: bool, unsent: Vec<EventRecord>) -> History {
+        let told = match &self.status {
+            Some(_) => status_written,
+            None => self.scaling.is_none(),
+        };
+        let is_new = self.status.is_some() && status_written;
+        History {
+            status_at: is_new.then_some(self.at).or(self.history.status_at),
+            untold: self.scaling.filter(|_| !told),
+            unsent: unsent.into_iter().take(MAX_UNSENT).collect(),
+            ..self.history
+        }
+    }
 }
 
 /// How an event is meant.
@@ -84,24 +140,14 @@ pub struct EventRecord {
     pub severity: Severity,
     /// CamelCase, from a closed set.
     pub reason: &'static str,
-    /// What the operator did.
+    /// What the operator did or would do.
     pub action: &'static str,
     /// In words, with the numbers.
     pub message: String,
 }
 
-/// What was decided about the children, before the status says so.
-struct Decided {
-    /// As they should be, or why nothing may be touched.
-    children: Result<Children, Refusal>,
-    /// The autoscaler's answer, where it owns the number of replicas.
-    decision: Option<Decision>,
-    /// A change of the number of replicas by the autoscaler.
-    scaling: Option<LastScaling>,
-}
-
-/// Plans one reconcile. Where the spec can't be read, what runs goes on as it is, and the status says why. `default_image`
-/// is used where the deployment names no image and no child Deployment of its revision runs yet.
+/// Plans what one deployment should have. Where the spec can't be read, what runs goes on as it is. `default_image` is used
+/// where the deployment names no image and no child Deployment of its revision runs yet.
 pub fn plan(
     stored: &Stored,
     observed: &Observed,
@@ -111,52 +157,109 @@ pub fn plan(
 ) -> Plan {
     let mut history = history.clone();
     let conflict = name_conflict(stored.meta(), &observed.children);
-    let child = observed.children.deployment.as_deref();
-    let running = child.filter(|_| conflict.is_none());
+    let running = running(stored, observed);
     let is_autoscaled = stored.spec().is_some_and(|spec| spec.autoscaling.is_some());
     if !is_autoscaled {
         // Should it be switched on again, what was known before counts no more.
         history.autoscale = autoscale::History::default();
     }
-    let decided = match &stored.0 {
-        Ok(deployment) => {
-            let decision = autoscale(deployment, running, observed, &mut history, now);
-            decide(deployment, running, conflict, decision, now, default_image)
-        }
-        Err(unreadable) => Decided {
-            children: Err(Refusal {
+    let load = autoscale::summarize(&observed.loads);
+    let refused = |refusal| Plan {
+        children: None,
+        fallback: None,
+        load,
+        refusal: Some(refusal),
+        decision: None,
+        scaling: None,
+        history: history.clone(),
+    };
+    let deployment = match (&stored.0, conflict) {
+        (Err(unreadable), _) => {
+            return refused(Refusal {
                 reason: Reason::InvalidSpec,
                 sentence: unreadable.sentence.clone(),
-            }),
-            decision: None,
-            scaling: None,
-        },
+            });
+        }
+        (Ok(_), Some(conflict)) => return refused(conflict),
+        (Ok(deployment), None) => deployment,
     };
-    let load = autoscale::summarize(&observed.loads);
+    let decision = autoscale(deployment, running, observed, &mut history, now);
+    let replicas = asked_replicas(&deployment.spec, decision.as_ref());
+    let fallback = running.and_then(|running| children::scaled(deployment, replicas, running));
+    let (children, refusal) = match children::children(deployment, replicas, default_image, running)
+    {
+        Ok(children) => (Some(children), None),
+        Err(sentence) => (
+            None,
+            Some(Refusal {
+                reason: Reason::InvalidPodTemplate,
+                sentence,
+            }),
+        ),
+    };
+    let scaling = match (&decision, running.and_then(replicas_of)) {
+        (Some(decision), Some(from)) if from != replicas => Some(LastScaling {
+            time: Time(now.wall),
+            from,
+            to: replicas,
+            reason: decision.reason.clone(),
+        }),
+        _ => None,
+    };
+    Plan {
+        children,
+        fallback,
+        load,
+        refusal,
+        decision,
+        scaling,
+        history,
+    }
+}
+
+/// Says what came of `plan`: the status, and what happened that the status before doesn't tell.
+pub fn report(
+    stored: &Stored,
+    observed: &Observed,
+    plan: Plan,
+    outcome: &Outcome,
+    now: Now,
+) -> Report {
+    let refused = plan.refusal.as_ref().or(outcome.refused.as_ref());
+    let carried_out = plan.scaling.filter(|_| outcome.is_scaled);
+    let scaling = carried_out.clone().or(plan.history.untold.clone());
     let status = status::status(&StatusInput {
         stored,
         observed,
-        child: running,
-        refused: decided.children.as_ref().err(),
-        decision: decided.decision.as_ref(),
-        scaling: decided.scaling.as_ref(),
-        load,
+        child: running(stored, observed),
+        refused,
+        failing: outcome.failing.as_deref(),
+        decision: plan.decision.as_ref(),
+        scaling: scaling.as_ref(),
+        load: plan.load,
         now: now.wall,
     });
-    let recheck_after = recheck_after(stored.spec(), &decided, &status);
-    let events = events(stored.status(), &decided);
-    let status = changed(stored.status(), status, &history, now);
-    if status.is_some() {
-        history.status_at = Some(now.monotonic);
-    }
-    Plan {
-        children: decided.children.ok(),
+    let recheck_after = recheck_after(stored.spec(), refused, plan.decision.as_ref(), &status);
+    let before = stored.status();
+    let mut events = plan.history.unsent.clone();
+    events.extend(carried_out.as_ref().map(scaled));
+    events.extend(refused.filter(|r| !is_told(before, r)).map(refusal));
+    events.extend(newly_ended(before, &status).map(ended));
+    Report {
         events,
-        status,
-        load,
+        status: changed(before, status, &plan.history, now),
+        refused: refused.map(|refusal| refusal.reason),
         recheck_after,
-        history,
+        at: now.monotonic,
+        scaling,
+        history: plan.history,
     }
+}
+
+/// The child Deployment, where one is observed and nothing of the children's names is another's.
+fn running<'a>(stored: &Stored, observed: &'a Observed) -> Option<&'a Deployment> {
+    let child = observed.children.deployment.as_deref();
+    child.filter(|_| name_conflict(stored.meta(), &observed.children).is_none())
 }
 
 /// The autoscaler's answer, where the deployment is autoscaled.
@@ -180,43 +283,6 @@ fn autoscale(
     ))
 }
 
-/// The children that a readable deployment should have.
-fn decide(
-    deployment: &LLMDeployment,
-    running: Option<&Deployment>,
-    conflict: Option<Refusal>,
-    decision: Option<Decision>,
-    now: Now,
-    default_image: &str,
-) -> Decided {
-    let replicas = asked_replicas(&deployment.spec, decision.as_ref());
-    let children =
-        match conflict {
-            Some(conflict) => Err(conflict),
-            None => children::children(deployment, replicas, default_image, running).map_err(
-                |sentence| Refusal {
-                    reason: Reason::InvalidPodTemplate,
-                    sentence,
-                },
-            ),
-        };
-    let scaling = match (&decision, running.and_then(replicas_of)) {
-        // Where the children can't be planned nothing is carried out, and nothing may be told.
-        (Some(decision), Some(from)) if from != replicas && children.is_ok() => Some(LastScaling {
-            time: Time(now.wall),
-            from,
-            to: replicas,
-            reason: decision.reason.clone(),
-        }),
-        _ => None,
-    };
-    Decided {
-        children,
-        decision,
-        scaling,
-    }
-}
-
 /// The number of replicas that is asked for now: the autoscaler's, or the user's.
 fn asked_replicas(spec: &LLMDeploymentSpec, decision: Option<&Decision>) -> i32 {
     match decision {
@@ -232,24 +298,25 @@ fn replicas_of(child: &Deployment) -> Option<i32> {
 
 fn recheck_after(
     spec: Option<&LLMDeploymentSpec>,
-    decided: &Decided,
+    refused: Option<&Refusal>,
+    decision: Option<&Decision>,
     status: &LLMDeploymentStatus,
 ) -> Duration {
     let Some(spec) = spec else {
         return LOAD_STATUS_INTERVAL;
     };
-    let replicas = asked_replicas(spec, decided.decision.as_ref());
+    let replicas = asked_replicas(spec, decision);
     match () {
         () if spec.autoscaling.is_some() => AUTOSCALE_INTERVAL,
+        () if refused.is_some() => LOAD_STATUS_INTERVAL,
         () if status.ready_replicas < replicas => NOT_READY_INTERVAL,
         () if replicas > 0 => LOAD_STATUS_INTERVAL,
         () => RESYNC_INTERVAL,
     }
 }
 
-/// What happened that the status `before` doesn't tell yet.
-fn events(before: Option<&LLMDeploymentStatus>, decided: &Decided) -> Vec<EventRecord> {
-    let scaled = decided.scaling.as_ref().map(|scaling| EventRecord {
+fn scaled(scaling: &LastScaling) -> EventRecord {
+    EventRecord {
         severity: Severity::Normal,
         reason: match scaling.to > scaling.from {
             true => "ScaledUp",
@@ -257,16 +324,39 @@ fn events(before: Option<&LLMDeploymentStatus>, decided: &Decided) -> Vec<EventR
         },
         action: "Scale",
         message: scaling.reason.clone(),
-    });
-    let refusal = decided.children.as_ref().err();
-    let refused = refusal.filter(|refusal| !is_told(before, refusal));
-    let refused = refused.map(|refusal| EventRecord {
+    }
+}
+
+fn refusal(refusal: &Refusal) -> EventRecord {
+    EventRecord {
         severity: Severity::Warning,
         reason: refusal.reason.as_str(),
         action: "Accept",
         message: refusal.sentence.clone(),
-    });
-    scaled.into_iter().chain(refused).collect()
+    }
+}
+
+fn ended(ended: &EndedPods) -> EventRecord {
+    EventRecord {
+        severity: Severity::Warning,
+        reason: "PodsEnded",
+        action: "Replace",
+        message: format!("{}: {}", ended.reason, ended.message),
+    }
+}
+
+/// Reasons why pods ended that the status before doesn't give.
+fn newly_ended<'a>(
+    before: Option<&LLMDeploymentStatus>,
+    status: &'a LLMDeploymentStatus,
+) -> impl Iterator<Item = &'a EndedPods> {
+    let known: Vec<_> = before
+        .iter()
+        .flat_map(|before| &before.ended_pods)
+        .cloned()
+        .collect();
+    let ended = status.ended_pods.iter();
+    ended.filter(move |ended| known.iter().all(|known| known.reason != ended.reason))
 }
 
 /// The condition Accepted gives this refusal already.

@@ -33,10 +33,18 @@ pub const MANAGEMENT: ContainerPort = ContainerPort {
 /// A longer line is cut: a status is no place for a whole log.
 pub const LINE_LIMIT_CHARS: usize = 1000;
 
-/// The pods that are not being deleted.
-pub fn not_terminating(pods: &[Arc<Pod>]) -> impl Iterator<Item = &Pod> {
+/// The pods that are replicas: those that are not being deleted and have not ended. A pod that was evicted or that a node
+/// refused stays listed until it is collected, and another one has taken its place long before.
+pub fn replicas(pods: &[Arc<Pod>]) -> impl Iterator<Item = &Pod> {
     let pods = pods.iter().map(Arc::as_ref);
-    pods.filter(|pod| pod.metadata.deletion_timestamp.is_none())
+    pods.filter(|pod| pod.metadata.deletion_timestamp.is_none() && !has_ended(pod))
+}
+
+/// All its containers have ended, and none is started again: phase Failed or Succeeded.
+#[must_use]
+pub fn has_ended(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+    matches!(phase, Some("Failed" | "Succeeded"))
 }
 
 /// The pod's condition Ready.
@@ -90,7 +98,7 @@ pub fn load_port(pod: &Pod) -> u16 {
     }
 }
 
-/// Takes out of a pod what nobody reads: all of its spec but the ports of the containers.
+/// Takes out of a pod what nobody reads: all of its spec but the ports and limits of the containers.
 pub fn strip(pod: &mut Pod) {
     pod.metadata.managed_fields = None;
     let Some(spec) = pod.spec.take() else { return };
@@ -99,6 +107,7 @@ pub fn strip(pod: &mut Pod) {
         kept.containers.push(k8s_openapi::api::core::v1::Container {
             name: container.name,
             ports: container.ports,
+            resources: container.resources,
             ..Default::default()
         });
     }
@@ -118,10 +127,49 @@ pub fn last_termination(container: &ContainerStatus) -> Option<&ContainerStateTe
     before.filter(|_| !serves)
 }
 
-/// The last line that isn't empty.
+/// The memory limit of a container.
 #[must_use]
-pub fn last_line(text: &str) -> Option<&str> {
-    text.lines().map(str::trim).rfind(|line| !line.is_empty())
+pub fn memory_limit<'a>(pod: &'a Pod, container: &str) -> Option<&'a str> {
+    let mut containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let resources = containers.find(|c| c.name == container)?.resources.as_ref();
+    let memory = resources?.limits.as_ref()?.get("memory")?;
+    Some(memory.0.as_str())
+}
+
+/// The sentence at a log's end that says why the program ended: its last line, unless that only points elsewhere. A program
+/// whose flags are wrong ends with the way to its help (clap), and one that panicked with the way to a backtrace.
+#[must_use]
+pub fn last_words(log: &str) -> Option<String> {
+    let lines: Vec<&str> = log.lines().map(str::trim).collect();
+    let filled = || {
+        lines
+            .iter()
+            .enumerate()
+            .filter(|(_, line)| !line.is_empty())
+    };
+    let (_, last) = filled().next_back()?;
+    let is_signpost = |line: &str| {
+        line.starts_with("For more information, try ")
+            || line.starts_with("note: run with `RUST_BACKTRACE")
+    };
+    if !is_signpost(last) {
+        return Some((*last).to_owned());
+    }
+    let error = filled().rfind(|(_, line)| line.starts_with("error: "));
+    let Some((at, line)) = error else {
+        let before = filled().rfind(|(_, line)| !is_signpost(line));
+        return Some(before.map_or(*last, |(_, line)| *line).to_owned());
+    };
+    // Its list, up to the next empty line: the values that are possible, the arguments that lack.
+    let list = lines[at + 1..].iter().take_while(|line| !line.is_empty());
+    Some(
+        [line]
+            .into_iter()
+            .chain(list)
+            .copied()
+            .collect::<Vec<_>>()
+            .join(" "),
+    )
 }
 
 #[cfg(test)]
@@ -157,9 +205,70 @@ mod tests {
     }
 
     #[test]
-    fn the_last_line_is_the_last_with_words() {
-        for (text, want) in [("a\nb\n\n  \n", Some("b")), ("\n \n", None), ("", None)] {
-            assert_eq!(last_line(text), want, "{text:?}");
+    fn the_last_words_say_what_is_wrong() {
+        for (why, log, want) in [
+            ("the last line with words", "a\nb\n\n  \n", Some("b")),
+            ("no words", "\n \n", None),
+            ("nothing", "", None),
+            (
+                "a mistyped flag",
+                "error: unexpected argument '--max-seqs' found\n\n  tip: a similar argument exists: '--max-num-seqs'\n\n\
+                 Usage: kvasir-server [OPTIONS]\n\nFor more information, try '--help'.\n",
+                Some("error: unexpected argument '--max-seqs' found"),
+            ),
+            (
+                "a value that is none",
+                "error: invalid value 'x' for '--dtype <DTYPE>'\n  [possible values: auto, float32]\n\n\
+                 For more information, try '--help'.\n",
+                Some(
+                    "error: invalid value 'x' for '--dtype <DTYPE>' [possible values: auto, float32]",
+                ),
+            ),
+            (
+                "an argument that lacks",
+                "error: the following required arguments were not provided:\n  --model <MODEL>\n\nUsage: x\n\n\
+                 For more information, try '--help'.",
+                Some("error: the following required arguments were not provided: --model <MODEL>"),
+            ),
+            (
+                "a panic",
+                "loading\n\nthread 'main' panicked at src/main.rs:3:5:\nindex out of bounds\n\
+                 note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace\n",
+                Some("index out of bounds"),
+            ),
+            (
+                "an error long ago is not the last word",
+                "error: no device, trying the next\nkvasir-server: weights end too early\n",
+                Some("kvasir-server: weights end too early"),
+            ),
+            (
+                "the kubelet kept only the end",
+                "\nFor more information, try '--help'.",
+                Some("For more information, try '--help'."),
+            ),
+        ] {
+            assert_eq!(last_words(log).as_deref(), want, "{why}");
+        }
+    }
+
+    #[test]
+    fn a_pod_that_ended_or_goes_is_no_replica() {
+        for (phase, deleted, want) in [
+            ("Pending", None, true),
+            ("Running", None, true),
+            ("Unknown", None, true),
+            ("Failed", None, false),
+            ("Succeeded", None, false),
+            ("Running", Some("2026-01-01T00:00:00Z"), false),
+        ] {
+            let pod: Pod = serde_json::from_value(json!({
+                "metadata": { "deletionTimestamp": deleted }, "status": { "phase": phase } }))
+            .unwrap();
+            assert_eq!(
+                replicas(&[Arc::new(pod)]).count() == 1,
+                want,
+                "{phase} {deleted:?}"
+            );
         }
     }
 }

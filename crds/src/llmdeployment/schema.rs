@@ -24,18 +24,43 @@ pub(super) struct SourceUnion {
 
 /// core/v1 ResourceRequirements without claims.
 pub(super) fn resources(_: &mut SchemaGenerator) -> Schema {
-    let quantities = json_schema!({
+    let quantities = |description: &str| {
+        json_schema!({
+            "type": "object",
+            "description": description,
+            // The API server bounds what a rule may cost by it: 32 are too many.
+            "maxProperties": 16,
+            "additionalProperties": {
+                "pattern": r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$",
+                "x-kubernetes-int-or-string": true
+            },
+            "x-kubernetes-validations": [
+                {
+                    "rule": "!('nvidia.com/gpu' in self) || string(self['nvidia.com/gpu']) in ['0', '1']",
+                    "message": "nvidia.com/gpu must be 1: a replica serves on one GPU; for more of them raise spec.replicas or spec.autoscaling.maxReplicas"
+                },
+                {
+                    "rule": "self.all(name, !(name == 'nvidia.com/gpu.shared' || name.startsWith('nvidia.com/mig-')) || string(self[name]) in ['0', '1'])",
+                    "message": "nvidia.com/gpu.shared and nvidia.com/mig-... must be 1: a replica serves on one part of a GPU, and more of them give it no more"
+                },
+                {
+                    "rule": "self.filter(name, name == 'nvidia.com/gpu' || name == 'nvidia.com/gpu.shared' || name.startsWith('nvidia.com/mig-')).filter(name, string(self[name]) != '0').size() <= 1",
+                    "message": "a replica serves on one GPU or one part of one: of nvidia.com/gpu, nvidia.com/gpu.shared and nvidia.com/mig-... only one may be set"
+                }
+            ]
+        })
+    };
+    json_schema!({
         "type": "object",
-        "additionalProperties": {
-            "pattern": r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE]|([eE](\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))))?$",
-            "x-kubernetes-int-or-string": true
+        "properties": {
+            "limits": quantities("The most that each replica may use, by resource: cpu, memory, nvidia.com/gpu. Above its memory limit a server is killed."),
+            "requests": quantities("What a node must have free for each replica, by resource; where absent, the limit. A GPU is set in limits.")
         },
         "x-kubernetes-validations": [{
-            "rule": "!('nvidia.com/gpu' in self) || string(self['nvidia.com/gpu']) in ['0', '1']",
-            "message": "nvidia.com/gpu must be 1: a replica serves on one GPU; for more of them raise spec.replicas or spec.autoscaling.maxReplicas"
+            "rule": "!has(self.requests) || self.requests.all(name, !name.startsWith('nvidia.com/') || (has(self.limits) && name in self.limits))",
+            "message": "a GPU in resources.requests must be in resources.limits too: Kubernetes doesn't overcommit it"
         }]
-    });
-    json_schema!({ "type": "object", "properties": { "limits": quantities, "requests": quantities } })
+    })
 }
 
 /// A list of core/v1 EnvVar, with `valueFrom` left to the API server's check of the pods.

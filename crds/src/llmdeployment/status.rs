@@ -12,11 +12,12 @@ pub struct LLMDeploymentStatus {
     /// metadata.generation that this status describes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// Accepted, Available, Progressing, Ready and ScalingActive.
+    /// Accepted, Available, Progressing, Ready and ScalingActive always; CapacityUnavailable, ScalingLimited, Stalled and
+    /// Reconciling while they hold.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
-    /// Pods that exist.
+    /// Pods that exist and have not ended.
     #[serde(default)]
     pub replicas: i32,
     /// Pods that serve.
@@ -44,6 +45,11 @@ pub struct LLMDeploymentStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub not_ready: Vec<NotReadyReplica>,
+    /// Why pods ended that are still listed (evicted, refused by a node, shut down with it): each reason once, the first
+    /// five. Such a pod is no replica any more, and another stands in for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[x_kube(merge_strategy = ListMerge::Atomic)]
+    pub ended_pods: Vec<EndedPods>,
 }
 
 /// One change of the number of replicas.
@@ -73,6 +79,16 @@ pub struct NotReadyReplica {
     pub message: String,
 }
 
+/// Pods that ended for one reason.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndedPods {
+    /// The reason of the pods' status: Evicted, UnexpectedAdmissionError, Terminated, or else their phase.
+    pub reason: String,
+    /// The first of them that was seen, and what its status says.
+    pub message: String,
+}
+
 /// The types of the conditions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ConditionType {
@@ -82,10 +98,18 @@ pub enum ConditionType {
     Available,
     /// A rollout or a scaling is under way.
     Progressing,
-    /// Available, and the current generation is rolled out.
+    /// Available, and the current generation is rolled out. Fewer replicas than are asked for are no reason against it.
     Ready,
     /// The operator owns the number of replicas and can decide it.
     ScalingActive,
+    /// A replica has no place: the scheduler finds no node, or a quota is used up. Absent otherwise.
+    CapacityUnavailable,
+    /// The load is work for more replicas than `maxReplicas`. Absent otherwise.
+    ScalingLimited,
+    /// Nothing goes on without the user: a refusal, or a rollout past its deadline (kstatus). Absent otherwise.
+    Stalled,
+    /// Not Ready yet, and being worked on (kstatus). Never beside Stalled; absent otherwise.
+    Reconciling,
 }
 
 impl ConditionType {
@@ -98,6 +122,10 @@ impl ConditionType {
             ConditionType::Progressing => "Progressing",
             ConditionType::Ready => "Ready",
             ConditionType::ScalingActive => "ScalingActive",
+            ConditionType::CapacityUnavailable => "CapacityUnavailable",
+            ConditionType::ScalingLimited => "ScalingLimited",
+            ConditionType::Stalled => "Stalled",
+            ConditionType::Reconciling => "Reconciling",
         }
     }
 }
@@ -130,6 +158,12 @@ reasons! {
     InvalidPodTemplate,
     /// An object of a child's name exists that isn't ours.
     NameConflict,
+    /// The API server refuses a child.
+    ChildRefused,
+    /// The API server fails to write a child, for a minute by now, and is asked again.
+    ApplyRetried,
+    /// The rollout made no progress in the time that it has.
+    ProgressDeadlineExceeded,
     /// At least one replica serves.
     ReplicaServing,
     /// All replicas of the current generation serve.
@@ -164,8 +198,18 @@ reasons! {
     FixedReplicas,
     /// No replica reports its load: the number is held.
     LoadUnknown,
-    /// The number of replicas is `maxReplicas`: more load adds none.
+    /// The load is work for more replicas than `maxReplicas`.
     AtMaxReplicas,
+}
+
+impl Reason {
+    /// Those of the condition Accepted where it is False.
+    pub const REFUSALS: [Reason; 4] = [
+        Reason::InvalidSpec,
+        Reason::InvalidPodTemplate,
+        Reason::NameConflict,
+        Reason::ChildRefused,
+    ];
 }
 
 impl std::fmt::Display for Reason {

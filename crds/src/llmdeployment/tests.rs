@@ -116,8 +116,46 @@ fn rules_refuse_contradictions_and_say_the_remedy() {
         (
             "one GPU in words",
             "demo",
-            json!({ "model": demo, "replicas": 1, "resources": { "requests": { "nvidia.com/gpu": "1" } } }),
+            json!({ "model": demo, "replicas": 1, "resources": { "limits": { "nvidia.com/gpu": "1" },
+                "requests": { "nvidia.com/gpu": "1", "cpu": 2 } } }),
             "",
+        ),
+        (
+            "a GPU that is requested and not limited",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "requests": { "nvidia.com/gpu": 1 } } }),
+            "must be in resources.limits too",
+        ),
+        (
+            "the same beside other limits",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "limits": { "cpu": 1 },
+                "requests": { "nvidia.com/mig-1g.10gb": 1 } } }),
+            "must be in resources.limits too",
+        ),
+        (
+            "a part of a GPU",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "limits": { "nvidia.com/mig-1g.10gb": 1, "nvidia.com/gpu": 0 } } }),
+            "",
+        ),
+        (
+            "two shares of a GPU",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "limits": { "nvidia.com/gpu.shared": 2 } } }),
+            "nvidia.com/mig-... must be 1",
+        ),
+        (
+            "two slices of a GPU",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "limits": { "nvidia.com/mig-1g.10gb": "2" } } }),
+            "nvidia.com/mig-... must be 1",
+        ),
+        (
+            "a whole one and a part",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "resources": { "limits": { "nvidia.com/gpu": 1, "nvidia.com/gpu.shared": 1 } } }),
+            "only one may be set",
         ),
         (
             "GPUs that nobody would use",
@@ -178,6 +216,25 @@ fn quantities_may_be_numbers() {
         parsed.spec.resources.unwrap().limits.unwrap()["nvidia.com/gpu"].0,
         "1"
     );
+}
+
+#[test]
+fn kubectl_explains_every_field_of_the_spec_and_lists_it_among_all() {
+    fn undescribed(path: &str, schema: &Value, found: &mut Vec<String>) {
+        for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+            let path = format!("{path}.{name}");
+            if field["description"].as_str().unwrap_or_default().is_empty() {
+                found.push(path.clone());
+            }
+            undescribed(&path, field, found);
+        }
+    }
+    let crd = serde_json::to_value(LLMDeployment::crd()).unwrap();
+    let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+    let mut found = Vec::new();
+    undescribed("spec", schema, &mut found);
+    assert_eq!(found, Vec::<String>::new());
+    assert_eq!(crd["spec"]["names"]["categories"], json!(["all", "kvasir"]));
 }
 
 #[test]

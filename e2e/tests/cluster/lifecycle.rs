@@ -1,6 +1,6 @@
 //! A deployment from apply to delete, and what an upgrade of the operator leaves alone.
 
-use crate::test_namespace::{TestNamespace, demo};
+use crate::test_namespace::{TestNamespace, condition, demo};
 use crate::{kvasir, next_reference, release};
 use kvasir_e2e::command::run;
 use kvasir_e2e::quickstart::{self, SYSTEM};
@@ -52,8 +52,14 @@ fn a_namespace_goes_with_all_that_is_in_it_and_no_error_is_told() {
     let _alone = release();
     ns.kubectl(&["delete", "namespace", "going", "--timeout=90s"])
         .expect("deleted");
-    let operator = ["logs", "deployment/kvasir-operator", "--namespace", SYSTEM];
-    let log = run(cluster.kubectl().args(operator)).expect("its log");
+    let operators = [
+        "logs",
+        "-l",
+        "app.kubernetes.io/name=kvasir-operator",
+        "--tail=-1",
+    ];
+    let operators = [&operators[..], &["--namespace", SYSTEM]].concat();
+    let log = run(cluster.kubectl().args(operators)).expect("their logs");
     let told: Vec<_> = log
         .lines()
         .filter(|line| line.contains("WARN") && line.contains("going"))
@@ -71,6 +77,36 @@ fn kubectl_scale_reaches_the_pods() {
     ns.await_deployment("two replicas serve", "fixed", 90, |object| {
         object["status"]["readyReplicas"] == 2
     });
+    // One more has no place: what serves is still what was asked for, only less of it.
+    let quota =
+        "apiVersion: v1\nkind: ResourceQuota\nmetadata: {name: two}\nspec: {hard: {pods: 2}}";
+    ns.apply(quota).expect("accepted");
+    ns.until("the quota counts", 30, || {
+        let used = ns.get(&["resourcequota", "two"])?["status"]["used"]["pods"].clone();
+        Ok(if used == "2" {
+            Seen::Yes(())
+        } else {
+            Seen::NotYet(used.to_string())
+        })
+    });
+    ns.kubectl(&["scale", "llmdeployment", "fixed", "--replicas=3"])
+        .expect("scaled");
+    let object = ns.await_deployment("the quota is told", "fixed", 60, |object| {
+        condition(object, "CapacityUnavailable")["reason"] == "PodRefused"
+    });
+    let told = condition(&object, "CapacityUnavailable")["message"].to_string();
+    assert!(told.contains("exceeded quota"), "{told}");
+    assert_eq!(condition(&object, "Ready")["status"], "True", "{object}");
+    assert!(condition(&object, "Stalled").is_null(), "{object}");
+    ns.kubectl(&["scale", "llmdeployment", "fixed", "--replicas=0"])
+        .expect("scaled");
+    let object = ns.await_deployment("nothing runs, as asked", "fixed", 60, |object| {
+        condition(object, "Available")["reason"] == "ScaledToZero"
+    });
+    assert_eq!(condition(&object, "Available")["status"], "False");
+    assert_eq!(condition(&object, "Ready")["reason"], "ScaledToZero");
+    assert_eq!(condition(&object, "Ready")["status"], "True");
+    assert!(condition(&object, "Reconciling").is_null(), "{object}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod gpu;
 mod image;
 mod lifecycle;
 mod monitoring;
+mod operators;
 mod reasons;
 mod refusals;
 mod removal;

@@ -302,12 +302,12 @@ fn prometheus_finds_every_series_that_the_dashboard_shows() {
     let pod = ns.pods(NAME).expect("pods").remove(0);
     let server = pod["metadata"]["name"].as_str().expect("a name").to_owned();
     let operators = ["-n", quickstart::SYSTEM, "get", "pods", "-o", "name"];
-    let operator = run(cluster.kubectl().args(operators)).expect("the operator's pod");
-    let operator = operator.trim().trim_start_matches("pod/");
-    for (namespace, pod) in [
-        (NAMESPACE, format!("{server}:8001")),
-        (quickstart::SYSTEM, format!("{operator}:8080")),
-    ] {
+    let operators = run(cluster.kubectl().args(operators)).expect("the operators' pods");
+    let operators = operators.lines().map(|line| {
+        let operator = line.trim_start_matches("pod/");
+        (quickstart::SYSTEM, format!("{operator}:8080"))
+    });
+    for (namespace, pod) in operators.chain([(NAMESPACE, format!("{server}:8001"))]) {
         let path = format!("/api/v1/namespaces/{namespace}/pods/{pod}/proxy/metrics");
         let metrics = run(cluster.kubectl().args(["get", "--raw", &path])).expect("metrics");
         assert!(metrics.contains("kvasir_"), "{pod}: {metrics}");

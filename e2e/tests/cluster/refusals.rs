@@ -1,5 +1,5 @@
 //! What is refused of an LLMDeployment, in our words: by the rules of the CRD alone, and by an operator that can't read
-//! what was stored under other rules.
+//! what was stored under other rules; in the API server's own, where it refuses what is made from it.
 
 use crate::test_namespace::{TestNamespace, condition, demo};
 use crate::{kvasir, release};
@@ -28,6 +28,14 @@ fn contradictions_and_a_second_owner_of_the_replicas_are_refused() {
     let error = ns.apply(&demo("demo", gpus)).expect_err("two GPUs");
     assert!(
         error.to_string().contains("nvidia.com/gpu must be 1"),
+        "{error}"
+    );
+    let unlimited = "  replicas: 1\n  resources: {requests: {nvidia.com/gpu: 1}}";
+    let error = ns.apply(&demo("demo", unlimited)).expect_err("no limit");
+    assert!(
+        error
+            .to_string()
+            .contains("must be in resources.limits too"),
         "{error}"
     );
     ns.apply(&demo("owned", "  autoscaling: {maxReplicas: 3}"))
@@ -90,4 +98,64 @@ fn an_object_that_the_operator_cannot_read_says_why_and_stops_no_other() {
     ns.await_ready("other");
     ns.apply(&scaled(1)).expect("mended");
     ns.await_ready("newer");
+}
+
+#[test]
+fn what_the_api_server_refuses_is_told_and_what_runs_is_scaled() {
+    let Some(cluster) = kvasir() else { return };
+    let ns = TestNamespace::new(cluster, "refused");
+    // A generator's template, and a cluster that chooses the group itself.
+    let spec = |low: u32, request: &str| {
+        demo(
+            "demo",
+            &format!(
+                "  autoscaling: {{minReplicas: {low}, maxReplicas: 3}}\n  drainSeconds: 5\n  \
+                 resources: {{requests: {{cpu: 50m, memory: {request}}}, limits: {{memory: 1Gi}}}}\n  \
+                 podTemplate: {{metadata: {{creationTimestamp: null}}, spec: {{securityContext: {{fsGroup: null}}}}}}"
+            ),
+        )
+    };
+    ns.apply(&spec(1, "128Mi")).expect("accepted");
+    ns.await_ready("demo");
+    let pod = ns.pods("demo").expect("pods").remove(0);
+    let context = &pod["spec"]["securityContext"];
+    assert_eq!(context["runAsUser"], 65_532, "{context}");
+    assert!(context["fsGroup"].is_null(), "{context}");
+
+    // The rules know nothing of it, the API server does.
+    ns.apply(&spec(2, "2Gi")).expect("accepted by the rules");
+    let object = ns.await_deployment("the refusal is told", "demo", 30, |object| {
+        condition(object, "Accepted")["reason"] == "ChildRefused"
+    });
+    let sentence = condition(&object, "Accepted")["message"].clone();
+    let words = "must be less than or equal to memory limit";
+    assert!(
+        sentence.as_str().expect("text").contains(words),
+        "{sentence}"
+    );
+    for (kind, status) in [
+        ("Stalled", "True"),
+        ("Ready", "False"),
+        ("Available", "True"),
+    ] {
+        assert_eq!(condition(&object, kind)["status"], status, "{kind}");
+    }
+    ns.await_deployment("what runs is scaled", "demo", 60, |object| {
+        object["status"]["readyReplicas"] == 2
+    });
+    let uids: Vec<_> = ns.pods("demo").expect("pods");
+    assert!(
+        uids.iter()
+            .any(|other| other["metadata"]["uid"] == pod["metadata"]["uid"]),
+        "and not replaced"
+    );
+    let events = ns
+        .get(&["events", "--field-selector=reason=ChildRefused"])
+        .expect("events");
+    let events = events["items"].as_array().cloned().unwrap_or_default();
+    assert_eq!(events.len(), 1, "told once: {events:?}");
+    assert_eq!(events[0]["message"], sentence);
+    ns.apply(&spec(1, "64Mi")).expect("mended");
+    let object = ns.await_ready("demo");
+    assert_eq!(condition(&object, "Accepted")["status"], "True");
 }

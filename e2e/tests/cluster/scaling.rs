@@ -82,8 +82,8 @@ fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back(
     );
 }
 
-/// Sends a signal to the server in a pod, and waits until the kernel shows its main thread in this state (proc(5)).
-fn signal(cluster: &Cluster, pod: &Value, signal: &str, state: &str) {
+/// Sends a signal to the program in a pod, and waits until the kernel shows its main thread in this state (proc(5)).
+pub(crate) fn signal(cluster: &Cluster, pod: &Value, signal: &str, state: &str) {
     let id = pod["status"]["containerStatuses"][0]["containerID"]
         .as_str()
         .expect("an id")

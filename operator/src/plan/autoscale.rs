@@ -44,8 +44,8 @@ impl History {
         {
             self.wanted.pop_front();
         }
-        // A window may be shorter than the time between two looks, which is no gap.
-        let is_gap = |last| now.saturating_sub(last) > window.max(LONGEST_PAUSE);
+        // What the load was in a gap isn't known, however long the window is.
+        let is_gap = |last| now.saturating_sub(last) > LONGEST_PAUSE;
         // What is forgotten counts no more, should the window grow; after a gap knowledge begins anew.
         self.since = match self.last.is_none_or(is_gap) {
             true => now,
@@ -74,6 +74,8 @@ impl History {
 pub struct Decision {
     /// Replicas the deployment should have.
     pub replicas: u32,
+    /// Replicas that the load known now is work for, whatever the policy allows; 0 where none is known.
+    pub demand: u32,
     /// Why, with the numbers: for the status and the event.
     pub reason: String,
 }
@@ -164,6 +166,7 @@ pub fn decide(
         history.push(now, replicas, window);
         return Decision {
             replicas,
+            demand: 0,
             reason: match replicas == current {
                 true => "no replica reports its load, and the number of replicas is held".into(),
                 false => {
@@ -173,32 +176,41 @@ pub fn decide(
             },
         };
     }
-    let up = bounds.clamp(wanted(policy, &totals));
+    let demand = wanted(policy, &totals);
     let down = bounds.clamp(wanted(policy, &totals.with_full(n_silent)));
     history.push(now, down, window);
     // The fewest replicas that were enough all the time, once that is known of the whole window.
     let settled = history.covers(now, window).then(|| history.max());
-    choose(
+    let (replicas, reason) = choose(
         bounds,
         current,
-        up,
+        bounds.clamp(demand),
         settled.map(|n| bounds.clamp(n)),
         &totals.describe(policy),
-    )
+    );
+    Decision {
+        replicas,
+        demand,
+        reason,
+    }
 }
 
 /// Goes up to `up` at once, and down to `settled` where that is known; `numbers` say why.
-fn choose(bounds: Bounds, current: u32, up: u32, settled: Option<u32>, numbers: &str) -> Decision {
+fn choose(
+    bounds: Bounds,
+    current: u32,
+    up: u32,
+    settled: Option<u32>,
+    numbers: &str,
+) -> (u32, String) {
     if bounds.clamp(current) != current {
         // Both at once: a minimum that rose under load takes one jump.
         let replicas = bounds.clamp(current).max(up);
         let why = bounds.exceeded_by(current);
-        return Decision {
-            replicas,
-            reason: format!("scaled from {current} to {replicas}: {why}; {numbers}"),
-        };
+        let reason = format!("scaled from {current} to {replicas}: {why}; {numbers}");
+        return (replicas, reason);
     }
-    let (replicas, reason) = match settled {
+    match settled {
         _ if up > current => (up, format!("scaled up from {current} to {up}: {numbers}")),
         Some(settled) if settled < current => (
             settled,
@@ -208,8 +220,7 @@ fn choose(bounds: Bounds, current: u32, up: u32, settled: Option<u32>, numbers: 
             current,
             format!("{} kept: {numbers}", counted_are(current, "replica")),
         ),
-    };
-    Decision { replicas, reason }
+    }
 }
 
 /// Adds up the reports of the replicas that serve, and counts the silent ones. A report without blocks or queue is as

@@ -11,7 +11,7 @@ use kvasir_crds::LLMDeployment;
 use kvasir_crds::llmdeployment::{LLMDeploymentSpec, ModelSource, SELECTOR_LABEL};
 use serde_json::{Value, json};
 
-use super::pod_template::{MODELS, merge};
+use super::pod_template::{MODELS, merge, unset};
 use crate::pod::{HTTP, MANAGEMENT, SERVER};
 
 /// The label of the hash over the user's fields that shape pods.
@@ -34,7 +34,7 @@ const MAX_TEMPLATE_BYTES: usize = 200_000;
 const STARTUP_SECONDS: u32 = 3600;
 
 /// Set beyond [`STARTUP_SECONDS`], so that a model that loads is not called stuck.
-const PROGRESS_DEADLINE_SECONDS: u32 = 3900;
+pub const PROGRESS_DEADLINE_SECONDS: u32 = 3900;
 
 /// All of them carry the deployment's name, and its owner reference.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,16 +61,11 @@ pub fn children(
     running: Option<&Deployment>,
 ) -> Result<Children, String> {
     let name = d.name_any();
-    let metadata = json!({
-        "name": name,
-        "namespace": d.namespace(),
-        "labels": labels(&name),
-        "ownerReferences": d.controller_owner_ref(&()).into_iter().collect::<Vec<_>>(),
-    });
+    let metadata = metadata(d);
     let selector = json!({ SELECTOR_LABEL: name });
     let template = template(d, default_image, running)?;
     Ok(Children {
-        deployment: deployment(&metadata, &selector, replicas, &template)?,
+        deployment: deployment(d, replicas, &template)?,
         service: typed(json!({
             "metadata": metadata,
             "spec": {
@@ -83,15 +78,37 @@ pub fn children(
         }))?,
         budget: typed(json!({
             "metadata": metadata,
-            "spec": { "maxUnavailable": 1, "selector": { "matchLabels": selector } }
+            // A replica that doesn't serve may always be evicted: it would hold up the drain of a node for nothing.
+            "spec": {
+                "maxUnavailable": 1,
+                "selector": { "matchLabels": selector },
+                "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            }
         }))?,
         account: typed(json!({ "metadata": metadata, "automountServiceAccountToken": false }))?,
     })
 }
 
+/// `running` with its pod template as it was applied last, whatever the spec says since, and this many replicas. `None`
+/// where that template isn't known.
+#[must_use]
+pub fn scaled(d: &LLMDeployment, replicas: i32, running: &Deployment) -> Option<Deployment> {
+    deployment(d, replicas, &applied_template(running)?).ok()
+}
+
+/// What all children have in common.
+fn metadata(d: &LLMDeployment) -> Value {
+    let name = d.name_any();
+    json!({
+        "name": name,
+        "namespace": d.namespace(),
+        "labels": labels(&name),
+        "ownerReferences": d.controller_owner_ref(&()).into_iter().collect::<Vec<_>>(),
+    })
+}
+
 fn deployment(
-    metadata: &Value,
-    selector: &Value,
+    d: &LLMDeployment,
     replicas: i32,
     template: &PodTemplateSpec,
 ) -> Result<Deployment, String> {
@@ -103,13 +120,13 @@ fn deployment(
             applied.len()
         ));
     }
-    let mut metadata = metadata.clone();
+    let mut metadata = metadata(d);
     metadata["annotations"] = json!({ APPLIED_TEMPLATE: applied });
     typed(json!({
         "metadata": metadata,
         "spec": {
             "replicas": replicas,
-            "selector": { "matchLabels": selector },
+            "selector": { "matchLabels": { SELECTOR_LABEL: d.name_any() } },
             // A new replica serves before an old one goes: no request finds fewer of them.
             "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
             "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
@@ -131,7 +148,10 @@ pub fn endpoint(metadata: &ObjectMeta) -> String {
 /// The hash over the user's fields that shape pods. The number of replicas is not among them.
 #[must_use]
 pub fn revision(spec: &LLMDeploymentSpec) -> String {
+    // Nulls are not hashed, and these mean something; a spec without them keeps the hash that it had before they did.
+    let unset = spec.pod_template.as_ref().map(unset);
     let fields = json!({
+        "unset": unset.filter(|unset| !unset.is_empty()),
         "model": spec.model,
         "engine": spec.engine,
         "image": spec.image,
@@ -321,7 +341,8 @@ fn args(d: &LLMDeployment) -> Vec<String> {
     let engine = spec.engine.clone().unwrap_or_default();
     let number = |n: Option<i32>| n.map(|n| n.to_string());
     [
-        ("--host", Some("0.0.0.0".to_owned())),
+        // Every address of both families: a cluster may have either alone.
+        ("--host", Some("::".to_owned())),
         ("--port", Some(HTTP.number.to_string())),
         ("--management-port", Some(MANAGEMENT.number.to_string())),
         ("--device", Some(device.to_owned())),

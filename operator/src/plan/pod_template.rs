@@ -52,7 +52,8 @@ fn check_fields(overlay: &Value) -> Result<(), String> {
 
 /// Only labels and annotations are set, and none of the operator's.
 fn check_metadata(metadata: &Value) -> Result<(), String> {
-    for field in members(metadata) {
+    // Generators write `creationTimestamp: null`.
+    for (field, _) in filled(metadata) {
         if field != "labels" && field != "annotations" {
             return Err(format!(
                 "spec.podTemplate.metadata.{field} can't be set: only labels and annotations can"
@@ -88,7 +89,9 @@ fn check_spec(spec: &Value) -> Result<(), String> {
     }
     for server in named(&spec["containers"], SERVER) {
         if let Some(field) = server
-            .keys()
+            .iter()
+            .filter(|(_, value)| !is_empty(value))
+            .map(|(field, _)| field)
             .find(|field| !SERVER_FIELDS.contains(&field.as_str()))
         {
             let remedy = match field.as_str() {
@@ -111,6 +114,12 @@ fn check_spec(spec: &Value) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// The members that say anything.
+fn filled(object: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    let members = object.as_object().into_iter().flatten();
+    members.filter(|(_, value)| !is_empty(value))
 }
 
 fn members(object: &Value) -> impl Iterator<Item = &String> {
@@ -160,13 +169,22 @@ fn is_empty(value: &Value) -> bool {
 }
 
 /// Objects are merged member by member, lists of objects by the key that identifies their members, and anything
-/// else is replaced. A null or an empty list changes nothing.
+/// else is replaced. A null or an empty list changes nothing, except that a null in a security context takes the operator's
+/// member away: some clusters choose users and groups themselves.
 fn merge_value(base: &mut Value, overlay: &Value) {
     match (base, overlay) {
         (_, Value::Null) => {}
         (_, Value::Array(overlay)) if overlay.is_empty() => {}
         (Value::Object(base), Value::Object(overlay)) => {
             for (key, value) in overlay {
+                match (base.get_mut("securityContext"), value) {
+                    (Some(Value::Object(context)), Value::Object(set))
+                        if key == "securityContext" =>
+                    {
+                        context.retain(|member, _| !set.get(member).is_some_and(Value::is_null));
+                    }
+                    _ => {}
+                }
                 merge_value(base.entry(key).or_insert(Value::Null), value);
             }
         }
@@ -181,6 +199,31 @@ fn merge_value(base: &mut Value, overlay: &Value) {
         }
         (base, overlay) => *base = overlay.clone(),
     }
+}
+
+/// The members of security contexts that `overlay` takes away, by their paths.
+pub fn unset(overlay: &Value) -> Vec<String> {
+    fn walk(value: &Value, path: &str, in_context: bool, found: &mut Vec<String>) {
+        match value {
+            Value::Null if in_context => found.push(path.to_owned()),
+            Value::Object(members) => {
+                for (key, value) in members {
+                    let in_context = path.ends_with("/securityContext");
+                    walk(value, &format!("{path}/{key}"), in_context, found);
+                }
+            }
+            Value::Array(items) => {
+                for (i, item) in items.iter().enumerate() {
+                    walk(item, &format!("{path}/{i}"), false, found);
+                }
+            }
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    walk(overlay, "", false, &mut found);
+    found.sort();
+    found
 }
 
 /// The key that tells the members of a list apart: where they are mounted, or else their name.
@@ -200,7 +243,7 @@ mod tests {
         serde_json::from_value(json!({
             "metadata": { "labels": { "kvasir.dev/llmdeployment": "m" } },
             "spec": {
-                "containers": [{ "name": "server", "image": "i", "env": [{ "name": "A", "value": "1" }],
+                "containers": [{ "name": "server", "image": "i", "resources": {}, "env": [{ "name": "A", "value": "1" }],
                     "securityContext": { "runAsNonRoot": true } }]
             }
         }))
@@ -289,9 +332,28 @@ mod tests {
     }
 
     #[test]
+    fn a_null_takes_a_member_of_a_security_context_away_and_nothing_else() {
+        let overlay = json!({ "spec": {
+            "nodeSelector": null,
+            "containers": [{ "name": "server", "env": null,
+                "securityContext": { "runAsNonRoot": null, "runAsUser": 7 } }] } });
+        let merged = serde_json::to_value(merge(&base(), &overlay).unwrap()).unwrap();
+        let server = &merged["spec"]["containers"][0];
+        assert_eq!(server["securityContext"], json!({ "runAsUser": 7 }));
+        assert_eq!(server["env"], json!([{ "name": "A", "value": "1" }]));
+        assert_eq!(
+            unset(&overlay),
+            ["/spec/containers/0/securityContext/runAsNonRoot"]
+        );
+    }
+
+    #[test]
     fn an_empty_overlay_changes_nothing() {
         for overlay in [
             json!({}),
+            // As `kubectl create --dry-run=client -o yaml` writes a template.
+            json!({ "metadata": { "creationTimestamp": null }, "spec": { "containers": [
+                { "name": "server", "resources": {}, "image": null }] } }),
             json!({ "spec": null }),
             json!({ "spec": { "volumes": [] } }),
         ] {

@@ -9,14 +9,15 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{
-    ConditionType, LLMDeploymentStatus, LastScaling, NotReadyReplica, Reason, SELECTOR_LABEL,
+    ConditionType, EndedPods, LLMDeploymentStatus, LastScaling, NotReadyReplica, Reason,
+    SELECTOR_LABEL,
 };
 
 use super::autoscale::{Decision, LoadSummary};
-use super::children::{endpoint, revision, revision_of};
+use super::children::{PROGRESS_DEADLINE_SECONDS, endpoint, revision, revision_of};
 use super::counted::{counted, counted_are};
 use crate::observed::Observed;
-use crate::pod::{is_ready, not_terminating};
+use crate::pod::{is_ready, replicas};
 use crate::stored::Stored;
 pub use not_ready::MAX_NOT_READY;
 
@@ -38,11 +39,13 @@ pub struct StatusInput<'a> {
     pub observed: &'a Observed,
     /// The child Deployment, where one is observed that is ours.
     pub child: Option<&'a Deployment>,
-    /// Why nothing may be made of the resource.
+    /// Why nothing, or not all, may be made of the resource.
     pub refused: Option<&'a Refusal>,
+    /// What the API server has failed with for long when a child was written.
+    pub failing: Option<&'a str>,
     /// The autoscaler's answer.
     pub decision: Option<&'a Decision>,
-    /// A change of the number of replicas, decided now.
+    /// A change of the number of replicas that was carried out and isn't told yet.
     pub scaling: Option<&'a LastScaling>,
     /// What the replicas report; `None` where none does.
     pub load: Option<LoadSummary>,
@@ -56,16 +59,22 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
     let metadata = input.stored.meta();
     let before = input.stored.status().cloned().unwrap_or_default();
     let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
-    let pods = || not_terminating(&input.observed.pods);
+    let pods = || replicas(&input.observed.pods);
     let n_ready = count(pods().filter(|pod| is_ready(pod)).count());
     let child = input
         .child
         .and_then(|child| child.status.clone())
         .unwrap_or_default();
     let not_ready = not_ready::not_ready(&child, input.observed);
+    let ended_pods = not_ready::ended(input.observed, &before.ended_pods);
+    let seen = Seen {
+        n_ready,
+        not_ready: &not_ready,
+        ended: &ended_pods,
+    };
     LLMDeploymentStatus {
         observed_generation: metadata.generation,
-        conditions: conditions(input, &before.conditions, n_ready, not_ready.first()),
+        conditions: conditions(input, &before.conditions, seen),
         replicas: count(pods().count()),
         ready_replicas: n_ready,
         updated_replicas: child.updated_replicas.unwrap_or(0),
@@ -77,7 +86,17 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
             .map(|load| i32::try_from(load.waiting_requests).unwrap_or(i32::MAX)),
         last_scaling: input.scaling.cloned().or(before.last_scaling),
         not_ready,
+        ended_pods,
     }
+}
+
+/// What the pods say, summed up.
+#[derive(Clone, Copy, Debug)]
+struct Seen<'a> {
+    n_ready: i32,
+    /// The most telling first.
+    not_ready: &'a [NotReadyReplica],
+    ended: &'a [EndedPods],
 }
 
 /// What a condition says, without its type and its time.
@@ -97,6 +116,11 @@ impl Verdict {
         }
     }
 
+    /// The same words for a condition of another status.
+    fn but(self, status: &'static str) -> Self {
+        Self { status, ..self }
+    }
+
     fn no(reason: Reason, message: impl Into<String>) -> Self {
         Self {
             status: "False",
@@ -105,36 +129,32 @@ impl Verdict {
     }
 }
 
-fn conditions(
-    input: &StatusInput<'_>,
-    before: &[Condition],
-    n_ready: i32,
-    first_not_ready: Option<&NotReadyReplica>,
-) -> Vec<Condition> {
+fn conditions(input: &StatusInput<'_>, before: &[Condition], seen: Seen<'_>) -> Vec<Condition> {
     // The same sentence for every condition that it keeps from holding.
-    let obstacle = obstacle(input, n_ready, first_not_ready);
-    let serving = counted_are(u64::try_from(n_ready).unwrap_or(0), "replica") + " serving";
-    let is_rolled_out = input.refused.is_none() && is_rolled_out(input, n_ready);
-    let accepted = match input.refused {
-        Some(refusal) => Verdict::no(refusal.reason, &refusal.sentence),
-        None => Verdict::yes(Reason::SpecAccepted, ""),
-    };
-    let available = match n_ready {
-        0 => obstacle.clone(),
-        _ => Verdict::yes(Reason::ReplicaServing, &serving),
-    };
-    let progressing = match (is_rolled_out, input.refused) {
-        (true, _) => Verdict::no(Reason::RolledOut, ""),
-        (false, Some(_)) => obstacle.clone(),
-        (false, None) => Verdict {
-            status: "True",
-            ..obstacle.clone()
-        },
-    };
-    let ready = match is_rolled_out && n_ready > 0 {
-        true => Verdict::yes(Reason::AllReplicasServing, &serving),
-        false => obstacle,
-    };
+    let obstacle = obstacle(input, seen);
+    let rollout = Rollout::of(input, seen.n_ready);
+    let ready = ready(input, seen, &rollout, &obstacle);
+    let stalled = stalled(input, &rollout, &obstacle);
+    let found = [
+        (ConditionType::Accepted, Some(accepted(input))),
+        (ConditionType::Available, Some(available(seen, &obstacle))),
+        (
+            ConditionType::Progressing,
+            Some(progressing(input, &rollout, stalled.as_ref(), &obstacle)),
+        ),
+        (ConditionType::Ready, Some(ready.clone())),
+        (ConditionType::ScalingActive, Some(scaling_active(input))),
+        (
+            ConditionType::CapacityUnavailable,
+            capacity_unavailable(seen),
+        ),
+        (ConditionType::ScalingLimited, scaling_limited(input)),
+        (
+            ConditionType::Reconciling,
+            reconciling(input, &ready, &obstacle).filter(|_| stalled.is_none()),
+        ),
+        (ConditionType::Stalled, stalled),
+    ];
     let condition = |(type_, verdict): (ConditionType, Verdict)| {
         let since = before
             .iter()
@@ -148,16 +168,119 @@ fn conditions(
             last_transition_time: since.map_or(Time(input.now), |c| c.last_transition_time.clone()),
         }
     };
-    [
-        (ConditionType::Accepted, accepted),
-        (ConditionType::Available, available),
-        (ConditionType::Progressing, progressing),
-        (ConditionType::Ready, ready),
-        (ConditionType::ScalingActive, scaling_active(input)),
-    ]
-    .into_iter()
-    .map(condition)
-    .collect()
+    found
+        .into_iter()
+        .filter_map(|(type_, verdict)| Some(condition((type_, verdict?))))
+        .collect()
+}
+
+fn accepted(input: &StatusInput<'_>) -> Verdict {
+    match input.refused {
+        Some(refusal) => Verdict::no(refusal.reason, &refusal.sentence),
+        None => Verdict::yes(Reason::SpecAccepted, ""),
+    }
+}
+
+fn available(seen: Seen<'_>, obstacle: &Verdict) -> Verdict {
+    match seen.n_ready {
+        0 => obstacle.clone(),
+        n => Verdict::yes(Reason::ReplicaServing, serving(n)),
+    }
+}
+
+/// Available, and the current generation rolled out: fewer replicas than are asked for don't count against it.
+fn ready(
+    input: &StatusInput<'_>,
+    seen: Seen<'_>,
+    rollout: &Rollout,
+    obstacle: &Verdict,
+) -> Verdict {
+    match () {
+        () if input.refused.is_some() || !rollout.of_generation => obstacle.clone(),
+        () if rollout.wanted == 0 => Verdict::yes(Reason::ScaledToZero, &obstacle.message),
+        () if seen.n_ready == 0 => obstacle.clone(),
+        () if rollout.is_complete => {
+            Verdict::yes(Reason::AllReplicasServing, serving(seen.n_ready))
+        }
+        () => Verdict::yes(
+            Reason::RolledOut,
+            fewer_serving(seen.n_ready, rollout.wanted),
+        ),
+    }
+}
+
+/// Nothing goes on without the user. Once the generation is rolled out, more replicas that don't come are no stall.
+fn stalled(input: &StatusInput<'_>, rollout: &Rollout, obstacle: &Verdict) -> Option<Verdict> {
+    if let Some(refusal) = input.refused {
+        return Some(Verdict::yes(refusal.reason, &refusal.sentence));
+    }
+    let is_late = rollout.is_past_deadline && !rollout.of_generation;
+    is_late.then(|| {
+        let deadline = PROGRESS_DEADLINE_SECONDS;
+        let message = format!("no progress in {deadline} s: {}", obstacle.message);
+        Verdict::yes(Reason::ProgressDeadlineExceeded, message)
+    })
+}
+
+fn reconciling(input: &StatusInput<'_>, ready: &Verdict, obstacle: &Verdict) -> Option<Verdict> {
+    if let Some(sentence) = input.failing {
+        return Some(Verdict::yes(Reason::ApplyRetried, sentence));
+    }
+    (ready.status != "True").then(|| obstacle.clone().but("True"))
+}
+
+/// A rollout or a scaling is under way.
+fn progressing(
+    input: &StatusInput<'_>,
+    rollout: &Rollout,
+    stalled: Option<&Verdict>,
+    obstacle: &Verdict,
+) -> Verdict {
+    match (stalled, input.failing) {
+        (Some(stalled), _) => stalled.clone().but("False"),
+        (None, Some(sentence)) => Verdict::yes(Reason::ApplyRetried, sentence),
+        (None, None) if rollout.is_complete => Verdict::no(Reason::RolledOut, ""),
+        (None, None) => obstacle.clone().but("True"),
+    }
+}
+
+/// A replica has no place in the cluster.
+fn capacity_unavailable(seen: Seen<'_>) -> Option<Verdict> {
+    let refusals = [Reason::Unschedulable, Reason::PodRefused];
+    let mut not_ready = seen.not_ready.iter();
+    let homeless =
+        not_ready.find(|replica| refusals.iter().any(|r| replica.reason == r.as_str()))?;
+    Some(why_not_ready(homeless).but("True"))
+}
+
+/// The load is work for more replicas than are allowed.
+fn scaling_limited(input: &StatusInput<'_>) -> Option<Verdict> {
+    let policy = input.stored.spec()?.autoscaling.as_ref()?;
+    let (decision, most) = (input.decision?, policy.max_replicas.get());
+    (decision.demand > most).then(|| {
+        let work = counted(decision.demand, "replica");
+        let message = format!("the load is work for {work}, of at most {most}: raise maxReplicas");
+        Verdict::yes(Reason::AtMaxReplicas, message)
+    })
+}
+
+fn serving(n_ready: i32) -> String {
+    counted_are(u64::try_from(n_ready).unwrap_or(0), "replica") + " serving"
+}
+
+fn fewer_serving(n_ready: i32, wanted: i32) -> String {
+    let of = counted(u64::try_from(wanted).unwrap_or(0), "replica");
+    let verb = if n_ready == 1 { "is" } else { "are" };
+    format!("{n_ready} of {of} {verb} serving")
+}
+
+fn why_not_ready(replica: &NotReadyReplica) -> Verdict {
+    let pod = replica.pod.iter().map(|pod| format!("{pod}: "));
+    Verdict {
+        status: "False",
+        reason: replica.reason.clone(),
+        message: pod.chain([replica.message.clone()]).collect(),
+    }
 }
 
 /// The number of replicas that the child Deployment asks for.
@@ -166,82 +289,106 @@ fn wanted(input: &StatusInput<'_>) -> Option<i32> {
 }
 
 /// What stands in the way of a deployment that doesn't serve as it should.
-fn obstacle(
-    input: &StatusInput<'_>,
-    n_ready: i32,
-    first_not_ready: Option<&NotReadyReplica>,
-) -> Verdict {
+fn obstacle(input: &StatusInput<'_>, seen: Seen<'_>) -> Verdict {
     if let Some(refusal) = input.refused {
         return Verdict::no(refusal.reason, &refusal.sentence);
-    }
-    if let Some(replica) = first_not_ready {
-        let pod = replica.pod.iter().map(|pod| format!("{pod}: "));
-        return Verdict {
-            status: "False",
-            reason: replica.reason.clone(),
-            message: pod.chain([replica.message.clone()]).collect(),
-        };
     }
     let wanted = wanted(input);
     if wanted == Some(0) {
         return Verdict::no(Reason::ScaledToZero, "spec.replicas is 0");
     }
-    if input.observed.pods.is_empty() {
-        return Verdict::no(Reason::Creating, "no pod exists yet");
+    if let Some(replica) = seen.not_ready.first() {
+        return why_not_ready(replica);
     }
-    let of = counted(u64::try_from(wanted.unwrap_or(1)).unwrap_or(0), "replica");
-    let verb = if n_ready == 1 { "is" } else { "are" };
+    if replicas(&input.observed.pods).next().is_none() {
+        return match seen.ended.first() {
+            Some(ended) => Verdict::no(
+                Reason::PodLost,
+                format!("{}: {}", ended.reason, ended.message),
+            ),
+            None => Verdict::no(Reason::Creating, "no pod exists yet"),
+        };
+    }
     Verdict::no(
         Reason::RollingOut,
-        format!("{n_ready} of {of} {verb} serving"),
+        fewer_serving(seen.n_ready, wanted.unwrap_or(1)),
     )
 }
 
-/// As many replicas of the current generation serve as are asked for. The Deployment as observed may still be of the
-/// generation before: what is rolled out must be what is asked for.
-fn is_rolled_out(input: &StatusInput<'_>, n_ready: i32) -> bool {
-    let Some(child) = input.child else {
-        return false;
-    };
-    let asked = match input.decision {
-        Some(decision) => i32::try_from(decision.replicas).ok(),
-        None => input.stored.spec().and_then(|spec| spec.replicas),
-    };
-    let revision = input.stored.spec().map(revision);
-    let status = child.status.clone().unwrap_or_default();
-    let template = child.spec.as_ref().map(|spec| &spec.template);
-    let wanted = wanted(input).unwrap_or(1);
-    asked == Some(wanted)
-        && template.and_then(revision_of) == revision.as_ref()
-        && status.observed_generation == child.metadata.generation
-        && status.updated_replicas.unwrap_or(0) == wanted
-        && status.replicas.unwrap_or(0) == wanted
-        && n_ready >= wanted
+/// How far the pods are what the spec asks for.
+#[derive(Clone, Copy, Debug)]
+struct Rollout {
+    /// Replicas that the child Deployment asks for.
+    wanted: i32,
+    /// Every pod is of the current generation.
+    of_generation: bool,
+    /// So are as many as are asked for, and all of them serve.
+    is_complete: bool,
+    /// The child Deployment has made no progress for too long.
+    is_past_deadline: bool,
+}
+
+impl Rollout {
+    /// The Deployment as observed may still be of the generation before: what is rolled out must be what is asked for.
+    fn of(input: &StatusInput<'_>, n_ready: i32) -> Self {
+        let spec = input.child.and_then(|child| child.spec.as_ref());
+        let wanted = spec.and_then(|spec| spec.replicas).unwrap_or(1);
+        let Some((child, revision)) = input.child.zip(input.stored.spec().map(revision)) else {
+            return Self {
+                wanted,
+                of_generation: false,
+                is_complete: false,
+                is_past_deadline: false,
+            };
+        };
+        let status = child.status.clone().unwrap_or_default();
+        let n_pods = status.replicas.unwrap_or(0);
+        let is_current = spec.and_then(|spec| revision_of(&spec.template)) == Some(&revision)
+            && status.observed_generation == child.metadata.generation;
+        let of_generation = is_current && status.updated_replicas.unwrap_or(0) == n_pods;
+        let asked = match input.decision {
+            Some(decision) => i32::try_from(decision.replicas).ok(),
+            None => input.stored.spec().and_then(|spec| spec.replicas),
+        };
+        let mut conditions = status.conditions.iter().flatten();
+        Self {
+            wanted,
+            of_generation,
+            is_complete: of_generation
+                && asked == Some(wanted)
+                && n_pods == wanted
+                && n_ready >= wanted,
+            is_past_deadline: is_current
+                && conditions.any(|c| {
+                    c.type_ == "Progressing"
+                        && c.reason.as_deref() == Some("ProgressDeadlineExceeded")
+                }),
+        }
+    }
 }
 
 /// Whether the operator decides the number of replicas. The numbers change at every look: they stand in `lastScaling` and
 /// the figures, not here.
 fn scaling_active(input: &StatusInput<'_>) -> Verdict {
-    if let Some(refusal) = input.refused {
-        // Nothing is carried out, whatever the load.
-        return Verdict::no(refusal.reason, &refusal.sentence);
-    }
     let policy = input
         .stored
         .spec()
         .and_then(|spec| spec.autoscaling.as_ref());
     let Some((decision, policy)) = input.decision.zip(policy) else {
-        return Verdict::no(Reason::FixedReplicas, "");
+        return match input.refused {
+            // Nothing is decided, whatever the load.
+            Some(refusal) => Verdict::no(refusal.reason, &refusal.sentence),
+            None => Verdict::no(Reason::FixedReplicas, ""),
+        };
     };
     if input.load.is_none() {
         return Verdict::no(Reason::LoadUnknown, &decision.reason);
     }
-    let reason = match decision.replicas >= policy.max_replicas.get() {
-        true => Reason::AtMaxReplicas,
-        false => Reason::Autoscaled,
-    };
     let most = counted(policy.max_replicas.get(), "replica");
-    Verdict::yes(reason, format!("{} of at most {most}", decision.replicas))
+    Verdict::yes(
+        Reason::Autoscaled,
+        format!("{} of at most {most}", decision.replicas),
+    )
 }
 
 #[cfg(test)]

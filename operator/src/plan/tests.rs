@@ -61,22 +61,63 @@ fn at(second: u64) -> Now {
     }
 }
 
+/// A plan that was carried out, and what is told of it.
+struct Whole {
+    children: Option<Children>,
+    events: Vec<EventRecord>,
+    status: Option<LLMDeploymentStatus>,
+    recheck_after: Duration,
+    history: History,
+}
+
+/// How an API server that refuses nothing takes a plan.
+fn taken() -> Outcome {
+    Outcome {
+        is_scaled: true,
+        ..Outcome::default()
+    }
+}
+
+/// Plans, and tells what comes of it.
+fn told(
+    stored: &Stored,
+    seen: &Observed,
+    history: &History,
+    now: Now,
+    outcome: &Outcome,
+) -> (Option<Children>, Report) {
+    let plan = plan(stored, seen, history, now, IMAGE);
+    let children = plan.children.clone();
+    (children, report(stored, seen, plan, outcome, now))
+}
+
+fn whole(stored: &Stored, seen: &Observed, history: &History, now: Now) -> Whole {
+    let (children, report) = told(stored, seen, history, now, &taken());
+    Whole {
+        children,
+        events: report.events.clone(),
+        status: report.status.clone(),
+        recheck_after: report.recheck_after,
+        history: report.remember(true, vec![]),
+    }
+}
+
 /// Plans, and carries it out: the history and the status are those of the plan from here on.
-fn carry_out(d: &mut LLMDeployment, seen: &Observed, history: &mut History, now: Now) -> Plan {
-    let plan = plan(&Stored(Ok(d.clone())), seen, history, now, IMAGE);
-    *history = plan.history.clone();
-    if let Some(status) = &plan.status {
+fn carry_out(d: &mut LLMDeployment, seen: &Observed, history: &mut History, now: Now) -> Whole {
+    let whole = whole(&Stored(Ok(d.clone())), seen, history, now);
+    *history = whole.history.clone();
+    if let Some(status) = &whole.status {
         d.status = Some(status.clone());
     }
-    plan
+    whole
 }
 
 /// Plans with nothing remembered.
-fn plan_anew(d: &LLMDeployment, seen: &Observed) -> Plan {
+fn plan_anew(d: &LLMDeployment, seen: &Observed) -> Whole {
     carry_out(&mut d.clone(), seen, &mut History::default(), at(0))
 }
 
-fn replicas(plan: &Plan) -> Option<i32> {
+fn replicas(plan: &Whole) -> Option<i32> {
     plan.children.as_ref()?.deployment.spec.as_ref()?.replicas
 }
 
@@ -108,14 +149,152 @@ fn a_change_of_replicas_is_told_once_with_its_numbers() {
 
 #[test]
 fn what_is_not_carried_out_is_not_told() {
+    let stored = Stored(Ok(deployment(autoscaled())));
+    let before = observed(&autoscaled(), 1, vec![load(100, 11)]);
+    let (_, report) = told(
+        &stored,
+        &before,
+        &History::default(),
+        at(0),
+        &Outcome::default(),
+    );
+    assert_eq!(report.events, []);
+    assert_eq!(report.status.unwrap().last_scaling, None);
+}
+
+#[test]
+fn a_mistake_in_the_spec_leaves_what_runs_and_scales_it() {
     let mut spec = autoscaled();
     let before = observed(&spec, 1, vec![load(100, 11)]);
     spec["podTemplate"] = json!({ "spec": { "nodeSelektor": {} , "restartPolicy": "Never" } });
-    let plan = plan_anew(&deployment(spec), &before);
-    assert_eq!(replicas(&plan), None);
-    let mut told = plan.events.iter().map(|event| event.reason);
-    assert!(!told.any(|reason| reason.starts_with("Scaled")));
-    assert_eq!(plan.status.unwrap().last_scaling, None);
+    let stored = Stored(Ok(deployment(spec)));
+    let plan = plan(&stored, &before, &History::default(), at(0), IMAGE);
+    assert_eq!(plan.children, None);
+    let fallback = plan.fallback.clone().unwrap().spec.unwrap();
+    let running = before.children.deployment.as_ref().unwrap();
+    assert_eq!(fallback.template, running.spec.as_ref().unwrap().template);
+    assert_eq!(fallback.replicas, Some(3));
+    let report = report(&stored, &before, plan, &taken(), at(0));
+    let reasons: Vec<_> = report.events.iter().map(|event| event.reason).collect();
+    assert_eq!(reasons, ["ScaledUp", "InvalidPodTemplate"]);
+    assert_eq!(report.recheck_after, AUTOSCALE_INTERVAL, "and goes on to");
+    assert_eq!(report.status.unwrap().last_scaling.unwrap().to, 3);
+}
+
+#[test]
+fn a_refusal_by_the_api_server_is_told_once_and_stalls() {
+    let mut d = deployment(json!({ "model": { "source": { "demo": {} } }, "replicas": 1 }));
+    let sentence = "cannot apply the Deployment: resources.limits: Required value";
+    let outcome = Outcome {
+        is_scaled: false,
+        refused: Some(Refusal {
+            reason: Reason::ChildRefused,
+            sentence: sentence.into(),
+        }),
+        failing: None,
+    };
+    let seen = Observed::default();
+    let (mut history, mut n_events) = (History::default(), 0);
+    for second in [0, 15, 30] {
+        let stored = Stored(Ok(d.clone()));
+        let (_, report) = told(&stored, &seen, &history, at(second), &outcome);
+        n_events += report.events.len();
+        assert_eq!(report.refused, Some(Reason::ChildRefused));
+        if let Some(event) = report.events.first() {
+            assert_eq!(
+                (event.reason, event.message.as_str()),
+                ("ChildRefused", sentence)
+            );
+        }
+        d.status = report.status.clone().or(d.status);
+        history = report.remember(true, vec![]);
+    }
+    assert_eq!(n_events, 1);
+    let status = d.status.unwrap();
+    for (type_, want) in [
+        ("Accepted", "False"),
+        ("Stalled", "True"),
+        ("Ready", "False"),
+    ] {
+        let condition = status.conditions.iter().find(|c| c.type_ == type_).unwrap();
+        assert_eq!(
+            (condition.status.as_str(), condition.message.as_str()),
+            (want, sentence)
+        );
+    }
+}
+
+#[test]
+fn what_could_not_be_told_is_told_later() {
+    let mut d = deployment(autoscaled());
+    let before = observed(&autoscaled(), 1, vec![load(100, 11)]);
+    let stored = Stored(Ok(d.clone()));
+    let (_, first) = told(&stored, &before, &History::default(), at(0), &taken());
+    let [scaled] = &first.events[..] else {
+        unreachable!("one event: {:?}", first.events)
+    };
+    let scaled = scaled.clone();
+    // The children were written, and neither the event nor the status.
+    let mut history = first.remember(false, vec![scaled.clone()]);
+    let after = observed(&autoscaled(), 3, vec![load(100, 11)]);
+    let second = carry_out(&mut d, &after, &mut history, at(2));
+    assert_eq!(second.events, [scaled]);
+    assert_eq!(second.status.unwrap().last_scaling.unwrap().to, 3);
+    let third = carry_out(&mut d, &after, &mut history, at(4));
+    assert_eq!((third.events, third.status), (vec![], None));
+}
+
+#[test]
+fn a_child_that_could_not_be_written_for_long_is_a_condition() {
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
+    let seen = observed(&spec, 1, vec![]);
+    let stored = Stored(Ok(deployment(spec)));
+    let failing = Outcome {
+        failing: Some("cannot apply the Service: too many requests".into()),
+        ..Outcome::default()
+    };
+    for (outcome, want) in [(failing, "ApplyRetried"), (taken(), "Creating")] {
+        let (_, report) = told(&stored, &seen, &History::default(), at(0), &outcome);
+        let conditions = report.status.unwrap().conditions;
+        let of = |type_: &str| conditions.iter().find(|c| c.type_ == type_).cloned();
+        assert_eq!(of("Reconciling").unwrap().reason, want);
+        assert_eq!(of("Progressing").unwrap().reason, want);
+        assert!(of("Stalled").is_none(), "it may pass");
+        assert_eq!(of("Accepted").unwrap().status, "True");
+    }
+}
+
+#[test]
+fn pods_that_ended_are_told_once() {
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
+    let mut d = deployment(spec.clone());
+    let mut history = History::default();
+    let ended = |n: usize| -> Vec<_> {
+        let pod = |n| {
+            json!({ "metadata": { "name": format!("m-{n}") },
+            "status": { "phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "no healthy GPU" } })
+        };
+        (0..n)
+            .map(|n| Arc::new(serde_json::from_value(pod(n)).unwrap()))
+            .collect()
+    };
+    let mut messages = Vec::new();
+    let mut n_written = 0;
+    for (second, n) in [(0, 1), (5, 40), (10, 3000), (15, 0), (20, 1)] {
+        let mut seen = observed(&spec, 1, vec![]);
+        seen.pods = ended(n);
+        let whole = carry_out(&mut d, &seen, &mut history, at(second));
+        messages.extend(whole.events.into_iter().map(|event| event.message));
+        n_written += usize::from(whole.status.is_some());
+        assert_eq!(
+            d.status.as_ref().unwrap().replicas,
+            0,
+            "none of them is a replica"
+        );
+    }
+    let told = "UnexpectedAdmissionError: m-0: no healthy GPU";
+    assert_eq!(messages, [told, told], "and again after none was left");
+    assert_eq!(n_written, 3, "as they come and go, and not for each");
 }
 
 #[test]
@@ -180,13 +359,18 @@ fn a_status_that_could_not_be_written_is_planned_again() {
     );
     let seen = observed(&spec, 1, vec![load(50, 0)]);
     for second in [20, 22] {
-        // Planned, and not carried out.
-        let plan = plan(&Stored(Ok(d.clone())), &seen, &history, at(second), IMAGE);
-        let status = plan
-            .status
-            .expect("the interval has passed, and nothing was written");
+        let (_, report) = told(
+            &Stored(Ok(d.clone())),
+            &seen,
+            &history,
+            at(second),
+            &taken(),
+        );
+        let status = report.status.clone();
+        let status = status.expect("the interval has passed, and nothing was written");
         assert_eq!(status.utilization_percent, Some(50));
-        assert_ne!(plan.history, history);
+        assert_eq!(report.clone().remember(false, vec![]), history);
+        assert_ne!(report.remember(true, vec![]), history);
     }
 }
 
@@ -224,7 +408,7 @@ fn a_spec_that_cannot_be_read_is_told_once_and_nothing_is_touched() {
     let stored = |object: &Value| -> Stored { serde_json::from_value(object.clone()).unwrap() };
     let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
     let seen = observed(&spec, 1, vec![load(30, 1)]);
-    let first = plan(&stored(&object), &seen, &History::default(), at(0), IMAGE);
+    let first = whole(&stored(&object), &seen, &History::default(), at(0));
     assert!(first.children.is_none());
     assert_eq!(first.events.len(), 1);
     assert_eq!(first.events[0].severity, Severity::Warning);
@@ -251,7 +435,7 @@ fn a_spec_that_cannot_be_read_is_told_once_and_nothing_is_touched() {
         // The status that the API server holds tells it already.
         ("the operator starts anew", History::default(), 0),
     ] {
-        let again = plan(&stored(&object), &seen, &history, at(second), IMAGE);
+        let again = whole(&stored(&object), &seen, &history, at(second));
         assert_eq!((again.events, again.status), (vec![], None), "{why}");
     }
 }

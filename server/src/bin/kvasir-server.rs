@@ -3,7 +3,7 @@
 //! Exit codes: 0 after a drain, 1 where the server failed, 2 where the user can mend it; one sentence says what.
 
 use std::io::{IsTerminal, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use kvasir_server::http::{self, App, Limits, Routes};
 use kvasir_server::lifecycle::{self, ServeError};
 use kvasir_server::metrics::Metrics;
 use kvasir_server::startup::{self, StartError, Started, Summary};
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -191,10 +192,22 @@ fn listen(flag: &str, address: SocketAddr) -> Result<(std::net::TcpListener, Soc
             ),
         )
     };
-    let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+    let listener = bind(address).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     Ok((listener, address))
+}
+
+/// `::` is every address of both families; where the kernel has no IPv6, every one of IPv4.
+fn bind(address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
+    std::net::TcpListener::bind(address).or_else(|error| match address.ip() {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+            if Errno::from_io_error(&error) == Some(Errno::AFNOSUPPORT) =>
+        {
+            std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port()))
+        }
+        _ => Err(error),
+    })
 }
 
 /// Serves the management port until the process ends, on a thread of its own: however busy the API's threads are,

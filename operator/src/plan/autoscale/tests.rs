@@ -365,6 +365,11 @@ fn a_window_counts_only_what_is_known() {
             vec![Idle(50), Nothing(3600), Idle(2)],
             3,
         ),
+        (
+            "nor is a gap that is shorter than the window",
+            vec![Idle(40), Nothing(30), Idle(10)],
+            3,
+        ),
     ] {
         let (mut history, mut now, mut replicas) = (History::default(), 0, 3);
         for second in seconds {
@@ -416,9 +421,10 @@ fn a_window_that_grows_is_waited_out_anew() {
     let mut history = settled(1);
     let mut longer = policy();
     longer.scale_down_stabilization_seconds = 300;
-    for (second, want) in [(101, 3), (200, 3), (339, 3), (340, 1)] {
+    for second in 101..=340 {
         let at = Duration::from_secs(second);
         let decision = decide(&longer, 3, &vec![load(0, 0, 0); 3], &mut history, at);
+        let want = if second < 340 { 3 } else { 1 };
         assert_eq!(decision.replicas, want, "{second}: {}", decision.reason);
     }
 }
@@ -437,6 +443,25 @@ fn the_reason_has_the_numbers() {
         "scaled up from 1 to 3: 90 blocks active and 150 needed by waiting requests, of 100 in 1 reporting replica \
          (target 80 %); 4 requests waiting (target 4 per replica)"
     );
+}
+
+#[test]
+fn the_demand_is_what_the_load_is_work_for_whatever_is_allowed() {
+    for (why, loads, want) in [
+        ("within what is allowed", vec![load(90, 150, 4)], (3, 3)),
+        ("more than is allowed", vec![load(100, 900, 100)], (10, 25)),
+        ("idle", vec![load(0, 0, 0)], (1, 1)),
+        ("unknown", vec![ReplicaLoad::Silent], (1, 0)),
+    ] {
+        let decision = decide(
+            &policy(),
+            1,
+            &loads,
+            &mut History::default(),
+            Duration::ZERO,
+        );
+        assert_eq!((decision.replicas, decision.demand), want, "{why}");
+    }
 }
 
 #[test]

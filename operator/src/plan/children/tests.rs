@@ -174,6 +174,24 @@ fn a_revision_is_the_same_in_every_release() {
         "9aa977875e308282",
         "a change here rolls every pod of every user"
     );
+    let with = |template: Value| {
+        let mut spec = demo();
+        spec["podTemplate"] = template;
+        revision(&llm_deployment(spec).spec)
+    };
+    let context =
+        |user: Value| json!({ "spec": { "securityContext": { "fsGroup": 1, "runAsUser": user } } });
+    let kept = with(json!({ "spec": { "securityContext": { "fsGroup": 1 } } }));
+    assert_ne!(
+        with(context(Value::Null)),
+        kept,
+        "the operator's user is taken away"
+    );
+    assert_eq!(
+        with(json!({ "spec": { "nodeSelector": null, "securityContext": { "fsGroup": 1 } } })),
+        kept,
+        "other nulls say nothing"
+    );
 }
 
 #[test]
@@ -194,6 +212,25 @@ fn a_gpu_is_asked_for_by_a_quantity_that_is_not_0() {
             want
         );
     }
+}
+
+#[test]
+fn what_runs_is_scaled_with_the_template_that_was_applied_last() {
+    let first = children(&llm_deployment(demo()), 1, "kvasir:1", None).unwrap();
+    let mut changed = demo();
+    changed["podTemplate"] = json!({ "spec": { "nodeSelektor": {} } });
+    let changed = llm_deployment(changed);
+    let scaled = scaled(&changed, 3, &first.deployment).unwrap();
+    let spec = scaled.spec.as_ref().unwrap();
+    assert_eq!(spec.replicas, Some(3));
+    assert_eq!(
+        spec.template,
+        first.deployment.spec.as_ref().unwrap().template
+    );
+    assert_eq!(scaled.metadata, first.deployment.metadata);
+    let mut unmarked = first.deployment.clone();
+    unmarked.metadata.annotations = None;
+    assert_eq!(super::scaled(&changed, 3, &unmarked), None);
 }
 
 #[test]

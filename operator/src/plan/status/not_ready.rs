@@ -6,14 +6,19 @@ use k8s_openapi::api::core::v1::{
     ContainerStateTerminated, ContainerStatus, Event, Pod, PodStatus,
 };
 use kube::ResourceExt;
-use kvasir_crds::llmdeployment::{NotReadyReplica, Reason};
+use kvasir_crds::llmdeployment::{EndedPods, NotReadyReplica, Reason};
 
 use crate::observed::{LastLine, Observed};
 use crate::plan::counted::counted;
-use crate::pod::{SERVER, is_ready, last_line, last_termination, not_terminating};
+use crate::pod::{
+    SERVER, has_ended, is_ready, last_termination, last_words, memory_limit, replicas,
+};
 
 /// Replicas that don't serve are listed up to here.
 pub const MAX_NOT_READY: usize = 10;
+
+/// Reasons why pods ended are listed up to here.
+const MAX_ENDED: usize = 5;
 
 /// Replicas that don't serve, and why; the most telling first. `child` is the status of the child Deployment, which says
 /// why a pod could not be made.
@@ -27,7 +32,7 @@ pub(super) fn not_ready(child: &DeploymentStatus, observed: &Observed) -> Vec<No
             (None, Reason::PodRefused, message)
         })
         .take(1);
-    let pods = not_terminating(&observed.pods).filter(|pod| !is_ready(pod));
+    let pods = replicas(&observed.pods).filter(|pod| !is_ready(pod));
     let failing = pods.map(|pod| {
         let (reason, message) = why(pod, observed);
         (Some(pod.name_any()), reason, message)
@@ -46,16 +51,41 @@ pub(super) fn not_ready(child: &DeploymentStatus, observed: &Observed) -> Vec<No
         .collect()
 }
 
+/// Why pods ended, each reason once. What `before` says of a reason stays while a pod of it is listed: a broken GPU ends
+/// thousands, and the status is written for the first.
+pub(super) fn ended(observed: &Observed, before: &[EndedPods]) -> Vec<EndedPods> {
+    let mut found: Vec<EndedPods> = Vec::new();
+    for pod in observed.pods.iter().filter(|pod| has_ended(pod)) {
+        let status = pod.status.clone().unwrap_or_default();
+        let filled = |text: Option<String>| text.filter(|text| !text.is_empty());
+        let reason = filled(status.reason).or(status.phase).unwrap_or_default();
+        if found.len() == MAX_ENDED || found.iter().any(|known| known.reason == reason) {
+            continue;
+        }
+        let known = before.iter().find(|known| known.reason == reason);
+        found.push(known.cloned().unwrap_or_else(|| {
+            let message = filled(status.message).unwrap_or_else(|| "the pod ended".into());
+            EndedPods {
+                reason,
+                message: format!("{}: {message}", pod.name_any()),
+            }
+        }));
+    }
+    found.sort_by(|a, b| a.reason.cmp(&b.reason));
+    found
+}
+
 /// Why one pod doesn't serve: the first of these that knows.
 fn why(pod: &Pod, observed: &Observed) -> (Reason, String) {
     let warnings: Vec<&Event> = observed
         .warnings
         .iter()
-        .filter(|e| e.involved_object.name == pod.metadata.name)
+        .map(AsRef::as_ref)
+        .filter(|e: &&Event| e.involved_object.name == pod.metadata.name)
         .collect();
     let status = pod.status.clone().unwrap_or_default();
     unschedulable(&status)
-        .or_else(|| failed(&status))
+        .or_else(|| lost(&status))
         .or_else(|| not_running(pod, &status, &observed.last_lines, &warnings))
         .or_else(|| unreachable(&status))
         .unwrap_or_else(|| warned(&status, &warnings))
@@ -71,9 +101,9 @@ fn unschedulable(status: &PodStatus) -> Option<(Reason, String)> {
     Some((Reason::Unschedulable, message))
 }
 
-/// The whole pod was ended, by an eviction for example.
-fn failed(status: &PodStatus) -> Option<(Reason, String)> {
-    if !matches!(status.phase.as_deref(), Some("Failed" | "Unknown")) {
+/// Its node doesn't answer.
+fn lost(status: &PodStatus) -> Option<(Reason, String)> {
+    if status.phase.as_deref() != Some("Unknown") {
         return None;
     }
     let message = status.message.clone().or_else(|| status.reason.clone());
@@ -95,7 +125,7 @@ fn not_running(
             .iter()
             .find(|l| Some(&l.pod) == pod.metadata.name.as_ref() && l.container == container.name)
             .map(|l| l.line.as_str());
-        refused(container, last_line, warnings)
+        refused(pod, container, last_line, warnings)
     })
 }
 
@@ -139,6 +169,7 @@ fn containers(status: &PodStatus) -> impl Iterator<Item = &ContainerStatus> {
 
 /// Why a container doesn't run: its image, its configuration, or the end of its last run with its last words.
 fn refused(
+    pod: &Pod,
     container: &ContainerStatus,
     logged: Option<&str>,
     warnings: &[&Event],
@@ -171,11 +202,17 @@ fn refused(
     }
     let end = last_termination(container)?;
     let how = match (end.reason.as_deref(), end.signal) {
-        (Some("OOMKilled"), _) => "was killed because it ran out of memory".to_owned(),
+        (Some("OOMKilled"), _) => match memory_limit(pod, &container.name) {
+            Some(limit) => {
+                format!("was killed because it ran out of memory (its limit is {limit}: raise it)")
+            }
+            None => "was killed because it ran out of memory".to_owned(),
+        },
         (_, Some(signal)) if signal != 0 => format!("was killed by signal {signal}"),
         _ => format!("ended with exit code {}", end.exit_code),
     };
-    let line = end.message.as_deref().and_then(last_line).or(logged);
+    let message = end.message.as_deref().and_then(last_words);
+    let line = message.as_deref().or(logged);
     let line = line.map(|line| format!(": {line}")).unwrap_or_default();
     let n_restarts = u64::try_from(container.restart_count).unwrap_or(0);
     let sentence = format!(

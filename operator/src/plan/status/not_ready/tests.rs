@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use super::*;
 
 pub(in crate::plan::status) fn pod(status: Value) -> Arc<Pod> {
-    let pod = json!({ "metadata": { "name": "p", "uid": "u" }, "status": status });
+    let pod = json!({ "metadata": { "name": "p", "uid": "u" }, "status": status, "spec": { "containers": [
+        { "name": "server", "resources": { "limits": { "memory": "1Gi" } } }] } });
     Arc::new(serde_json::from_value(pod).unwrap())
 }
 
@@ -28,7 +29,7 @@ fn found(
 ) -> Vec<NotReadyReplica> {
     let observed = Observed {
         pods,
-        warnings,
+        warnings: warnings.into_iter().map(Arc::new).collect(),
         last_lines,
         ..Observed::default()
     };
@@ -104,7 +105,17 @@ fn says_why_in_words() {
             container(json!({ "started": false, "state": { "running": {} },
                 "lastState": { "terminated": { "exitCode": 137, "reason": "OOMKilled" } } })),
             "Crashed",
-            "was killed because it ran out of memory",
+            "was killed because it ran out of memory (its limit is 1Gi: raise it)",
+        ),
+        (
+            "a mistyped flag, and not the way to the help",
+            container(
+                json!({ "state": { "waiting": { "reason": "CrashLoopBackOff" } }, "lastState": { "terminated": {
+                    "exitCode": 2, "reason": "Error", "message": "error: unexpected argument '--max-seqs' found\n\n\
+                    Usage: kvasir-server [OPTIONS]\n\nFor more information, try '--help'.\n" } } }),
+            ),
+            "Crashed",
+            ": error: unexpected argument '--max-seqs' found",
         ),
         (
             "a missing secret",
@@ -127,10 +138,10 @@ fn says_why_in_words() {
             "the server is loading its model",
         ),
         (
-            "an eviction",
-            json!({ "phase": "Failed", "reason": "Evicted", "message": "low on memory" }),
+            "a node that is lost",
+            json!({ "phase": "Unknown", "reason": "NodeLost", "message": "node n does not answer" }),
             "PodLost",
-            "low on memory",
+            "node n does not answer",
         ),
         (
             "no message: the log's last line",
@@ -211,4 +222,53 @@ fn says_nothing_of_pods_that_serve_or_end() {
     Arc::make_mut(&mut ending).metadata.deletion_timestamp =
         Some(Time(jiff::Timestamp::UNIX_EPOCH));
     assert_eq!(found(vec![ready, ending], vec![], vec![]), []);
+}
+
+#[test]
+fn pods_that_ended_are_no_replicas_and_each_reason_is_told_once() {
+    let ended = |name: &str, reason: &str, message: &str| {
+        let mut pod = pod(json!({ "phase": "Failed", "reason": reason, "message": message }));
+        Arc::make_mut(&mut pod).metadata.name = Some(name.into());
+        pod
+    };
+    let told = |reason: &str, message: &str| EndedPods {
+        reason: reason.into(),
+        message: message.into(),
+    };
+    let broken: Vec<_> = (0..3000)
+        .map(|n| {
+            ended(
+                &format!("m-{n:04}"),
+                "UnexpectedAdmissionError",
+                "no healthy GPU",
+            )
+        })
+        .collect();
+    assert_eq!(found(broken.clone(), vec![], vec![]), []);
+    let observed = |pods: &[Arc<Pod>]| Observed {
+        pods: pods.to_vec(),
+        ..Observed::default()
+    };
+    let first = super::ended(&observed(&broken), &[]);
+    assert_eq!(
+        first,
+        [told("UnexpectedAdmissionError", "m-0000: no healthy GPU")]
+    );
+    let evicted = ended("m-9", "Evicted", "low on memory");
+    let later = [&broken[7..], std::slice::from_ref(&evicted)].concat();
+    assert_eq!(
+        super::ended(&observed(&later), &first),
+        [told("Evicted", "m-9: low on memory"), first[0].clone()],
+        "the first of a reason stays the one that is quoted"
+    );
+    assert_eq!(
+        super::ended(&observed(&[evicted]), &first),
+        [told("Evicted", "m-9: low on memory")],
+        "a reason goes with the last of its pods"
+    );
+    let done = pod(json!({ "phase": "Succeeded" }));
+    assert_eq!(
+        super::ended(&observed(&[done]), &[]),
+        [told("Succeeded", "p: the pod ended")]
+    );
 }
