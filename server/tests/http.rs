@@ -64,7 +64,18 @@ fn a_stream_adds_up_to_the_whole_answer() {
     assert_eq!(&streamed_ids.collect::<Vec<_>>(), ids);
     assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
     assert_eq!(events[0]["prompt_token_ids"], whole["prompt_token_ids"]);
-    assert_eq!(events.last().unwrap()["usage"], whole["usage"]);
+    let usage = &events.last().unwrap()["usage"];
+    for field in ["prompt_tokens", "completion_tokens", "total_tokens"] {
+        assert_eq!(usage[field], whole["usage"][field]);
+    }
+    let n_prompt = usage["prompt_tokens"].as_u64().unwrap();
+    let cached = |usage: &Value| {
+        usage["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(cached(&whole["usage"]), 0, "the first of its kind");
+    assert!(cached(usage) >= (n_prompt - 1) / 16 * 16, "{usage}");
     assert_eq!(
         events[events.len() - 2]["choices"][0]["finish_reason"],
         "stop"
@@ -82,6 +93,8 @@ fn a_stream_adds_up_to_the_whole_answer() {
             "vllm:inter_token_latency_seconds_count",
             2 * (ids.len() - 1),
         ),
+        ("vllm:prefix_cache_queries_total", 2 * n_prompt as usize),
+        ("vllm:prefix_cache_hits_total", cached(usage) as usize),
         ("vllm:request_generation_tokens_sum", 2 * ids.len()),
     ] {
         let line = format!("{name}{{model_name=\"kvasir-demo\"}} {n}\n");
@@ -91,6 +104,51 @@ fn a_stream_adds_up_to_the_whole_answer() {
     let (_, tokens) = server.post("/tokenize", &json!({"messages": question()}));
     assert_eq!(tokens["tokens"], whole["prompt_token_ids"]);
     assert_eq!(tokens["max_model_len"], 2048);
+}
+
+#[test]
+fn a_prefix_is_found_by_those_with_the_same_salt() {
+    let prompt: Vec<u32> = (300..400).collect();
+    let cached = |server: &Server, more: &Value| {
+        let mut asked = json!({"prompt": prompt, "max_tokens": 2, "temperature": 0});
+        let fields = more.as_object().unwrap().clone();
+        asked.as_object_mut().unwrap().extend(fields);
+        let (status, answer) = server.post(COMPLETIONS, &asked);
+        assert_eq!(status, 200, "{answer}");
+        let details = &answer["usage"]["prompt_tokens_details"];
+        let n = details["cached_tokens"].as_u64().unwrap();
+        (n, answer["choices"][0]["text"].clone())
+    };
+    let server = Server::start(&[]);
+    let (n, cold) = cached(&server, &json!({}));
+    assert_eq!(n, 0);
+    let (n, warm) = cached(&server, &json!({}));
+    assert!(n >= 96, "{n} of 100");
+    assert_eq!(warm, cold);
+    for (why, more, least) in [
+        ("another salt", json!({"cache_salt": "a"}), 0),
+        ("the same again", json!({"cache_salt": "a"}), 96),
+        ("a third", json!({"cache_salt": "b"}), 0),
+    ] {
+        let (n, text) = cached(&server, &more);
+        assert!(n >= least && (least > 0 || n == 0), "{why}: {n}");
+        assert_eq!(text, cold, "{why}");
+    }
+    // A prompt that is scored is computed whole, and isn't looked up.
+    let scored = json!({"echo": true, "logprobs": 1});
+    assert_eq!(cached(&server, &scored).0, 0);
+    let metrics = server.get("/metrics").1;
+    let line = "vllm:prefix_cache_queries_total{model_name=\"kvasir-demo\"} 500\n";
+    assert!(metrics.contains(line), "{metrics}");
+    server.wait_for_load("the full blocks of three salts stay", |load| {
+        let cached = load["blocks"]["cached"].as_u64().unwrap();
+        load["blocks"]["active"] == 0 && cached >= 18
+    });
+
+    let server = Server::start(&["--no-enable-prefix-caching"]);
+    for _ in 0..2 {
+        assert_eq!(cached(&server, &json!({})), (0, cold.clone()));
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use kvasir_crds::LoadReport;
 use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA, SlotCounts};
 
 use super::blocks::{CacheGroups, PoolCounts};
+use super::prefix::PrefixChain;
 use super::scheduler::Load;
 use super::{ModelInfo, Request, RequestId, SubmitError};
 
@@ -56,6 +57,8 @@ impl Snapshot {
 pub(super) enum Command {
     Submit {
         request: Box<Request>,
+        /// The keys of its prompt, where prefixes are cached.
+        chain: Option<PrefixChain>,
         arrived: Instant,
     },
     Abort(RequestId),
@@ -125,6 +128,14 @@ impl EngineHandle {
     /// Queues a request. Its outputs go to the receiver that [`Engine::start`](super::Engine::start) returned.
     pub fn submit(&self, request: Request) -> Result<(), SubmitError> {
         self.check_fits(&request)?;
+        // A prompt is hashed here, not on the engine's thread, which others wait for.
+        let info = self.model_info();
+        let chain = info.prefix_caching.map(|caching| {
+            let (salt, size) = (request.cache_salt.as_deref(), info.groups.block_size());
+            let mut chain = PrefixChain::new(caching.root, salt, size);
+            chain.extend(&request.prompt);
+            chain
+        });
         let mut state = self.state();
         if state.stopped || state.stopping {
             return Err(SubmitError::Stopped);
@@ -136,6 +147,7 @@ impl EngineHandle {
         }
         state.commands.push_back(Command::Submit {
             request: Box::new(request),
+            chain,
             arrived: Instant::now(),
         });
         drop(state);
@@ -289,7 +301,10 @@ impl State {
     fn snapshot_now(&self, info: &ModelInfo) -> Snapshot {
         let mut snapshot = self.snapshot.clone();
         for command in &self.commands {
-            if let Command::Submit { request, arrived } = command {
+            if let Command::Submit {
+                request, arrived, ..
+            } = command
+            {
                 snapshot.add_waiting(request, *arrived, &info.groups);
             }
         }

@@ -28,6 +28,8 @@ pub struct Request {
     pub logprobs: Option<u8>,
     /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
     pub prompt_logprobs: Option<u8>,
+    /// Only requests with the same one find each other's cached prefixes.
+    pub cache_salt: Option<String>,
 }
 
 /// Why a sequence came to its end: the one way to say it, from the scheduler to the API. The scheduler never gives a
@@ -94,6 +96,8 @@ pub struct Admission {
     pub id: RequestId,
     /// When the step was scheduled that it begins with.
     pub at: Instant,
+    /// Prompt tokens that the prefix cache held, the first time that the request begins; `None` where it was not asked.
+    pub cached_tokens: Option<u32>,
 }
 
 /// What one step brought, sent in one message.

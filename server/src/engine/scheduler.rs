@@ -8,16 +8,18 @@
 //!
 //! At most one step is under way when the next is scheduled. Because a device runs its steps in order, the blocks of
 //! a sequence that has ended are free at once, even while a step that was scheduled too far still writes to them:
-//! whoever gets them writes later.
+//! whoever gets them writes later. What a step wrote is offered to the prefix cache when that step is collected.
 
 mod sequence;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Bound;
 
 use kvasir_kernels::shape::Limits;
 use kvasir_kernels::step::{DeviceOutput, LogitsRow, Span, StepInput, TableRow, TableUpdate};
 
-use super::blocks::{Appended, BlockPool, BlockTable};
+use super::blocks::{Allocation, Appended, BlockPool, BlockTable, Written};
+use super::prefix::{PrefixChain, PrefixHit};
 use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
 use sequence::{PendingSample, Sequence};
 
@@ -39,6 +41,21 @@ struct ServiceKey {
 struct SequenceGroup {
     id: RequestId,
     sequences: Vec<Sequence>,
+    /// It has run before: what the cache held for it is counted.
+    is_counted: bool,
+    /// What it needs to run, as last looked up.
+    need: Need,
+}
+
+/// What a group needs to run, net of what the prefix cache holds for it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Need {
+    /// Blocks that become active.
+    n_blocks: u64,
+    /// Tokens to compute before all sequences decode.
+    n_tokens: u64,
+    /// Those among them that are prompts'.
+    n_prompt: u64,
 }
 
 impl SequenceGroup {
@@ -47,22 +64,26 @@ impl SequenceGroup {
         self.sequences.iter().any(Sequence::is_pending)
     }
 
-    /// Tokens to compute before all sequences decode.
-    fn n_tokens(&self) -> usize {
-        let known = self
-            .sequences
-            .iter()
-            .map(|sequence| sequence.n_known() as usize);
-        known.sum()
+    /// Looks up what it needs to run now.
+    fn look_up(&mut self, blocks: &BlockPool) {
+        let mut need = Need::default();
+        for sequence in &self.sequences {
+            let hit = find_prefix(blocks, sequence);
+            let n_cached = hit.n_tokens(blocks.block_size());
+            let n_known = sequence.n_known();
+            need.n_blocks += u64::from(blocks.cost(n_known, &hit).n_blocks);
+            need.n_tokens += u64::from(n_known - n_cached);
+            need.n_prompt += u64::from(sequence.n_prompt_after(n_cached));
+        }
+        self.need = need;
     }
+}
 
-    /// Blocks that all sequences need to run.
-    fn blocks(&self, blocks: &BlockPool) -> u64 {
-        let needed = self
-            .sequences
-            .iter()
-            .map(|sequence| blocks.blocks_for(sequence.n_known()));
-        needed.map(u64::from).sum()
+/// What the cache holds of a sequence.
+fn find_prefix(blocks: &BlockPool, sequence: &Sequence) -> PrefixHit {
+    match sequence.chain() {
+        Some(chain) => blocks.find_prefix(chain, sequence.tokens(), sequence.n_cacheable()),
+        None => PrefixHit::default(),
     }
 }
 
@@ -81,8 +102,12 @@ struct RunningSequence {
     table: BlockTable,
     /// Tokens that are in the cache or under way there.
     n_scheduled: u32,
+    /// Those among them that are in the cache for certain: the steps that wrote them were collected.
+    n_written: u32,
     /// The newest step that it is in.
     last_step: Option<u64>,
+    /// The step that it was admitted to.
+    first_step: u64,
 }
 
 /// What a span of a step will report, in the order of the rows of logits.
@@ -91,6 +116,8 @@ struct Expected {
     id: RequestId,
     sequence: u32,
     row: TableRow,
+    /// Where it ends: all tokens of the sequence before are written.
+    end: u32,
     n_scores: u32,
     samples: bool,
     /// Nothing is generated, and the prompt is complete with this span.
@@ -107,9 +134,25 @@ pub struct Schedule {
     /// Its tokens that are decodes; the others are prompts'.
     pub n_decodes: u32,
     /// Requests that start to run.
-    pub admitted: Vec<RequestId>,
+    pub admitted: Vec<Admitted>,
     /// Requests that wait again.
     pub preempted: Vec<RequestId>,
+}
+
+/// A request that starts to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// Which.
+    pub id: RequestId,
+    /// Prompt tokens that the cache held, the first time that it starts; `None` where the cache was not asked.
+    pub cached_tokens: Option<u32>,
+}
+
+/// A step that was scheduled and not committed.
+#[derive(Debug)]
+struct InFlight {
+    step: u64,
+    expected: Vec<Expected>,
 }
 
 /// Requests and tokens by state.
@@ -121,9 +164,9 @@ pub struct Load {
     pub n_sequences: u32,
     /// Requests that wait, preempted ones included.
     pub n_waiting: u32,
-    /// Blocks that the waiting requests need to start.
+    /// Blocks that the waiting requests need to start, beyond those of others that they share.
     pub waiting_blocks: u64,
-    /// Prompt tokens that are not computed.
+    /// Prompt tokens that are neither computed nor found in the cache.
     pub prefill_backlog_tokens: u64,
 }
 
@@ -140,8 +183,12 @@ pub struct Scheduler {
     /// By row of the block tables.
     rows: Vec<Option<RunningSequence>>,
     free_rows: Vec<TableRow>,
-    in_flight: VecDeque<Vec<Expected>>,
+    in_flight: VecDeque<InFlight>,
     n_steps: u64,
+    /// Changes of tables that the next step brings, because a block was replaced by another of the same content.
+    replaced: Vec<TableUpdate>,
+    /// The waiting group whose need was looked up last.
+    looked_up: Option<ServiceKey>,
 }
 
 impl Scheduler {
@@ -167,19 +214,28 @@ impl Scheduler {
             free_rows: rows.collect(),
             in_flight: VecDeque::new(),
             n_steps: 0,
+            replaced: Vec::new(),
+            looked_up: None,
         }
     }
 
-    /// Queues a request that fits the pool when it is alone there.
-    pub fn add(&mut self, request: Request) {
+    /// Queues a request that fits the pool when it is alone there. `chain` has the keys of its prompt; `None` where its
+    /// prefix is not cached.
+    pub fn add(&mut self, blocks: &BlockPool, request: Request, chain: Option<PrefixChain>) {
         let key = ServiceKey {
             arrival: self.n_arrived,
         };
         self.n_arrived += 1;
         let id = request.id;
         self.keys.insert(id, key);
-        let sequences = vec![Sequence::new(request, self.max_model_len)];
-        self.waiting.insert(key, SequenceGroup { id, sequences });
+        let mut group = SequenceGroup {
+            id,
+            sequences: vec![Sequence::new(request, chain, self.max_model_len)],
+            is_counted: false,
+            need: Need::default(),
+        };
+        group.look_up(blocks);
+        self.waiting.insert(key, group);
     }
 
     /// Forgets a request; its blocks are free. Unknown ones, ended before, are no mistake.
@@ -211,6 +267,7 @@ impl Scheduler {
             expected: Vec::new(),
             most_tokens: self.limits.max_tokens,
         };
+        batch.schedule.input.table_updates = std::mem::take(&mut self.replaced);
         self.schedule_decodes(blocks, &mut batch);
         let n_decodes = batch.n_tokens();
         batch.most_tokens = match n_decodes {
@@ -227,17 +284,26 @@ impl Scheduler {
         if batch.schedule.preempted.is_empty() {
             self.admit(blocks, &mut batch);
         }
+        blocks.release_sources();
         batch.schedule.n_decodes = n_decodes as u32;
         if batch.n_tokens() > 0 {
+            self.in_flight.push_back(InFlight {
+                step: self.n_steps,
+                expected: batch.expected,
+            });
             self.n_steps += 1;
-            self.in_flight.push_back(batch.expected);
+        } else {
+            // Nothing was admitted, and no step is made: the next one brings them, for the rows that still run.
+            self.replaced = std::mem::take(&mut batch.schedule.input.table_updates);
+            let rows = &self.rows;
+            (self.replaced).retain(|update| rows[update.row.0 as usize].is_some());
         }
         batch.schedule
     }
 
     /// Takes what the oldest step under way gave: appends outputs, ends sequences and requests, frees their blocks.
     pub fn commit(&mut self, blocks: &mut BlockPool, output: DeviceOutput) -> Vec<RequestOutput> {
-        let expected = self
+        let InFlight { step, expected } = self
             .in_flight
             .pop_front()
             .expect("a step that is committed was scheduled");
@@ -247,11 +313,13 @@ impl Scheduler {
             id,
             sequence: index,
             row,
+            end,
             n_scores,
             samples,
             ends,
         } in expected
         {
+            self.register(blocks, id, row, step, end);
             let mut output = RequestOutput {
                 id,
                 sequence: index,
@@ -273,9 +341,42 @@ impl Scheduler {
             if output.finished.is_some() {
                 self.end(blocks, id, index);
             }
-            outputs.push(output);
+            if n_scores > 0 || samples || ends {
+                outputs.push(output);
+            }
         }
         outputs
+    }
+
+    /// Offers the full blocks to the prefix cache that a collected step has filled, of a sequence that has run since.
+    fn register(
+        &mut self,
+        blocks: &mut BlockPool,
+        id: RequestId,
+        row: TableRow,
+        step: u64,
+        end: u32,
+    ) {
+        let Some(running) = self.rows[row.0 as usize].as_mut() else {
+            return;
+        };
+        if running.group != id || running.first_step > step {
+            return;
+        }
+        running.n_written = end;
+        if end / blocks.block_size() == running.table.n_registered() {
+            return;
+        }
+        running.sequence.extend_chain();
+        let Some(chain) = running.sequence.chain() else {
+            return;
+        };
+        let written = Written {
+            chain,
+            tokens: &running.sequence.tokens()[..end as usize],
+        };
+        let changed = blocks.register(&mut running.table, written);
+        self.replaced.extend(table_updates(row, changed));
     }
 
     /// No request is queued or runs, and no step is under way.
@@ -289,15 +390,8 @@ impl Scheduler {
     }
 
     /// Requests and tokens by state.
-    pub fn load(&self, blocks: &BlockPool) -> Load {
-        let waiting = self.waiting.values();
-        let of_group = |group: &SequenceGroup| {
-            let tokens = group
-                .sequences
-                .iter()
-                .map(|sequence| sequence.n_prompt_after(0));
-            tokens.map(u64::from).sum::<u64>()
-        };
+    pub fn load(&self) -> Load {
+        let waiting = self.waiting.values().map(|group| group.need);
         let running = self.rows_in_order().map(|row| {
             let running = self.at(row);
             u64::from(running.sequence.n_prompt_after(running.n_scheduled))
@@ -306,8 +400,9 @@ impl Scheduler {
             n_running: self.running.len() as u32,
             n_sequences: (self.rows.len() - self.free_rows.len()) as u32,
             n_waiting: self.waiting.len() as u32,
-            waiting_blocks: waiting.clone().map(|group| group.blocks(blocks)).sum(),
-            prefill_backlog_tokens: waiting.map(of_group).sum::<u64>() + running.sum::<u64>(),
+            waiting_blocks: waiting.clone().map(|need| need.n_blocks).sum(),
+            prefill_backlog_tokens: waiting.map(|need| need.n_prompt).sum::<u64>()
+                + running.sum::<u64>(),
         }
     }
 
@@ -320,8 +415,12 @@ impl Scheduler {
             while let Some(running) = &mut self.rows[row.0 as usize]
                 && running.n_ready() == 1
             {
-                let n_scheduled = running.n_scheduled;
-                if let Some(new) = blocks.extend(&mut running.table, n_scheduled, n_scheduled + 1) {
+                let n_known = running.n_scheduled + 1;
+                // What leaves a window is kept until the step that filled it was collected, so that the cache can have it;
+                // but no longer than a chunk, for which there is room.
+                let chunk = self.limits.max_tokens as u32;
+                let n_computed = running.n_written.max(n_known.saturating_sub(chunk));
+                if let Some(new) = blocks.extend(&mut running.table, n_computed, n_known) {
                     batch.update_tables(row, new);
                     self.add_span(row, batch);
                     break;
@@ -352,18 +451,15 @@ impl Scheduler {
         for row in rows {
             self.schedule_span(blocks, row, batch);
         }
+        self.look_up_some(blocks);
         // While the head of the queue waits for blocks, whoever overtakes it would take them.
         let head_fits = (self.waiting.values().next()).is_some_and(|head| self.fits(blocks, head));
         if head_fits && batch.schedule.preempted.is_empty() {
             let waiting = self.waiting.iter().take(MOST_OVERTAKEN);
-            let short = waiting.filter(|(_, group)| group.n_tokens() <= short_tokens);
+            let short = waiting.filter(|(_, group)| group.need.n_tokens <= short_tokens as u64);
             let keys: Vec<ServiceKey> = short.map(|(&key, _)| key).collect();
             for key in keys {
-                let group = &self.waiting[&key];
-                if !group.is_pending()
-                    && batch.n_tokens() < batch.most_tokens
-                    && self.fits(blocks, group)
-                {
+                if batch.n_tokens() < batch.most_tokens {
                     self.start_running(blocks, key, batch);
                 }
             }
@@ -371,56 +467,122 @@ impl Scheduler {
         batch.most_tokens = most_tokens;
     }
 
-    /// Admits from the head of the queue while there is room for all known tokens of the next.
-    fn admit(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
-        while let Some((&key, next)) = self.waiting.first_key_value()
-            && !next.is_pending()
-            && batch.n_tokens() < batch.most_tokens
-            && self.fits(blocks, next)
-        {
-            self.start_running(blocks, key, batch);
+    /// Looks up what the group at the head of the queue needs, and one more, each in its turn: what the cache holds for
+    /// those that wait changes with every step, and few of them matter now.
+    fn look_up_some(&mut self, blocks: &BlockPool) {
+        if let Some(mut head) = self.waiting.first_entry() {
+            head.get_mut().look_up(blocks);
         }
+        let after = self.looked_up.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut rest = self.waiting.range_mut((after, Bound::Unbounded));
+        self.looked_up = rest.next().map(|(&key, group)| {
+            group.look_up(blocks);
+            key
+        });
     }
 
-    /// There are rows and blocks for a group, and beyond that a block of each cache group for each sequence that runs:
-    /// without it a group would be admitted only to be preempted a few steps later.
+    /// Admits from the head of the queue while there is room for all known tokens of the next.
+    fn admit(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
+        while let Some((&key, _)) = self.waiting.first_key_value()
+            && batch.n_tokens() < batch.most_tokens
+            && self.start_running(blocks, key, batch)
+        {}
+    }
+
+    /// There are rows and blocks for a group as it was last looked up, and beyond that a block of each cache group for each
+    /// sequence that runs: without it a group would be admitted only to be preempted a few steps later.
     fn fits(&self, blocks: &BlockPool, group: &SequenceGroup) -> bool {
+        self.free_rows.len() >= group.sequences.len() && group.need.n_blocks <= self.room(blocks)
+    }
+
+    /// Blocks that a group may take.
+    fn room(&self, blocks: &BlockPool) -> u64 {
         let n_running = (self.rows.len() - self.free_rows.len()) as u64;
         let headroom = match n_running {
             0 => 0,
             n => (n + 1) * u64::from(blocks.n_groups()),
         };
-        self.free_rows.len() >= group.sequences.len()
-            && group.blocks(blocks) + headroom <= u64::from(blocks.n_free())
+        u64::from(blocks.n_available()).saturating_sub(headroom)
     }
 
-    fn start_running(&mut self, blocks: &mut BlockPool, key: ServiceKey, batch: &mut Batch) {
+    /// Starts a group that fits; false: nothing changed. What it was looked up to need may be out of date: what counts is
+    /// what the cache holds now.
+    fn start_running(
+        &mut self,
+        blocks: &mut BlockPool,
+        key: ServiceKey,
+        batch: &mut Batch,
+    ) -> bool {
+        let group = &self.waiting[&key];
+        if group.is_pending() || self.free_rows.len() < group.sequences.len() {
+            return false;
+        }
+        let Some(hits) = self.hits_that_fit(blocks, group) else {
+            return false;
+        };
         let group = self.waiting.remove(&key).expect("a group that waits");
-        batch.schedule.admitted.push(group.id);
+        let mut n_cached = 0;
         let mut rows = Vec::with_capacity(group.sequences.len());
-        for sequence in group.sequences {
-            let (table, new) = blocks
-                .allocate(sequence.n_known())
+        let asks_cache =
+            blocks.caches_prefixes() && group.sequences.iter().all(Sequence::asks_cache);
+        for (sequence, hit) in group.sequences.into_iter().zip(hits) {
+            let Allocation {
+                table,
+                appended,
+                copies,
+            } = blocks
+                .allocate(sequence.n_known(), &hit)
                 .expect("blocks and rows were counted before");
             let row = self
                 .free_rows
                 .pop()
                 .expect("blocks and rows were counted before");
-            batch.update_tables(row, new);
+            batch.schedule.input.copies.extend(copies);
+            batch.update_tables(row, appended);
+            let n_found = hit.n_tokens(blocks.block_size());
+            n_cached += n_found;
             self.rows[row.0 as usize] = Some(RunningSequence {
                 group: group.id,
                 sequence,
                 table,
-                n_scheduled: 0,
+                n_scheduled: n_found,
+                n_written: n_found,
                 last_step: None,
+                first_step: self.n_steps,
             });
             rows.push(row);
         }
+        batch.schedule.admitted.push(Admitted {
+            id: group.id,
+            cached_tokens: (!group.is_counted && asks_cache).then_some(n_cached),
+        });
         for &row in &rows {
             self.add_span(row, batch);
         }
         self.running
             .insert(key, RunningGroup { id: group.id, rows });
+        true
+    }
+
+    /// What the cache holds for the sequences of a group, where there is room for the rest. A tail is copied only where
+    /// there is room for both: a sequence that needs the whole pool needs the tail's blocks too.
+    fn hits_that_fit(&self, blocks: &BlockPool, group: &SequenceGroup) -> Option<Vec<PrefixHit>> {
+        let room = self.room(blocks);
+        let sequences = group.sequences.iter();
+        let mut hits: Vec<PrefixHit> = sequences
+            .map(|sequence| find_prefix(blocks, sequence))
+            .collect();
+        let needed = |hits: &[PrefixHit]| {
+            let costs = hits.iter().zip(&group.sequences).map(|(hit, sequence)| {
+                let cost = blocks.cost(sequence.n_known(), hit);
+                u64::from(cost.n_blocks) + u64::from(cost.n_sources)
+            });
+            costs.sum::<u64>()
+        };
+        if needed(&hits) > room {
+            hits.iter_mut().for_each(|hit| hit.tail = None);
+        }
+        (needed(&hits) <= room).then_some(hits)
     }
 
     /// Adds the next tokens of a sequence whose prompt is being computed.
@@ -484,16 +646,15 @@ impl Scheduler {
             batch.schedule.requests.push(request);
         }
         let ends = sequence.ends_with_prompt(chunk.end);
-        if n_scores > 0 || samples || ends {
-            batch.expected.push(Expected {
-                id: running.group,
-                sequence: sequence.index(),
-                row,
-                n_scores,
-                samples,
-                ends,
-            });
-        }
+        batch.expected.push(Expected {
+            id: running.group,
+            sequence: sequence.index(),
+            row,
+            end: chunk.end,
+            n_scores,
+            samples,
+            ends,
+        });
     }
 
     /// Ends one sequence of a request, and the request with its last.
@@ -525,17 +686,27 @@ impl Scheduler {
     fn stop_running(&mut self, blocks: &mut BlockPool, key: ServiceKey) -> SequenceGroup {
         let RunningGroup { id, rows } = self.running.remove(&key).expect("the group runs");
         let sequences = rows.into_iter().map(|row| self.free_row(blocks, row));
-        SequenceGroup {
+        let mut group = SequenceGroup {
             id,
             sequences: sequences.collect(),
-        }
+            is_counted: true,
+            need: Need::default(),
+        };
+        group.look_up(blocks);
+        group
     }
 
     fn free_row(&mut self, blocks: &mut BlockPool, row: TableRow) -> Sequence {
         let running = self.rows[row.0 as usize].take().expect("a running row");
         self.free_rows.push(row);
-        blocks.release(running.table);
-        running.sequence
+        self.replaced.retain(|update| update.row != row);
+        let sequence = running.sequence;
+        let written = sequence.chain().map(|chain| Written {
+            chain,
+            tokens: &sequence.tokens()[..running.n_written as usize],
+        });
+        blocks.release(running.table, written);
+        sequence
     }
 
     /// The rows in use, in the order of service.
@@ -585,14 +756,18 @@ impl Batch {
     }
 
     fn update_tables(&mut self, row: TableRow, appended: Vec<Appended>) {
-        let updates = appended.into_iter().map(|new| TableUpdate {
-            group: new.group,
-            row,
-            first: new.first,
-            blocks: new.blocks,
-        });
+        let updates = table_updates(row, appended);
         self.schedule.input.table_updates.extend(updates);
     }
+}
+
+fn table_updates(row: TableRow, changed: Vec<Appended>) -> impl Iterator<Item = TableUpdate> {
+    changed.into_iter().map(move |new| TableUpdate {
+        group: new.group,
+        row,
+        first: new.first,
+        blocks: new.blocks,
+    })
 }
 
 #[cfg(test)]

@@ -35,9 +35,18 @@ impl OutputThread {
         while let Ok(EngineOutputs { admitted, outputs }) = steps.recv() {
             let now = Instant::now();
             self.obey_commands();
-            for Admission { id, at } in admitted {
+            for Admission {
+                id,
+                at,
+                cached_tokens,
+            } in admitted
+            {
                 if let Some(request) = self.requests.get_mut(&id) {
                     let metrics = &self.shared.metrics;
+                    if let Some(n_hit) = cached_tokens {
+                        metrics.prefix_cache(request.n_prompt, n_hit.into());
+                        request.cached_tokens = Some(n_hit);
+                    }
                     (request.timeline).admitted(at, |kind, length| metrics.observe(kind, length));
                 }
             }
@@ -107,6 +116,8 @@ pub(super) struct RequestState {
     timeline: Timeline,
     n_prompt: u64,
     n_generated: u64,
+    /// Prompt tokens that the prefix cache held, until they are told.
+    cached_tokens: Option<u32>,
     /// Its end is counted, and its blocks are free or being freed. Whoever sets it first does that.
     settled: Arc<AtomicBool>,
 }
@@ -129,6 +140,7 @@ impl RequestState {
             timeline: Timeline::new(times.0, times.1),
             n_prompt,
             n_generated: 0,
+            cached_tokens: None,
             settled: Arc::default(),
         }
     }
@@ -140,6 +152,7 @@ impl RequestState {
     fn take(&mut self, output: RequestOutput, now: Instant, metrics: &Metrics) -> RequestEvent {
         let mut event = RequestEvent {
             prompt_logprobs: output.prompt_logprobs,
+            cached_tokens: self.cached_tokens.take(),
             ..RequestEvent::default()
         };
         if !output.tokens.is_empty() {

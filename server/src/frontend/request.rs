@@ -28,6 +28,8 @@ pub struct GenerationRequest {
     pub logprobs: Option<u8>,
     /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
     pub prompt_logprobs: Option<u8>,
+    /// Only requests with the same one find each other's cached prefixes.
+    pub cache_salt: Option<String>,
     /// Ready to take the first generated token.
     pub detokenizer: Detokenizer,
     /// When the client's call came.
@@ -64,6 +66,7 @@ impl GenerationRequest {
             sampling: self.sampling,
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
+            cache_salt: self.cache_salt,
         };
         (request, state)
     }

@@ -21,6 +21,8 @@ pub struct RequestEvent {
     pub tokens: Vec<TokenLogprobs>,
     /// Log-probabilities of further prompt tokens, where asked for.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Prompt tokens that the prefix cache held, on the first event.
+    pub cached_tokens: Option<u32>,
     /// Set on the last event.
     pub finished: Option<FinishReason>,
     /// Its bytes in the budget: to be kept as long as what it says is.

@@ -90,6 +90,7 @@ pub(super) async fn chat(
         id: format!("chatcmpl-{}", serving.ids.call()),
         created: super::unix_time(),
         n_prompt: prompt.len(),
+        n_cached: 0,
         n_completion: 0,
         prompt: params.return_token_ids.then(|| prompt.clone()),
         started: false,
@@ -123,6 +124,7 @@ struct Call {
     params: Params,
     with_logprobs: bool,
     n_prompt: usize,
+    n_cached: usize,
     n_completion: usize,
     /// Where asked for, until it is sent.
     prompt: Option<Vec<u32>>,
@@ -168,6 +170,7 @@ impl Call {
             stop_reason,
             token_ids: self.ids_of(&answer.tokens),
         };
+        self.n_cached = answer.cached_tokens as usize;
         self.n_completion = answer.tokens.len();
         let (usage, prompt_token_ids) = (self.usage(), self.prompt.take());
         let whole = self.object(
@@ -190,7 +193,7 @@ impl Call {
     }
 
     fn usage(&self) -> Usage {
-        Usage::new(self.n_prompt, self.n_completion)
+        Usage::new(self.n_prompt, self.n_cached, self.n_completion)
     }
 
     fn logprobs(&self, tokens: &[TokenLogprobs]) -> Option<ChatLogprobs> {
@@ -217,6 +220,7 @@ impl ChunkWriter for Call {
         event: RequestEvent,
         out: &mut Frames,
     ) -> Result<(), ApiError> {
+        self.n_cached += event.cached_tokens.unwrap_or(0) as usize;
         if !std::mem::replace(&mut self.started, true) {
             let delta = Delta {
                 role: Some("assistant"),

@@ -203,6 +203,7 @@ struct Choice {
     prompt_token_ids: Option<Vec<u32>>,
     started: bool,
     n_prompt: usize,
+    n_cached: usize,
     n_completion: usize,
 }
 
@@ -234,12 +235,19 @@ impl Choice {
             prompt_token_ids: params.return_token_ids.then(|| prompt.to_vec()),
             started: false,
             n_prompt: prompt.len(),
+            n_cached: 0,
             n_completion: 0,
         }
     }
 
+    /// Counts what an event brings.
+    fn count(&mut self, event: &RequestEvent) {
+        self.n_cached += event.cached_tokens.unwrap_or(0) as usize;
+        self.n_completion += event.tokens.len();
+    }
+
     fn usage(&self) -> Usage {
-        Usage::new(self.n_prompt, self.n_completion)
+        Usage::new(self.n_prompt, self.n_cached, self.n_completion)
     }
 }
 
@@ -278,7 +286,11 @@ impl Call {
     /// Of all prompts.
     fn usage(&self) -> Usage {
         let sum = |n: fn(&Choice) -> usize| self.choices.iter().map(n).sum();
-        Usage::new(sum(|c| c.n_prompt), sum(|c| c.n_completion))
+        Usage::new(
+            sum(|c| c.n_prompt),
+            sum(|c| c.n_cached),
+            sum(|c| c.n_completion),
+        )
     }
 
     /// The part of one prompt's answer that `event` brings.
@@ -286,7 +298,7 @@ impl Call {
         let params = &self.options.params;
         let choice = &mut self.choices[index];
         choice.started = true;
-        choice.n_completion += event.tokens.len();
+        choice.count(&event);
         let unscored = choice.unscored.take();
         let logprobs = choice.scorer.as_mut().map(|scorer| {
             let tokens = event.prompt_logprobs.iter().chain(&event.tokens);
@@ -321,6 +333,7 @@ impl Call {
                 text: answer.text,
                 tokens: answer.tokens,
                 prompt_logprobs: answer.prompt_logprobs,
+                cached_tokens: Some(answer.cached_tokens),
                 finished: Some(answer.reason),
                 lease: None,
             };
@@ -365,7 +378,7 @@ impl ChunkWriter for Call {
         // Text that is held back is sent with what follows; tokens only where somebody asked for them.
         let wanted = params.return_token_ids || logprobs.is_some() || (!choice.started && *echo);
         if event.text.is_empty() && event.finished.is_none() && !wanted {
-            choice.n_completion += event.tokens.len();
+            choice.count(&event);
             return Ok(());
         }
         let part = self.choice(index, event)?;

@@ -48,10 +48,9 @@ const NO_EFFECT: &[(&str, &[Interface], NoEffect)] = &[
     ("service_tier", BOTH, Any),
     ("safety_identifier", BOTH, Any),
     ("request_id", BOTH, Any),
-    // There is no prefix cache, and no parser that takes reasoning apart.
+    // Hints to the prefix cache, and no parser takes reasoning apart.
     ("prompt_cache_key", BOTH, Any),
     ("prompt_cache_retention", BOTH, Any),
-    ("cache_salt", BOTH, Any),
     ("include_reasoning", BOTH, Any),
     // Sampling and beams.
     ("n", BOTH, Only(&["1"])),

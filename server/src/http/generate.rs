@@ -95,6 +95,7 @@ impl Serving {
                 stop: params.stop.clone(),
                 logprobs: one.logprobs,
                 prompt_logprobs: one.prompt_logprobs,
+                cache_salt: params.cache_salt.clone(),
                 detokenizer: one.detokenizer,
                 arrived,
             })
@@ -113,6 +114,8 @@ pub(super) struct Answer {
     pub(super) text: String,
     pub(super) tokens: Vec<TokenLogprobs>,
     pub(super) prompt_logprobs: Vec<TokenLogprobs>,
+    /// Of the prompt, from the prefix cache.
+    pub(super) cached_tokens: u32,
     pub(super) reason: FinishReason,
     /// Its bytes in the budget.
     pub(super) leases: Vec<Lease>,
@@ -121,17 +124,19 @@ pub(super) struct Answer {
 /// Waits for the end of one request.
 pub(super) async fn collect(mut stream: RequestStream) -> Result<Answer, ApiError> {
     let (mut text, mut tokens, mut prompt_logprobs) = (String::new(), Vec::new(), Vec::new());
-    let mut leases = Vec::new();
+    let (mut leases, mut cached_tokens) = (Vec::new(), 0);
     while let Some(event) = stream.next().await {
         text.push_str(&event.text);
         tokens.extend(event.tokens);
         prompt_logprobs.extend(event.prompt_logprobs);
         leases.extend(event.lease);
+        cached_tokens += event.cached_tokens.unwrap_or(0);
         if let Some(reason) = event.finished {
             return Ok(Answer {
                 text,
                 tokens,
                 prompt_logprobs,
+                cached_tokens,
                 reason,
                 leases,
             });

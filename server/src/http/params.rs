@@ -34,6 +34,8 @@ pub(super) struct Params {
     pub(super) skip_special_tokens: bool,
     pub(super) return_token_ids: bool,
     pub(super) token_names: TokenNames,
+    /// As in vLLM: only calls with the same one find each other's cached prefixes.
+    pub(super) cache_salt: Option<String>,
     /// `None`: the answer comes whole.
     pub(super) stream: Option<StreamOptions>,
 }
@@ -88,6 +90,7 @@ impl Params {
                 true => TokenNames::Ids,
                 false => TokenNames::Text,
             },
+            cache_salt: take_cache_salt(fields)?,
             stream: take_stream(fields)?,
         })
     }
@@ -202,6 +205,16 @@ fn take_stop_token_ids(fields: &mut Fields<'_>) -> Result<Vec<u32>, ApiError> {
     Ok(ids)
 }
 
+fn take_cache_salt(fields: &mut Fields<'_>) -> Result<Option<String>, ApiError> {
+    match fields.take::<String>("cache_salt")? {
+        Some(salt) if salt.is_empty() => Err(ApiError::field(
+            "cache_salt",
+            "empty; leave it out or send a non-empty string",
+        )),
+        salt => Ok(salt),
+    }
+}
+
 fn take_stream(fields: &mut Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
     #[derive(Default, Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -275,6 +288,14 @@ mod tests {
             (
                 r#"{"stop": 3}"#,
                 "stop: expected a string or a list of strings",
+            ),
+            (
+                r#"{"cache_salt": ""}"#,
+                "cache_salt: empty; leave it out or send a non-empty string",
+            ),
+            (
+                r#"{"cache_salt": 3}"#,
+                "cache_salt: invalid type: integer `3`, expected a string",
             ),
             (
                 r#"{"n": 2}"#,

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use kvasir_kernels::step::{LogitsRequest, LogitsRow, SamplingParams, TokenInput};
 
+use crate::engine::prefix::PrefixChain;
 use crate::engine::{FinishReason, Request};
 
 /// Where a token that is still under way will appear: a row of logits of a step.
@@ -35,10 +36,13 @@ pub(super) struct Sequence {
     last_sample: Option<PendingSample>,
     /// Prompt positions whose successor's log-probability was asked for; a recomputation asks no second time.
     n_scored: u32,
+    /// The keys of its full blocks, where prefixes are cached.
+    chain: Option<PrefixChain>,
 }
 
 impl Sequence {
-    pub(super) fn new(request: Request, max_model_len: u32) -> Self {
+    /// `chain` has the keys of the prompt.
+    pub(super) fn new(request: Request, chain: Option<PrefixChain>, max_model_len: u32) -> Self {
         let n_prompt = request.prompt.len() as u32;
         Self {
             index: 0,
@@ -54,6 +58,7 @@ impl Sequence {
             n_pending: 0,
             last_sample: None,
             n_scored: 0,
+            chain,
         }
     }
 
@@ -65,6 +70,38 @@ impl Sequence {
     /// Tokens that the host knows: the prompt and the committed outputs.
     pub(super) fn n_known(&self) -> u32 {
         self.tokens.len() as u32
+    }
+
+    /// The prompt and the committed outputs.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The keys of the full blocks of its first tokens, where prefixes are cached.
+    pub(super) fn chain(&self) -> Option<&PrefixChain> {
+        self.chain.as_ref()
+    }
+
+    /// Hashes the full blocks that are known by now and were not hashed.
+    pub(super) fn extend_chain(&mut self) {
+        if let Some(chain) = &mut self.chain {
+            chain.extend(&self.tokens);
+        }
+    }
+
+    /// It may take tokens from the cache the first time that it runs.
+    pub(super) fn asks_cache(&self) -> bool {
+        self.chain.is_some() && self.prompt_logprobs.is_none()
+    }
+
+    /// How many of its first tokens may come from the cache: one at least is computed, for its logits, and all are whose
+    /// successor is to be scored.
+    pub(super) fn n_cacheable(&self) -> u32 {
+        let most = self.n_known().saturating_sub(1);
+        match self.prompt_logprobs {
+            Some(_) => most.min(self.n_scored),
+            None => most,
+        }
     }
 
     /// Prompt tokens, and generated ones after a preemption, from position `n_computed` on.

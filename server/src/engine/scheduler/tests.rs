@@ -1,10 +1,11 @@
 //! The scheduler against a device that checks everything: tiny pools, random arrivals, lengths and aborts.
 //!
 //! The device "computes" a token from all tokens before it, and reads in every cache group, full, windowed or of recurrent
-//! states, what a real one would read, through the block tables. A stale row, a slot that is not written or written by
-//! another, a token at a wrong position: each is found where it is read. The oracle sees one request alone.
+//! states, what a real one would read, through the block tables. A stale row, a slot that is not written or written for
+//! other tokens or another salt, a token at a wrong position: each is found where it is read. The oracle sees one request
+//! alone.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
 
 use kvasir_kernels::step::{BlockId, LogitsRequest, Sampled, SamplingParams, TokenInput};
@@ -12,6 +13,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::engine::blocks::{CacheGroups, GroupKind};
+use crate::engine::prefix::{PrefixCaching, PrefixKey};
 
 const VOCABULARY: u32 = 11;
 const STOP: u32 = 7;
@@ -45,24 +47,45 @@ fn oracle(request: &Request, max_model_len: u32) -> (Vec<u32>, FinishReason) {
     (tokens.split_off(request.prompt.len()), FinishReason::Length)
 }
 
-/// What a slot or a state of the cache holds: who wrote it and what. No two writes are equal.
+/// What a slot or a state of the cache holds: what was written, after what, and when. No two writes are at one time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Written {
-    serial: u64,
+struct Write {
+    /// All tokens before and the salt.
+    prefix: u64,
     token: u32,
+    serial: u64,
+}
+
+impl Write {
+    /// The same tokens after the same ones: their keys and values are equal.
+    fn is_like(&self, other: &Self) -> bool {
+        (self.prefix, self.token) == (other.prefix, other.token)
+    }
+}
+
+/// The prefix of what follows `before`, in a sequence with this salt.
+fn prefix(salt: Option<&str>, before: Option<&Write>) -> u64 {
+    let salt = salt.map_or(1, |salt| 2 + salt.len() as u64);
+    before.map_or(salt, |before| {
+        let mixed = (before.prefix ^ u64::from(before.token)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        mixed.rotate_left(29) + 1
+    })
 }
 
 /// A block as its group uses it.
 #[derive(Clone, Debug)]
 enum Page {
     /// By slot.
-    Tokens(Vec<Option<Written>>),
+    Tokens(Vec<Option<Write>>),
     /// A recurrent state: all tokens that it has seen.
-    State(Vec<Written>),
+    State(Vec<Write>),
 }
 
+/// Stands in a table where a row has no block.
+const NONE: BlockId = BlockId(u32::MAX);
+
 /// A device that runs its steps in order, at once, and hands out their results when asked. Whatever a real one would read
-/// is compared with what the same row wrote there.
+/// is compared with what the row's own tokens would have left there.
 struct CheckingDevice {
     block_size: usize,
     limits: Limits,
@@ -71,8 +94,12 @@ struct CheckingDevice {
     pages: Vec<Option<Page>>,
     /// `[group][row]`
     tables: Vec<Vec<Vec<BlockId>>>,
-    /// What each row wrote since its sequence was admitted.
-    contexts: Vec<Vec<Written>>,
+    /// Salt and tokens of each row's sequence, those included that it found in the cache.
+    contexts: Vec<(Option<String>, Vec<Write>)>,
+    /// A block may be replaced by another of the same content.
+    equal_bits: bool,
+    /// When what each row read in a group at a position was written, where only the very same may stand.
+    seen: HashMap<(usize, usize, usize), u64>,
     n_written: u64,
     previous: Vec<u32>,
     results: VecDeque<DeviceOutput>,
@@ -87,10 +114,40 @@ impl CheckingDevice {
             kinds: setting.kinds.clone(),
             pages: vec![None; setting.n_blocks as usize],
             tables: vec![vec![Vec::new(); rows]; setting.kinds.len()],
-            contexts: vec![Vec::new(); rows],
+            contexts: vec![(None, Vec::new()); rows],
+            equal_bits: setting.caching.is_none_or(|caching| caching.equal_bits),
+            seen: HashMap::new(),
             n_written: 0,
             previous: Vec::new(),
             results: VecDeque::new(),
+        }
+    }
+
+    /// A row begins with a sequence of which the cache holds `found`.
+    fn admit(&mut self, row: TableRow, salt: Option<String>, found: &[u32]) {
+        let row = row.0 as usize;
+        let mut context: Vec<Write> = Vec::new();
+        for &token in found {
+            context.push(Write {
+                prefix: prefix(salt.as_deref(), context.last()),
+                token,
+                serial: 0,
+            });
+        }
+        self.contexts[row] = (salt, context);
+        self.tables
+            .iter_mut()
+            .for_each(|tables| tables[row].clear());
+        self.seen.retain(|(of, ..), _| *of != row);
+    }
+
+    fn copy(&mut self, copies: &[(BlockId, BlockId)]) {
+        let sources: HashSet<BlockId> = copies.iter().map(|copy| copy.0).collect();
+        let destinations: HashSet<BlockId> = copies.iter().map(|copy| copy.1).collect();
+        assert_eq!(destinations.len(), copies.len(), "no destination twice");
+        assert!(sources.is_disjoint(&destinations), "none is a source too");
+        for &(from, to) in copies {
+            self.pages[to.0 as usize] = self.pages[from.0 as usize].clone();
         }
     }
 
@@ -98,23 +155,17 @@ impl CheckingDevice {
         for update in &input.table_updates {
             let row = update.row.0 as usize;
             let table = &mut self.tables[update.group as usize][row];
-            if update.first == 0 {
-                table.clear();
-                self.contexts[row].clear();
-            }
-            assert_eq!(
-                table.len(),
-                update.first as usize,
-                "a table grows without gaps"
-            );
-            table.extend(&update.blocks);
+            let first = update.first as usize;
+            let end = first + update.blocks.len();
+            table.resize(table.len().max(end), NONE);
+            table[first..end].copy_from_slice(&update.blocks);
         }
     }
 
     /// Asserts that a query at `position` sees in every group what its row wrote.
-    fn read(&self, row: usize, position: usize) {
-        let context = &self.contexts[row];
-        for (kind, tables) in self.kinds.iter().zip(&self.tables) {
+    fn read(&mut self, row: usize, position: usize) {
+        let context = &self.contexts[row].1;
+        for (group, (kind, tables)) in self.kinds.iter().zip(&self.tables).enumerate() {
             let first = match kind {
                 GroupKind::Full => 0,
                 GroupKind::Window(window) => (position + 1).saturating_sub(window.get() as usize),
@@ -125,11 +176,16 @@ impl CheckingDevice {
                 let Some(Page::Tokens(slots)) = &self.pages[block.0 as usize] else {
                     panic!("{kind:?}: a block that holds no tokens is read");
                 };
-                let found = slots[seen % self.block_size];
-                assert_eq!(
-                    found.as_ref(),
-                    Some(written),
-                    "{kind:?}: position {seen} at {position}"
+                let found =
+                    slots[seen % self.block_size].expect("a slot that is not written is read");
+                assert!(
+                    found.is_like(written),
+                    "{kind:?}: position {seen} at {position}: {found:?}, not {written:?}"
+                );
+                let first_seen = self.seen.entry((row, group, seen)).or_insert(found.serial);
+                assert!(
+                    self.equal_bits || *first_seen == found.serial,
+                    "{kind:?}: position {seen} was replaced"
                 );
             }
         }
@@ -137,11 +193,13 @@ impl CheckingDevice {
 
     /// Writes a token in every group; a state is read before it is written.
     fn write(&mut self, row: usize, token: u32) {
-        let position = self.contexts[row].len();
+        let (salt, context) = &self.contexts[row];
+        let position = context.len();
         self.n_written += 1;
-        let written = Written {
-            serial: self.n_written,
+        let written = Write {
+            prefix: prefix(salt.as_deref(), context.last()),
             token,
+            serial: self.n_written,
         };
         for (kind, tables) in self.kinds.iter().zip(&self.tables) {
             if let GroupKind::State(n) = kind {
@@ -153,10 +211,7 @@ impl CheckingDevice {
                         Some(Page::State(state)) if position > 0 => state,
                         _ => Vec::new(),
                     };
-                    assert_eq!(
-                        state, self.contexts[row],
-                        "the state of another sequence, or none"
-                    );
+                    assert_eq!(&state, context, "the state of another sequence, or none");
                     state.push(written);
                     *page = Some(Page::State(state));
                 }
@@ -170,7 +225,7 @@ impl CheckingDevice {
                 slots[position % self.block_size] = Some(written);
             }
         }
-        self.contexts[row].push(written);
+        self.contexts[row].1.push(written);
     }
 
     fn submit(&mut self, schedule: &Schedule) {
@@ -181,6 +236,7 @@ impl CheckingDevice {
         assert!(input.spans.len() <= self.limits.max_sequences);
         assert!(input.logits.len() <= self.limits.max_logits_rows);
         assert!(input.logits.is_sorted() && input.logits.len() == requests.len());
+        self.copy(&input.copies);
         self.update_tables(input);
         let mut next = 0;
         let mut place = Vec::new();
@@ -190,7 +246,7 @@ impl CheckingDevice {
             let row = span.row.0 as usize;
             assert_eq!(
                 span.first_position as usize,
-                self.contexts[row].len(),
+                self.contexts[row].1.len(),
                 "each position is written once, in order"
             );
             for i in 0..span.n_tokens {
@@ -209,7 +265,7 @@ impl CheckingDevice {
         }
         let sampled = input.logits.iter().zip(requests).map(|(&token, request)| {
             let (row, last) = place[token as usize];
-            let context: Vec<u32> = self.contexts[row][..=last]
+            let context: Vec<u32> = self.contexts[row].1[..=last]
                 .iter()
                 .map(|w| w.token)
                 .collect();
@@ -238,6 +294,10 @@ struct Arrival {
     max_tokens: u32,
     stops: bool,
     scored: bool,
+    /// Which beginning it shares with others, how much of it, and their salt.
+    family: u32,
+    n_shared: u32,
+    salted: bool,
     /// Steps after its arrival at which the client leaves.
     leaves_after: Option<u32>,
 }
@@ -249,6 +309,7 @@ struct Setting {
     n_blocks: u32,
     limits: Limits,
     kinds: Vec<GroupKind>,
+    caching: Option<PrefixCaching>,
     arrivals: Vec<Arrival>,
 }
 
@@ -266,8 +327,8 @@ impl Setting {
 fn kind() -> impl Strategy<Value = GroupKind> {
     let positive = |n| NonZeroU32::new(n).unwrap();
     prop_oneof![
-        2 => Just(GroupKind::Full),
-        1 => (1..9u32).prop_map(move |n| GroupKind::Window(positive(n))),
+        4 => Just(GroupKind::Full),
+        3 => (1..9u32).prop_map(move |n| GroupKind::Window(positive(n))),
         1 => (1..3u32).prop_map(move |n| GroupKind::State(positive(n))),
     ]
 }
@@ -278,16 +339,20 @@ fn settings() -> impl Strategy<Value = Setting> {
         1..20u32,
         0..16u32,
         any::<bool>(),
-        any::<bool>(),
+        prop::bool::weighted(0.3),
+        (0..2u32, 0..20u32, prop::bool::weighted(0.2)),
         prop::option::weighted(0.2, 0..20u32),
     )
         .prop_map(
-            |(step, n_prompt, max_tokens, stops, scored, leaves_after)| Arrival {
+            |(step, n_prompt, max_tokens, stops, scored, shares, leaves_after)| Arrival {
                 step,
                 n_prompt,
                 max_tokens,
                 stops,
                 scored,
+                family: shares.0,
+                n_shared: shares.1,
+                salted: shares.2,
                 leaves_after,
             },
         );
@@ -300,7 +365,11 @@ fn settings() -> impl Strategy<Value = Setting> {
         0..6usize,
     );
     let kinds = prop::collection::vec(kind(), 1..4);
-    (sizes, kinds, prop::collection::vec(arrival, 1..16)).prop_map(|(sizes, kinds, arrivals)| {
+    let root = PrefixKey::of_fields(&[b"test"]);
+    let caching = any::<bool>().prop_map(move |equal_bits| PrefixCaching { root, equal_bits });
+    let caching = prop::option::weighted(0.8, caching);
+    let arrivals = prop::collection::vec(arrival, 1..16);
+    (sizes, kinds, caching, arrivals).prop_map(|(sizes, kinds, caching, arrivals)| {
         let (depth, block_size, spare_blocks, max_sequences, more_tokens, more_rows) = sizes;
         let longest = arrivals
             .iter()
@@ -318,6 +387,7 @@ fn settings() -> impl Strategy<Value = Setting> {
                 max_blocks_per_sequence: longest.div_ceil(block_size) as usize,
             },
             kinds,
+            caching,
             arrivals,
         };
         let max_model_len = longest.div_ceil(block_size) * block_size;
@@ -330,7 +400,10 @@ fn request(i: usize, arrival: &Arrival) -> Request {
     Request {
         id: RequestId(i as u64),
         prompt: (0..arrival.n_prompt)
-            .map(|p| (i as u32 * 5 + p * 3) % VOCABULARY)
+            .map(|p| match p < arrival.n_shared {
+                true => (arrival.family * 5 + p * 3) % VOCABULARY,
+                false => (i as u32 * 5 + p * 3) % VOCABULARY,
+            })
             .collect(),
         max_tokens: arrival.max_tokens,
         stop_token_ids: if arrival.stops {
@@ -346,7 +419,26 @@ fn request(i: usize, arrival: &Arrival) -> Request {
         },
         logprobs: None,
         prompt_logprobs: arrival.scored.then_some(0),
+        cache_salt: arrival.salted.then(|| "salt".to_owned()),
     }
+}
+
+fn add(scheduler: &mut Scheduler, blocks: &BlockPool, setting: &Setting, request: Request) {
+    let chain = setting.caching.map(|caching| {
+        let size = NonZeroU32::new(setting.block_size).unwrap();
+        let mut chain = PrefixChain::new(caching.root, request.cache_salt.as_deref(), size);
+        chain.extend(&request.prompt);
+        chain
+    });
+    scheduler.add(blocks, request, chain);
+}
+
+/// What a run came to.
+#[derive(Default)]
+struct Totals {
+    n_preempted: usize,
+    /// Prompt tokens that the cache held, by request that asked it.
+    cached: BTreeMap<RequestId, u32>,
 }
 
 #[derive(Default)]
@@ -356,8 +448,8 @@ struct Received {
     finished: Option<FinishReason>,
 }
 
-/// Runs a setting to its end and returns the number of preemptions.
-fn run(setting: &Setting) -> usize {
+/// Runs a setting to its end.
+fn run(setting: &Setting) -> Totals {
     let Setting {
         depth,
         block_size,
@@ -367,17 +459,17 @@ fn run(setting: &Setting) -> usize {
         ..
     } = setting;
     let max_model_len = (limits.max_blocks_per_sequence as u32) * block_size;
-    let mut blocks = BlockPool::new(*n_blocks, setting.groups());
+    let mut blocks = BlockPool::new(*n_blocks, setting.groups(), setting.caching);
     let mut scheduler = Scheduler::new(*limits, max_model_len);
     let mut device = CheckingDevice::new(setting);
     let mut received: BTreeMap<RequestId, Received> = BTreeMap::new();
     let mut left: Vec<RequestId> = Vec::new();
-    let (mut n_arrived, mut n_preempted) = (0, 0);
+    let (mut n_arrived, mut totals) = (0, Totals::default());
     for step in 0.. {
         assert!(step < 20_000, "someone starves");
         for (i, arrival) in arrivals.iter().enumerate() {
             if arrival.step == step {
-                scheduler.add(request(i, arrival));
+                add(&mut scheduler, &blocks, setting, request(i, arrival));
                 n_arrived += 1;
             }
             if arrival
@@ -394,10 +486,26 @@ fn run(setting: &Setting) -> usize {
         let prompt_tokens = [0, 1, 3, u32::MAX][step as usize % 4];
         let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
         let is_idle = schedule.input.tokens.is_empty();
+        for admitted in &schedule.admitted {
+            let key = scheduler.keys[&admitted.id];
+            for &row in &scheduler.running[&key].rows {
+                let running = scheduler.at(row);
+                let mut spans = schedule.input.spans.iter();
+                let span = spans.find(|span| span.row == row);
+                let found = span.map_or(running.n_scheduled, |span| span.first_position) as usize;
+                let salted = arrivals[admitted.id.0 as usize].salted;
+                let salt = salted.then(|| "salt".to_owned());
+                device.admit(row, salt, &running.sequence.tokens()[..found]);
+            }
+            if let Some(n) = admitted.cached_tokens {
+                let counted = totals.cached.insert(admitted.id, n);
+                assert_eq!(counted, None, "counted once, preempted or not");
+            }
+        }
         if !is_idle {
             device.submit(&schedule);
         }
-        n_preempted += schedule.preempted.len();
+        totals.n_preempted += schedule.preempted.len();
         if is_idle || device.results.len() == *depth {
             if let Some(output) = device.results.pop_front() {
                 for output in scheduler.commit(&mut blocks, output) {
@@ -425,10 +533,10 @@ fn run(setting: &Setting) -> usize {
         let rows: Vec<TableRow> = scheduler.rows_in_order().collect();
         let held = rows
             .iter()
-            .map(|&row| scheduler.at(row).table.blocks().count());
+            .flat_map(|&row| scheduler.at(row).table.blocks());
         assert_eq!(
             blocks.counts().active as usize,
-            held.sum::<usize>(),
+            held.collect::<HashSet<_>>().len(),
             "every active block is in a table"
         );
         assert_eq!(scheduler.free_rows.len() + rows.len(), limits.max_sequences);
@@ -459,7 +567,7 @@ fn run(setting: &Setting) -> usize {
         };
         assert_eq!(received.scores, scores, "scores of request {i}");
     }
-    n_preempted
+    totals
 }
 
 proptest! {
@@ -478,6 +586,9 @@ fn the_newest_is_preempted_and_its_outputs_are_kept() {
         max_tokens: 14,
         stops: false,
         scored: true,
+        family: 0,
+        n_shared: 0,
+        salted: false,
         leaves_after: None,
     };
     for depth in [1, 2] {
@@ -492,9 +603,68 @@ fn the_newest_is_preempted_and_its_outputs_are_kept() {
                 max_blocks_per_sequence: 10,
             },
             kinds: vec![GroupKind::Full],
+            caching: None,
             arrivals: vec![arrival.clone(); 4],
         };
-        assert!(run(&setting) > 0, "the pool is too small for all at once");
+        assert!(
+            run(&setting).n_preempted > 0,
+            "the pool is too small for all at once"
+        );
+    }
+}
+
+#[test]
+fn a_prefix_is_found_once_it_is_written_and_only_by_its_salt() {
+    let arrival = |step, n_shared, salted| Arrival {
+        step,
+        n_prompt: 15,
+        max_tokens: 6,
+        stops: false,
+        scored: false,
+        family: 0,
+        n_shared,
+        salted,
+        leaves_after: None,
+    };
+    let arrivals = vec![
+        arrival(0, 15, false),
+        arrival(0, 15, false),
+        arrival(20, 15, false),
+        arrival(20, 15, true),
+        arrival(20, 8, false),
+        Arrival {
+            scored: true,
+            ..arrival(20, 15, false)
+        },
+    ];
+    let root = PrefixKey::of_fields(&[b"test"]);
+    for (depth, equal_bits) in [(1, true), (1, false), (2, true), (2, false)] {
+        let setting = Setting {
+            depth,
+            block_size: 4,
+            n_blocks: 64,
+            limits: Limits {
+                max_tokens: 64,
+                max_sequences: 8,
+                max_logits_rows: 64,
+                max_blocks_per_sequence: 6,
+            },
+            kinds: vec![
+                GroupKind::Full,
+                GroupKind::Window(NonZeroU32::new(5).unwrap()),
+            ],
+            caching: Some(PrefixCaching { root, equal_bits }),
+            arrivals: arrivals.clone(),
+        };
+        let cached = run(&setting).cached;
+        // The first two began before either had written anything; a scored prompt asks for nothing. The window behind the
+        // second block of the shared beginning is gone by the time that the others come, unless it was kept.
+        let found: Vec<u32> = (0..5).map(|i| cached[&RequestId(i)]).collect();
+        assert_eq!(found[..2], [0, 0]);
+        assert_eq!(found[2], 12, "all full blocks below the prompt's length");
+        assert_eq!(found[3], 0, "another salt");
+        assert_eq!(found[4], 8, "two blocks");
+        assert!(!cached.contains_key(&RequestId(5)));
     }
 }
 
@@ -507,7 +677,7 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         max_blocks_per_sequence: 64,
     };
     let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 8, vec![GroupKind::Full]);
-    let mut blocks = BlockPool::new(64, groups);
+    let mut blocks = BlockPool::new(64, groups, None);
     let mut scheduler = Scheduler::new(limits, 256);
     let arrival = |n_prompt| Arrival {
         step: 0,
@@ -515,10 +685,13 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         max_tokens: 9,
         stops: false,
         scored: false,
+        family: 0,
+        n_shared: 0,
+        salted: false,
         leaves_after: None,
     };
-    scheduler.add(request(0, &arrival(3)));
-    scheduler.add(request(1, &arrival(40)));
+    scheduler.add(&blocks, request(0, &arrival(3)), None);
+    scheduler.add(&blocks, request(1, &arrival(40)), None);
     let mut sizes = Vec::new();
     for _ in 0..4 {
         let input = scheduler.schedule(&mut blocks, u32::MAX).input;
@@ -544,7 +717,7 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         [[3, 5], [1, 7], [1, 7], [1, 7]],
         "the budget is always spent, and the decode never waits"
     );
-    let load = scheduler.load(&blocks);
+    let load = scheduler.load();
     assert_eq!(
         (load.n_running, load.prefill_backlog_tokens),
         (2, 40 - 5 - 7 * 3)
@@ -560,7 +733,7 @@ fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
         max_blocks_per_sequence: 64,
     };
     let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 64, vec![GroupKind::Full]);
-    let mut blocks = BlockPool::new(1024, groups);
+    let mut blocks = BlockPool::new(1024, groups, None);
     let mut scheduler = Scheduler::new(limits, 256);
     let arrival = |n_prompt| Arrival {
         step: 0,
@@ -568,22 +741,25 @@ fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
         max_tokens: 30,
         stops: false,
         scored: false,
+        family: 0,
+        n_shared: 0,
+        salted: false,
         leaves_after: None,
     };
-    let mut step = |scheduler: &mut Scheduler, prompt_tokens| {
-        let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
+    let step = |scheduler: &mut Scheduler, blocks: &mut BlockPool, prompt_tokens| {
+        let schedule = scheduler.schedule(blocks, prompt_tokens);
         let sampled = schedule.requests.iter().map(|_| Sampled {
             token: 1,
             ..Sampled::default()
         });
         let sampled = sampled.collect();
-        scheduler.commit(&mut blocks, DeviceOutput { sampled });
+        scheduler.commit(blocks, DeviceOutput { sampled });
         schedule
     };
-    scheduler.add(request(0, &arrival(3)));
-    step(&mut scheduler, 8);
+    scheduler.add(&blocks, request(0, &arrival(3)), None);
+    step(&mut scheduler, &mut blocks, 8);
     for i in 1..4 {
-        scheduler.add(request(i, &arrival(200)));
+        scheduler.add(&blocks, request(i, &arrival(200)), None);
     }
     let sizes = |schedule: &Schedule| -> Vec<u32> {
         schedule
@@ -594,18 +770,19 @@ fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
             .collect()
     };
     assert_eq!(
-        sizes(&step(&mut scheduler, 8)),
+        sizes(&step(&mut scheduler, &mut blocks, 8)),
         [1, 8],
         "a decode and eight tokens of the first prompt"
     );
-    assert_eq!(sizes(&step(&mut scheduler, 0)), [1], "the decode alone");
-    scheduler.add(request(4, &arrival(2)));
-    let schedule = step(&mut scheduler, 8);
     assert_eq!(
-        schedule.admitted,
-        [RequestId(4)],
-        "before the second long one"
+        sizes(&step(&mut scheduler, &mut blocks, 0)),
+        [1],
+        "the decode alone"
     );
+    scheduler.add(&blocks, request(4, &arrival(2)), None);
+    let schedule = step(&mut scheduler, &mut blocks, 8);
+    let admitted: Vec<RequestId> = schedule.admitted.iter().map(|new| new.id).collect();
+    assert_eq!(admitted, [RequestId(4)], "before the second long one");
     assert_eq!(
         sizes(&schedule),
         [1, 2, 6],
