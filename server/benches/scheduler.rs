@@ -171,6 +171,7 @@ fn scheduling(
             max_tokens: 200 + (next_id * 37 % 277) as u32,
             stop_token_ids: vec![2],
             sampling: sampling(next_id),
+            n: NonZeroU32::MIN,
             logprobs: None,
             prompt_logprobs: None,
             cache_salt: None,
@@ -237,11 +238,12 @@ fn whole_way(n_steps: usize) -> Vec<Duration> {
     });
     let tokenizer = tokenizer.expect("the demo's tokenizer loads");
     let streams: Vec<_> = (0..N_REQUESTS as u64)
-        .map(|i| {
+        .flat_map(|i| {
             let request = GenerationRequest {
                 prompt: vec![1; 16],
                 max_tokens,
                 sampling: sampling(i),
+                n: NonZeroU32::MIN,
                 stop_token_ids: Vec::new(),
                 stop: StopStrings::new([]),
                 logprobs: None,

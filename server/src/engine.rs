@@ -244,7 +244,7 @@ impl EngineLoop {
             .map(|output| output.tokens.len() as u64)
             .sum::<u64>();
         for ended in outputs.iter().filter(|output| output.finished.is_some()) {
-            self.arrived.remove(&ended.id);
+            self.forget_arrival(ended.id);
         }
         self.send(outputs)
     }
@@ -279,10 +279,21 @@ impl EngineLoop {
                     self.arrived.remove(&id);
                     self.scheduler.abort(&mut self.blocks, id);
                 }
+                Command::AbortSequence(id, index) => {
+                    self.scheduler.abort_sequence(&mut self.blocks, id, index);
+                    self.forget_arrival(id);
+                }
                 Command::Stop => next = Next::Stop,
             }
         }
         next
+    }
+
+    /// Forgets when a request came, if it has ended.
+    fn forget_arrival(&mut self, id: RequestId) {
+        if !self.scheduler.is_live(id) {
+            self.arrived.remove(&id);
+        }
     }
 
     fn publish(&mut self) {
@@ -295,7 +306,7 @@ impl EngineLoop {
         });
     }
 
-    /// Ends every request that is left with `why`.
+    /// Ends every sequence that is left with `why`.
     fn end(&mut self, why: &str) -> Result<(), EngineError> {
         let mut left = self.scheduler.abort_all(&mut self.blocks);
         left.extend(self.handle.close());
@@ -303,9 +314,9 @@ impl EngineLoop {
         let finished = Some(FinishReason::Error(why.to_owned()));
         self.send(
             left.into_iter()
-                .map(|id| RequestOutput {
+                .map(|(id, sequence)| RequestOutput {
                     id,
-                    sequence: 0,
+                    sequence,
                     prompt_logprobs: Vec::new(),
                     tokens: Vec::new(),
                     finished: finished.clone(),

@@ -156,6 +156,7 @@ fn requests(case: &Path) -> Vec<Request> {
                     seed: 5 + i as u64,
                 },
                 logprobs: Some(3),
+                n: NonZeroU32::MIN,
                 prompt_logprobs: (i % 2 == 1).then_some(1),
                 cache_salt: None,
             });
@@ -363,6 +364,77 @@ fn cpu_prefix_hits_change_nothing() {
             engine.join().unwrap();
         }
     }
+}
+
+/// Four sequences of one prompt give what four requests give with the seeds that follow each other; preempted too.
+#[test]
+fn cpu_choices_are_requests_with_the_next_seeds() {
+    const N: u32 = 4;
+    let (mut n_small_pools, mut n_preempted) = (0, 0);
+    for case in support::one_of_each_family(cases()) {
+        let sampled = requests(&case)
+            .into_iter()
+            .filter(|request| request.sampling.temperature > 0.0);
+        let groups: Vec<Request> = sampled
+            .map(|request| Request {
+                n: NonZeroU32::MIN.saturating_add(N - 1),
+                prompt_logprobs: None,
+                ..request
+            })
+            .collect();
+        let single = |group: &Request, index: u32| Request {
+            id: RequestId(group.id.0 * 100 + u64::from(index)),
+            sampling: SamplingParams {
+                seed: group.sampling.seed + u64::from(index),
+                ..group.sampling
+            },
+            n: NonZeroU32::MIN,
+            ..group.clone()
+        };
+        let shape = |n_blocks| Shape {
+            block_size: 4,
+            n_blocks,
+            max_num_seqs: 16,
+            max_num_batched_tokens: 24,
+            precision: Precision::BF16,
+        };
+        let singles: Vec<Request> = groups
+            .iter()
+            .flat_map(|group| (0..N).map(|i| single(group, i)))
+            .collect();
+        let (want, _) = answers(start(&case, DeviceKind::Cpu, shape(512)), &singles);
+        for n_blocks in [512, 80] {
+            let (engine, outputs) = start(&case, DeviceKind::Cpu, shape(n_blocks));
+            let handle = engine.handle();
+            for group in &groups {
+                handle.submit(group.clone()).unwrap();
+            }
+            let mut found: BTreeMap<RequestId, Vec<TokenLogprobs>> = BTreeMap::new();
+            let mut n_ended = 0;
+            while n_ended < singles.len() {
+                for output in outputs.recv().unwrap().outputs {
+                    let id = RequestId(output.id.0 * 100 + u64::from(output.sequence));
+                    found.entry(id).or_default().extend(output.tokens);
+                    n_ended += usize::from(output.finished.is_some());
+                }
+            }
+            for (id, (_, tokens, _)) in &want {
+                assert!(
+                    tokens == &found[id],
+                    "{}: {id:?} of {n_blocks} blocks",
+                    case.display()
+                );
+            }
+            n_small_pools += usize::from(n_blocks == 80);
+            n_preempted += usize::from(n_blocks == 80 && handle.counters().preemptions > 0);
+            handle.stop();
+            engine.join().unwrap();
+        }
+    }
+    assert!(
+        n_preempted * 2 > n_small_pools,
+        "{n_preempted} preempted in {n_small_pools} small pools"
+    );
 }
 
 /// Greedy answers are Transformers' own, up to the first close call.

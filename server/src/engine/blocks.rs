@@ -80,6 +80,23 @@ impl CacheGroups {
         self.kinds.iter().map(most).fold(0, u32::saturating_add)
     }
 
+    /// Blocks that a sequence of `n_tokens` tokens has of its own whose first `n_shared` are another's: full groups share
+    /// their full blocks.
+    pub fn own_blocks_for(&self, n_shared: u32, n_tokens: u32) -> u32 {
+        let kinds = self.kinds.iter();
+        let own = kinds.map(|&kind| self.own(kind, n_shared, n_tokens).len() as u32);
+        own.fold(0, u32::saturating_add)
+    }
+
+    /// The places of these.
+    fn own(&self, kind: GroupKind, n_shared: u32, n_tokens: u32) -> Range<u32> {
+        let held = self.held(kind, n_shared, n_tokens);
+        match kind {
+            GroupKind::Full => n_shared / self.block_size.get()..held.end,
+            GroupKind::Window(_) | GroupKind::State(_) => held,
+        }
+    }
+
     /// The same in the two numbers that the load report has for it: an upper bound where there are windows.
     pub fn page_demand(&self) -> PageDemand {
         let states = self.kinds.iter().map(|kind| match kind {
@@ -278,6 +295,11 @@ impl BlockPool {
         self.groups.blocks_for(n_tokens)
     }
 
+    /// Blocks that a sequence of `n_tokens` tokens has of its own whose first `n_shared` are another's.
+    pub fn own_blocks_for(&self, n_shared: u32, n_tokens: u32) -> u32 {
+        self.groups.own_blocks_for(n_shared, n_tokens)
+    }
+
     /// Cache groups: a sequence's next block may have to be one of each.
     pub fn n_groups(&self) -> u32 {
         self.groups.n_groups()
@@ -420,6 +442,68 @@ impl BlockPool {
             });
         }
         Some(allocation)
+    }
+
+    /// A table for a sequence of `n_tokens` tokens whose first `n_shared` another sequence computes: it has the blocks that
+    /// will be its own, and is no good before [`BlockPool::fork`]. `None`: nothing changed.
+    pub fn allocate_fork(&mut self, n_shared: u32, n_tokens: u32) -> Option<BlockTable> {
+        let needed = self.groups.own_blocks_for(n_shared, n_tokens);
+        self.n_available().checked_sub(needed)?;
+        let mut groups = Vec::with_capacity(self.groups.kinds.len());
+        for index in 0..self.groups.kinds.len() {
+            let own = (self.groups).own(self.groups.kinds[index], n_shared, n_tokens);
+            groups.push(GroupTable {
+                first: own.start,
+                blocks: own.map(|_| self.take()).collect(),
+            });
+        }
+        Some(BlockTable {
+            groups,
+            n_registered: n_shared / self.block_size(),
+        })
+    }
+
+    /// Completes the table `to` of [`BlockPool::allocate_fork`] with the first `n_shared` tokens of `from`, all of which are
+    /// computed or under way: full groups share the full blocks, and what one of the two will write to is copied, the last
+    /// shared block, windows and states. Returns all blocks of `to` and the copies, as [`Allocation`] does.
+    pub fn fork(
+        &mut self,
+        from: &BlockTable,
+        to: &mut BlockTable,
+        n_shared: u32,
+    ) -> (Vec<Appended>, Vec<(BlockId, BlockId)>) {
+        let size = self.block_size();
+        let (mut appended, mut copies) = (Vec::new(), Vec::new());
+        for (index, (from, to)) in from.groups.iter().zip(&mut to.groups).enumerate() {
+            let kind = self.groups.kinds[index];
+            let end = match kind {
+                GroupKind::State(_) => to.end(),
+                GroupKind::Full | GroupKind::Window(_) => n_shared.div_ceil(size).min(to.end()),
+            };
+            for place in to.first..end {
+                let source = from.at(place).expect("what is shared is held");
+                let copy = to.at(place).expect("a place that is its own");
+                self.hold(source);
+                self.sources.push(source);
+                copies.push((source, copy));
+            }
+            if kind == GroupKind::Full {
+                for place in (0..to.first).rev() {
+                    let block = from.at(place).expect("what is shared is held");
+                    self.hold(block);
+                    to.blocks.push_front(block);
+                }
+                to.first = 0;
+            }
+            if !to.blocks.is_empty() {
+                appended.push(Appended {
+                    group: index as u32,
+                    first: to.first,
+                    blocks: to.blocks.iter().copied().collect(),
+                });
+            }
+        }
+        (appended, copies)
     }
 
     /// The step is put together: its copies' sources may be evicted, and what a later step writes there is written later.

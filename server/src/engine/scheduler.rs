@@ -1,15 +1,22 @@
 //! Continuous batching: which tokens of which sequences run in the next step, and what a finished step means.
 //!
-//! Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
+//! Longer than a file should be, because a step is decided in one piece; what can be told alone is in `sequence`, `group`
+//! and `fork`. Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
 //! first (one token each), then prefill chunks, then new groups in the order of service. A request's sequences are one
 //! group, admitted, preempted and resumed whole. A group is admitted only when all its known tokens fit, so that only
 //! decodes ask the pool for more; when it is empty, the group that is served last is preempted and computed again later
 //! (arXiv 2309.06180, section 4.5), its outputs kept.
 //!
+//! The prompt of a group is computed once, by the first of its sequences, its leader. The others wait in rows of their
+//! own, with the blocks that only they will write, and fork from it when the prompt is complete: in the step after, whose
+//! copies see what the step before has left.
+//!
 //! At most one step is under way when the next is scheduled. Because a device runs its steps in order, the blocks of
 //! a sequence that has ended are free at once, even while a step that was scheduled too far still writes to them:
 //! whoever gets them writes later. What a step wrote is offered to the prefix cache when that step is collected.
 
+mod fork;
+mod group;
 mod sequence;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -21,6 +28,8 @@ use kvasir_kernels::step::{DeviceOutput, LogitsRow, Span, StepInput, TableRow, T
 use super::blocks::{Allocation, Appended, BlockPool, BlockTable, Written};
 use super::prefix::{PrefixChain, PrefixHit};
 use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
+use fork::Fork;
+use group::{Need, SequenceGroup};
 use sequence::{PendingSample, Sequence};
 
 /// A prompt with at most so many tokens left is short, or a quarter of a step where that is less: it need not wait for
@@ -34,57 +43,6 @@ const MOST_OVERTAKEN: usize = 256;
 struct ServiceKey {
     /// How many requests came before.
     arrival: u64,
-}
-
-/// The sequences of a request, which share a prompt. Those that ended are gone from it.
-#[derive(Debug)]
-struct SequenceGroup {
-    id: RequestId,
-    sequences: Vec<Sequence>,
-    /// It has run before: what the cache held for it is counted.
-    is_counted: bool,
-    /// What it needs to run, as last looked up.
-    need: Need,
-}
-
-/// What a group needs to run, net of what the prefix cache holds for it.
-#[derive(Clone, Copy, Debug, Default)]
-struct Need {
-    /// Blocks that become active.
-    n_blocks: u64,
-    /// Tokens to compute before all sequences decode.
-    n_tokens: u64,
-    /// Those among them that are prompts'.
-    n_prompt: u64,
-}
-
-impl SequenceGroup {
-    /// Some token is under way whose value the host doesn't know.
-    fn is_pending(&self) -> bool {
-        self.sequences.iter().any(Sequence::is_pending)
-    }
-
-    /// Looks up what it needs to run now.
-    fn look_up(&mut self, blocks: &BlockPool) {
-        let mut need = Need::default();
-        for sequence in &self.sequences {
-            let hit = find_prefix(blocks, sequence);
-            let n_cached = hit.n_tokens(blocks.block_size());
-            let n_known = sequence.n_known();
-            need.n_blocks += u64::from(blocks.cost(n_known, &hit).n_blocks);
-            need.n_tokens += u64::from(n_known - n_cached);
-            need.n_prompt += u64::from(sequence.n_prompt_after(n_cached));
-        }
-        self.need = need;
-    }
-}
-
-/// What the cache holds of a sequence.
-fn find_prefix(blocks: &BlockPool, sequence: &Sequence) -> PrefixHit {
-    match sequence.chain() {
-        Some(chain) => blocks.find_prefix(chain, sequence.tokens(), sequence.n_cacheable()),
-        None => PrefixHit::default(),
-    }
 }
 
 /// A group that runs, and the rows of its sequences.
@@ -108,6 +66,7 @@ struct RunningSequence {
     last_step: Option<u64>,
     /// The step that it was admitted to.
     first_step: u64,
+    fork: Fork,
 }
 
 /// What a span of a step will report, in the order of the rows of logits.
@@ -187,6 +146,8 @@ pub struct Scheduler {
     n_steps: u64,
     /// Changes of tables that the next step brings, because a block was replaced by another of the same content.
     replaced: Vec<TableUpdate>,
+    /// Groups whose prompt is complete with the newest step, and whose other sequences fork.
+    forking: Vec<RequestId>,
     /// The waiting group whose need was looked up last.
     looked_up: Option<ServiceKey>,
 }
@@ -215,6 +176,7 @@ impl Scheduler {
             in_flight: VecDeque::new(),
             n_steps: 0,
             replaced: Vec::new(),
+            forking: Vec::new(),
             looked_up: None,
         }
     }
@@ -228,9 +190,12 @@ impl Scheduler {
         self.n_arrived += 1;
         let id = request.id;
         self.keys.insert(id, key);
+        let n = request.n.get();
+        let first = Sequence::new(request, chain, self.max_model_len);
+        let siblings: Vec<Sequence> = (1..n).map(|index| first.sibling(index)).collect();
         let mut group = SequenceGroup {
             id,
-            sequences: vec![Sequence::new(request, chain, self.max_model_len)],
+            sequences: std::iter::once(first).chain(siblings).collect(),
             is_counted: false,
             need: Need::default(),
         };
@@ -248,15 +213,47 @@ impl Scheduler {
         }
     }
 
-    /// Forgets all requests, and names them in the order of service.
-    pub fn abort_all(&mut self, blocks: &mut BlockPool) -> Vec<RequestId> {
+    /// Ends one sequence of a request whose client wants no more of it, and the request with its last.
+    pub fn abort_sequence(&mut self, blocks: &mut BlockPool, id: RequestId, index: u32) {
+        let Some(key) = self.keys.get(&id) else {
+            return;
+        };
+        let is_left = match (self.running.get(key), self.waiting.get(key)) {
+            (Some(group), _) => group.rows.iter().any(|&row| {
+                let running = self.at(row);
+                running.sequence.index() == index && running.fork != Fork::LedAndEnded
+            }),
+            (None, Some(group)) => group.sequences.iter().any(|s| s.index() == index),
+            (None, None) => false,
+        };
+        if is_left {
+            self.end(blocks, id, index);
+        }
+    }
+
+    /// Forgets all requests, and names their sequences that had not ended, in the order of service.
+    pub fn abort_all(&mut self, blocks: &mut BlockPool) -> Vec<(RequestId, u32)> {
         let mut keys: Vec<(ServiceKey, RequestId)> =
             self.keys.iter().map(|(&id, &key)| (key, id)).collect();
         keys.sort_unstable();
-        for &(_, id) in &keys {
-            self.abort(blocks, id);
+        let mut left = Vec::with_capacity(keys.len());
+        for (key, id) in keys {
+            let waiting = self.waiting.remove(&key);
+            let group = waiting.unwrap_or_else(|| self.stop_running(blocks, key));
+            left.extend(
+                group
+                    .sequences
+                    .iter()
+                    .map(|sequence| (id, sequence.index())),
+            );
         }
-        keys.into_iter().map(|(_, id)| id).collect()
+        self.keys.clear();
+        left
+    }
+
+    /// Some sequence of the request has not ended.
+    pub fn is_live(&self, id: RequestId) -> bool {
+        self.keys.contains_key(&id)
     }
 
     /// Decides the next batch, who is admitted to it and who is preempted for it. Where sequences decode, at most
@@ -268,6 +265,7 @@ impl Scheduler {
             most_tokens: self.limits.max_tokens,
         };
         batch.schedule.input.table_updates = std::mem::take(&mut self.replaced);
+        self.fork(blocks, &mut batch);
         self.schedule_decodes(blocks, &mut batch);
         let n_decodes = batch.n_tokens();
         batch.most_tokens = match n_decodes {
@@ -360,7 +358,7 @@ impl Scheduler {
         let Some(running) = self.rows[row.0 as usize].as_mut() else {
             return;
         };
-        if running.group != id || running.first_step > step {
+        if running.group != id || running.first_step > step || running.fork == Fork::Waits {
             return;
         }
         running.n_written = end;
@@ -409,30 +407,54 @@ impl Scheduler {
     /// One token of each sequence that has one ready, in the order of service. When the pool is empty the group that is
     /// served last makes room, in the end the one itself that asks: a later one is never in the batch yet.
     fn schedule_decodes(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
-        let rows: Vec<TableRow> = self.rows_in_order().collect();
-        for row in rows {
-            // Its group may have been preempted for an earlier one.
-            while let Some(running) = &mut self.rows[row.0 as usize]
-                && running.n_ready() == 1
-            {
-                let n_known = running.n_scheduled + 1;
-                // What leaves a window is kept until the step that filled it was collected, so that the cache can have it;
-                // but no longer than a chunk, for which there is room.
-                let chunk = self.limits.max_tokens as u32;
-                let n_computed = running.n_written.max(n_known.saturating_sub(chunk));
-                if let Some(new) = blocks.extend(&mut running.table, n_computed, n_known) {
+        let rows = self.running.iter();
+        let rows: Vec<(ServiceKey, TableRow)> = rows
+            .flat_map(|(&key, group)| group.rows.iter().map(move |&row| (key, row)))
+            .collect();
+        let mut appended = Vec::new();
+        for group in rows.chunk_by(|a, b| a.0 == b.0) {
+            // All of a group's sequences have room before any of them is in the batch: it is preempted whole.
+            for &(_, row) in group {
+                self.make_room(blocks, row, &mut appended, batch);
+            }
+            for (row, new) in appended.drain(..) {
+                // The group itself may have made room.
+                if self.rows[row.0 as usize].is_some() {
                     batch.update_tables(row, new);
                     self.add_span(row, batch);
-                    break;
                 }
-                let (&last, _) = self
-                    .running
-                    .last_key_value()
-                    .expect("the one that asks is among them");
-                let group = self.stop_running(blocks, last);
-                batch.schedule.preempted.push(group.id);
-                self.waiting.insert(last, group);
             }
+        }
+    }
+
+    /// Room for one token of a sequence that has one ready, unless its group is preempted for it.
+    fn make_room(
+        &mut self,
+        blocks: &mut BlockPool,
+        row: TableRow,
+        appended: &mut Vec<(TableRow, Vec<Appended>)>,
+        batch: &mut Batch,
+    ) {
+        // Its group may have been preempted for an earlier one.
+        while let Some(running) = &mut self.rows[row.0 as usize]
+            && running.n_ready() == 1
+        {
+            let n_known = running.n_scheduled + 1;
+            // What leaves a window is kept until the step that filled it was collected, so that the cache can have it;
+            // but no longer than a chunk, for which there is room.
+            let chunk = self.limits.max_tokens as u32;
+            let n_computed = running.n_written.max(n_known.saturating_sub(chunk));
+            if let Some(new) = blocks.extend(&mut running.table, n_computed, n_known) {
+                appended.push((row, new));
+                return;
+            }
+            let (&last, _) = self
+                .running
+                .last_key_value()
+                .expect("the one that asks is among them");
+            let group = self.stop_running(blocks, last);
+            batch.schedule.preempted.push(group.id);
+            self.waiting.insert(last, group);
         }
     }
 
@@ -517,72 +539,76 @@ impl Scheduler {
         if group.is_pending() || self.free_rows.len() < group.sequences.len() {
             return false;
         }
-        let Some(hits) = self.hits_that_fit(blocks, group) else {
+        let Some(hit) = self.hit_that_fits(blocks, group) else {
             return false;
         };
         let group = self.waiting.remove(&key).expect("a group that waits");
-        let mut n_cached = 0;
+        let asks_cache = blocks.caches_prefixes() && group.split().0.asks_cache();
+        let leads = match group.sequences.len() {
+            1 => Fork::Done,
+            _ => Fork::Leads,
+        };
+        let n_found = hit.n_tokens(blocks.block_size());
         let mut rows = Vec::with_capacity(group.sequences.len());
-        let asks_cache =
-            blocks.caches_prefixes() && group.sequences.iter().all(Sequence::asks_cache);
-        for (sequence, hit) in group.sequences.into_iter().zip(hits) {
-            let Allocation {
-                table,
-                appended,
-                copies,
-            } = blocks
-                .allocate(sequence.n_known(), &hit)
-                .expect("blocks and rows were counted before");
-            let row = self
-                .free_rows
-                .pop()
-                .expect("blocks and rows were counted before");
-            batch.schedule.input.copies.extend(copies);
-            batch.update_tables(row, appended);
-            let n_found = hit.n_tokens(blocks.block_size());
-            n_cached += n_found;
+        for sequence in group.sequences {
+            let row = self.free_rows.pop().expect("rows were counted before");
+            let n_known = sequence.n_known();
+            let (table, n_scheduled, fork) = match rows.is_empty() {
+                true => {
+                    let allocation = blocks.allocate(n_known, &hit);
+                    let Allocation {
+                        table,
+                        appended,
+                        copies,
+                    } = allocation.expect("blocks were counted before");
+                    batch.schedule.input.copies.extend(copies);
+                    batch.update_tables(row, appended);
+                    (table, n_found, leads)
+                }
+                false => {
+                    let n_prompt = sequence.n_prompt();
+                    let table = blocks.allocate_fork(n_prompt, n_known);
+                    let table = table.expect("blocks were counted before");
+                    (table, n_prompt, Fork::Waits)
+                }
+            };
             self.rows[row.0 as usize] = Some(RunningSequence {
                 group: group.id,
                 sequence,
                 table,
-                n_scheduled: n_found,
-                n_written: n_found,
+                n_scheduled,
+                n_written: if fork == Fork::Waits { 0 } else { n_found },
                 last_step: None,
                 first_step: self.n_steps,
+                fork,
             });
             rows.push(row);
         }
         batch.schedule.admitted.push(Admitted {
             id: group.id,
-            cached_tokens: (!group.is_counted && asks_cache).then_some(n_cached),
+            cached_tokens: (!group.is_counted && asks_cache).then_some(n_found),
         });
-        for &row in &rows {
-            self.add_span(row, batch);
-        }
+        let leader = rows[0];
         self.running
             .insert(key, RunningGroup { id: group.id, rows });
+        self.add_span(leader, batch);
         true
     }
 
-    /// What the cache holds for the sequences of a group, where there is room for the rest. A tail is copied only where
-    /// there is room for both: a sequence that needs the whole pool needs the tail's blocks too.
-    fn hits_that_fit(&self, blocks: &BlockPool, group: &SequenceGroup) -> Option<Vec<PrefixHit>> {
+    /// What the cache holds for a group, where there is room for the rest. A tail is copied only where there is room for
+    /// both: a sequence that needs the whole pool needs the tail's blocks too.
+    fn hit_that_fits(&self, blocks: &BlockPool, group: &SequenceGroup) -> Option<PrefixHit> {
         let room = self.room(blocks);
-        let sequences = group.sequences.iter();
-        let mut hits: Vec<PrefixHit> = sequences
-            .map(|sequence| find_prefix(blocks, sequence))
-            .collect();
-        let needed = |hits: &[PrefixHit]| {
-            let costs = hits.iter().zip(&group.sequences).map(|(hit, sequence)| {
-                let cost = blocks.cost(sequence.n_known(), hit);
-                u64::from(cost.n_blocks) + u64::from(cost.n_sources)
-            });
-            costs.sum::<u64>()
+        let mut hit = group.find_prefix(blocks);
+        let n_sibling_blocks = group.n_sibling_blocks(blocks);
+        let needed = |hit: &PrefixHit| {
+            let cost = blocks.cost(group.split().0.n_known(), hit);
+            u64::from(cost.n_blocks) + u64::from(cost.n_sources) + n_sibling_blocks
         };
-        if needed(&hits) > room {
-            hits.iter_mut().for_each(|hit| hit.tail = None);
+        if needed(&hit) > room {
+            hit.tail = None;
         }
-        (needed(&hits) <= room).then_some(hits)
+        (needed(&hit) <= room).then_some(hit)
     }
 
     /// Adds the next tokens of a sequence whose prompt is being computed.
@@ -600,14 +626,22 @@ impl Scheduler {
         self.add_span(row, batch);
     }
 
-    /// Adds the next tokens of a running sequence, as many as are ready and as the budgets allow.
+    /// Adds the next tokens of a running sequence, as many as are ready and as the budgets allow. With the last token of a
+    /// group's prompt, the first output of each of its sequences is sampled.
     fn add_span(&mut self, row: TableRow, batch: &mut Batch) {
+        let siblings = self.siblings_of(row);
         let running = self.rows[row.0 as usize].as_mut().expect("a running row");
         let sequence = &mut running.sequence;
         let input = &mut batch.schedule.input;
         let n_tokens = batch.most_tokens.saturating_sub(input.tokens.len()) as u32;
         let n_rows = (self.limits.max_logits_rows - input.logits.len()) as u32;
-        let chunk = sequence.chunk(running.n_scheduled, n_tokens, n_rows);
+        // The first of several sequences stops where the others fork from it.
+        let (most, n_samples) = match running.fork {
+            Fork::Done | Fork::Waits => (u32::MAX, u32::from(sequence.wants_output())),
+            Fork::Leads | Fork::LedAndEnded => (sequence.n_prompt(), 1 + siblings.len() as u32),
+        };
+        let completes_at = (most < u32::MAX).then_some(most);
+        let chunk = sequence.chunk(running.n_scheduled, most, n_samples, n_tokens, n_rows);
         if chunk.is_empty() {
             return;
         }
@@ -635,29 +669,41 @@ impl Scheduler {
             batch.schedule.requests.push(request);
         }
         let n_scores = (input.logits.len() - n_before) as u32;
-        let sample = PendingSample {
-            step: self.n_steps,
-            logits_row: input.logits.len() as u32,
+        let id = running.group;
+        let completes_prompt = completes_at == Some(chunk.end);
+        let mut expect = |row: TableRow, n_scores: u32, rows: &mut [Option<RunningSequence>]| {
+            let running = rows[row.0 as usize].as_mut().expect("a running row");
+            let sequence = &mut running.sequence;
+            let sample = PendingSample {
+                step: self.n_steps,
+                logits_row: batch.schedule.input.logits.len() as u32,
+            };
+            let output = sequence.ask_output(chunk.end, sample);
+            let samples = output.is_some();
+            if let Some(request) = output {
+                batch.schedule.input.logits.push(token_at(chunk.end - 1));
+                batch.schedule.requests.push(request);
+            }
+            batch.expected.push(Expected {
+                id,
+                sequence: sequence.index(),
+                row,
+                end: chunk.end,
+                n_scores,
+                samples,
+                ends: sequence.ends_with_prompt(chunk.end),
+            });
         };
-        let output = sequence.ask_output(chunk.end, sample);
-        let samples = output.is_some();
-        if let Some(request) = output {
-            input.logits.push(token_at(chunk.end - 1));
-            batch.schedule.requests.push(request);
+        expect(row, n_scores, &mut self.rows);
+        if completes_prompt {
+            for sibling in siblings {
+                expect(sibling, 0, &mut self.rows);
+            }
+            self.forking.push(id);
         }
-        let ends = sequence.ends_with_prompt(chunk.end);
-        batch.expected.push(Expected {
-            id: running.group,
-            sequence: sequence.index(),
-            row,
-            end: chunk.end,
-            n_scores,
-            samples,
-            ends,
-        });
     }
 
-    /// Ends one sequence of a request, and the request with its last.
+    /// Ends one sequence of a request, and the request with its last. Where others are to fork from it, it is kept for them.
     fn end(&mut self, blocks: &mut BlockPool, id: RequestId, index: u32) {
         let key = self.keys[&id];
         let is_last = if let Some(group) = self.running.get_mut(&key) {
@@ -666,9 +712,23 @@ impl Scheduler {
                 let running = rows[row.0 as usize].as_ref();
                 running.is_some_and(|running| running.sequence.index() == index)
             });
-            let row = group.rows.remove(ended.expect("a sequence ends once"));
-            let is_last = group.rows.is_empty();
-            self.free_row(blocks, row);
+            let place = ended.expect("a sequence ends once");
+            let row = group.rows[place];
+            let running = rows[row.0 as usize].as_mut().expect("a running row");
+            if running.fork == Fork::Leads {
+                running.fork = Fork::LedAndEnded;
+            } else {
+                group.rows.remove(place);
+                self.free_row(blocks, row);
+            }
+            let has_ended = |row: &TableRow| self.at(*row).fork == Fork::LedAndEnded;
+            let rows = self.running[&key].rows.clone();
+            let is_last = rows.iter().all(has_ended);
+            if is_last {
+                for row in rows {
+                    self.free_row(blocks, row);
+                }
+            }
             is_last
         } else {
             let group = self.waiting.get_mut(&key).expect("a request runs or waits");
@@ -685,10 +745,17 @@ impl Scheduler {
     /// Takes a group out of the running batch; its blocks and its rows are free.
     fn stop_running(&mut self, blocks: &mut BlockPool, key: ServiceKey) -> SequenceGroup {
         let RunningGroup { id, rows } = self.running.remove(&key).expect("the group runs");
-        let sequences = rows.into_iter().map(|row| self.free_row(blocks, row));
+        let mut sequences = Vec::with_capacity(rows.len());
+        for row in rows {
+            let has_ended = self.at(row).fork == Fork::LedAndEnded;
+            let sequence = self.free_row(blocks, row);
+            if !has_ended {
+                sequences.push(sequence);
+            }
+        }
         let mut group = SequenceGroup {
             id,
-            sequences: sequences.collect(),
+            sequences,
             is_counted: true,
             need: Need::default(),
         };
@@ -730,7 +797,9 @@ impl Scheduler {
                 .find(|sequence| sequence.index() == index);
         }
         let running = self.rows[row.0 as usize].as_mut()?;
-        let is_it = running.group == id && running.sequence.index() == index;
+        let is_it = running.group == id
+            && running.sequence.index() == index
+            && running.fork != Fork::LedAndEnded;
         is_it.then_some(&mut running.sequence)
     }
 }
@@ -738,7 +807,13 @@ impl Scheduler {
 impl RunningSequence {
     /// Tokens that can run now.
     fn n_ready(&self) -> u32 {
-        self.sequence.n_target().saturating_sub(self.n_scheduled)
+        match self.fork {
+            Fork::Done => self.sequence.n_target().saturating_sub(self.n_scheduled),
+            Fork::Leads | Fork::LedAndEnded => {
+                self.sequence.n_prompt().saturating_sub(self.n_scheduled)
+            }
+            Fork::Waits => 0,
+        }
     }
 }
 

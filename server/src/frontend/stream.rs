@@ -38,10 +38,10 @@ impl RequestEvent {
     }
 }
 
-/// A stream of a request's events. Dropping it before the end aborts the request.
+/// A stream of the events of one sequence of a request. Dropping it before the end aborts the sequence.
 #[derive(Debug)]
 pub struct RequestStream {
-    id: RequestId,
+    id: (RequestId, u32),
     events: mpsc::Receiver<RequestEvent>,
     settled: Arc<AtomicBool>,
     shared: Arc<Shared>,
@@ -49,7 +49,7 @@ pub struct RequestStream {
 
 impl RequestStream {
     pub(super) fn new(
-        id: RequestId,
+        id: (RequestId, u32),
         events: mpsc::Receiver<RequestEvent>,
         settled: Arc<AtomicBool>,
         shared: Arc<Shared>,
@@ -65,7 +65,7 @@ impl RequestStream {
     /// The engine has not taken the request: there is nothing to end or to count.
     pub(super) fn forget(self) {
         self.settled.store(true, Ordering::Release);
-        self.shared.send(Command::Remove(self.id));
+        self.shared.send(Command::Remove(self.id.0, self.id.1));
     }
 }
 
@@ -81,8 +81,8 @@ impl Stream for RequestStream {
 impl Drop for RequestStream {
     fn drop(&mut self) {
         if !self.settled.swap(true, Ordering::AcqRel) {
-            self.shared.engine.abort(self.id);
-            self.shared.send(Command::Remove(self.id));
+            self.shared.engine.abort_sequence(self.id.0, self.id.1);
+            self.shared.send(Command::Remove(self.id.0, self.id.1));
             self.shared.metrics.request_finished(&FinishReason::Abort);
         }
     }

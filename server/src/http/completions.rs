@@ -61,6 +61,7 @@ impl CompletionRequest {
             add_special_tokens: fields.take("add_special_tokens")?.unwrap_or(true),
         };
         fields.finish(Interface::Completions)?;
+        serving.check_n(options.params.n, prompts.len())?;
         if options.max_tokens == Some(0) && !options.echo {
             return Err(ApiError::field(
                 "max_tokens",
@@ -104,7 +105,15 @@ pub(super) async fn completions(
     } in encoded
     {
         let max_tokens = serving.check_prompt(&prompt, options.max_tokens, "prompt")?;
-        choices.push(Choice::new(&serving, &options, &prompt, text, &detokenizer));
+        for _ in 0..options.params.n.get() {
+            choices.push(Choice::new(
+                &serving,
+                &options,
+                &prompt,
+                &text,
+                &detokenizer,
+            ));
+        }
         prepared.push(Prepared {
             prompt,
             detokenizer,
@@ -213,7 +222,7 @@ impl Choice {
         serving: &Serving,
         options: &Options,
         prompt: &[u32],
-        text: String,
+        text: &str,
         detokenizer: &Detokenizer,
     ) -> Self {
         let vocabulary = serving.tokenizer.vocabulary();
@@ -231,7 +240,7 @@ impl Choice {
         Self {
             scorer,
             unscored: prompt.first().copied().filter(|_| options.echo),
-            echo: if options.echo { text } else { String::new() },
+            echo: if options.echo { text } else { "" }.to_owned(),
             prompt_token_ids: params.return_token_ids.then(|| prompt.to_vec()),
             started: false,
             n_prompt: prompt.len(),
@@ -256,7 +265,7 @@ struct Call {
     id: String,
     created: u64,
     options: Options,
-    /// By prompt.
+    /// Those of the first prompt, then the second's.
     choices: Vec<Choice>,
     serving: Arc<Serving>,
 }
@@ -283,11 +292,15 @@ impl Call {
         }
     }
 
-    /// Of all prompts.
+    /// Of all prompts, each counted once.
     fn usage(&self) -> Usage {
         let sum = |n: fn(&Choice) -> usize| self.choices.iter().map(n).sum();
+        let prompts = self
+            .choices
+            .iter()
+            .step_by(self.options.params.n.get() as usize);
         Usage::new(
-            sum(|c| c.n_prompt),
+            prompts.map(|choice| choice.n_prompt).sum(),
             sum(|c| c.n_cached),
             sum(|c| c.n_completion),
         )

@@ -3,6 +3,7 @@
 //! Shared by completions and chat. It knows events and text, and no wire format but that of an event stream.
 
 use std::convert::Infallible;
+use std::num::NonZeroU32;
 use std::time::Instant;
 
 use axum::body::{Body, Bytes};
@@ -74,7 +75,30 @@ impl Serving {
         Ok(max_tokens)
     }
 
-    /// Submits every prompt, or none: the first refusal takes the others back.
+    /// Checks that so many choices for each of so many prompts may be asked for.
+    pub(super) fn check_n(&self, n: NonZeroU32, n_prompts: usize) -> Result<(), ApiError> {
+        let n = n.get() as usize;
+        let most = self.engine.handle().model_info().limits.max_sequences;
+        if n > most {
+            return Err(ApiError::field(
+                "n",
+                format!("{n} choices; the server runs {most} sequences at once (--max-num-seqs)"),
+            ));
+        }
+        let most = self.max_prompts;
+        if n > 1 && n_prompts > 1 && n * n_prompts > most {
+            return Err(ApiError::field(
+                "n",
+                format!(
+                    "{n} choices for each of {n_prompts} prompts; at most {most} together (--max-prompts)"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Submits every prompt, or none: the first refusal takes the others back. The streams are those of the first prompt's
+    /// choices, then the second's.
     pub(super) fn submit(
         &self,
         prepared: Vec<Prepared>,
@@ -91,6 +115,7 @@ impl Serving {
                 prompt: one.prompt,
                 max_tokens: one.max_tokens,
                 sampling: params.sampling(|| self.ids.seed()),
+                n: params.n,
                 stop_token_ids: stop_token_ids.clone(),
                 stop: params.stop.clone(),
                 logprobs: one.logprobs,
@@ -100,11 +125,9 @@ impl Serving {
                 arrived,
             })
         };
-        prepared
-            .into_iter()
-            .map(submit)
-            .collect::<Result<_, _>>()
-            .map_err(ApiError::from)
+        let streams: Result<Vec<Vec<RequestStream>>, _> =
+            prepared.into_iter().map(submit).collect();
+        Ok(streams?.into_iter().flatten().collect())
     }
 }
 

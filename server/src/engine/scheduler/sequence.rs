@@ -17,7 +17,7 @@ pub(super) struct PendingSample {
 }
 
 /// The tokens of one sequence of a request and its wishes. Waiting or running: the KV cache is not its concern.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Sequence {
     /// Which of its request's.
     index: u32,
@@ -60,6 +60,20 @@ impl Sequence {
             n_scored: 0,
             chain,
         }
+    }
+
+    /// Another sequence of the same prompt, which draws with a seed of its own and reports no prompt.
+    pub(super) fn sibling(&self, index: u32) -> Self {
+        let mut sibling = self.clone();
+        sibling.index = index;
+        sibling.sampling.seed = self.sampling.seed.wrapping_add(index.into());
+        sibling.prompt_logprobs = None;
+        sibling
+    }
+
+    /// Tokens of the prompt.
+    pub(super) fn n_prompt(&self) -> u32 {
+        self.n_prompt
     }
 
     /// Which of its request's sequences it is.
@@ -119,7 +133,8 @@ impl Sequence {
         self.n_known() - self.n_prompt + self.n_pending
     }
 
-    fn wants_output(&self) -> bool {
+    /// Not all outputs are sampled or under way.
+    pub(super) fn wants_output(&self) -> bool {
         self.n_outputs() < self.max_outputs
     }
 
@@ -161,17 +176,23 @@ impl Sequence {
         start..chunk.end.min(self.n_prompt - 1).max(start)
     }
 
-    /// The longest chunk from `start` on with at most `n_tokens` tokens and `n_rows` rows of logits.
-    pub(super) fn chunk(&self, start: u32, n_tokens: u32, n_rows: u32) -> Range<u32> {
-        let mut end = self
-            .n_target()
-            .min(start.saturating_add(n_tokens))
-            .max(start);
+    /// The longest chunk from `start` on, at most to `most`, with at most `n_tokens` tokens and `n_rows` rows of logits,
+    /// where `n_samples` tokens are sampled at its end if that is `most` or all that is known.
+    pub(super) fn chunk(
+        &self,
+        start: u32,
+        most: u32,
+        n_samples: u32,
+        n_tokens: u32,
+        n_rows: u32,
+    ) -> Range<u32> {
+        let last = self.n_target().min(most);
+        let mut end = last.min(start.saturating_add(n_tokens)).max(start);
         let scores = self.to_score(start..end);
         let n_scores = scores.end - scores.start;
         if n_scores > n_rows {
             end = scores.start + n_rows;
-        } else if n_scores == n_rows && self.samples(end) && end > start {
+        } else if end == last && n_scores + n_samples > n_rows && end > start {
             end -= 1;
         }
         start..end

@@ -30,12 +30,13 @@ fn next_token(tokens: &[u32], seed: u64, index: u32) -> u32 {
     (hash >> 17) as u32 % VOCABULARY
 }
 
-/// What a request must give: its outputs and how it ends.
-fn oracle(request: &Request, max_model_len: u32) -> (Vec<u32>, FinishReason) {
+/// What a sequence of a request must give: its outputs and how it ends.
+fn oracle(request: &Request, sequence: u32, max_model_len: u32) -> (Vec<u32>, FinishReason) {
     let mut tokens = request.prompt.clone();
     let n_outputs = request.max_tokens.min(max_model_len - tokens.len() as u32);
     for index in 0..n_outputs {
-        let token = next_token(&tokens, request.sampling.seed, index);
+        let seed = request.sampling.seed + u64::from(sequence);
+        let token = next_token(&tokens, seed, index);
         tokens.push(token);
         if request.stop_token_ids.contains(&token) {
             return (
@@ -211,7 +212,9 @@ impl CheckingDevice {
                         Some(Page::State(state)) if position > 0 => state,
                         _ => Vec::new(),
                     };
-                    assert_eq!(&state, context, "the state of another sequence, or none");
+                    let is_own = state.len() == context.len()
+                        && state.iter().zip(context).all(|(a, b)| a.is_like(b));
+                    assert!(is_own, "the state of another sequence, or none");
                     state.push(written);
                     *page = Some(Page::State(state));
                 }
@@ -298,6 +301,10 @@ struct Arrival {
     family: u32,
     n_shared: u32,
     salted: bool,
+    /// Sequences.
+    n: u32,
+    /// Steps after its arrival at which the client wants no more of one of them.
+    drops: Option<(u32, u32)>,
     /// Steps after its arrival at which the client leaves.
     leaves_after: Option<u32>,
 }
@@ -340,7 +347,13 @@ fn settings() -> impl Strategy<Value = Setting> {
         0..16u32,
         any::<bool>(),
         prop::bool::weighted(0.3),
-        (0..2u32, 0..20u32, prop::bool::weighted(0.2)),
+        (
+            0..2u32,
+            0..20u32,
+            prop::bool::weighted(0.2),
+            prop_oneof![Just(1u32), 1..5u32],
+            prop::option::weighted(0.2, (0..20u32, 0..4u32)),
+        ),
         prop::option::weighted(0.2, 0..20u32),
     )
         .prop_map(
@@ -353,6 +366,8 @@ fn settings() -> impl Strategy<Value = Setting> {
                 family: shares.0,
                 n_shared: shares.1,
                 salted: shares.2,
+                n: shares.3,
+                drops: shares.4,
                 leaves_after,
             },
         );
@@ -369,8 +384,11 @@ fn settings() -> impl Strategy<Value = Setting> {
     let caching = any::<bool>().prop_map(move |equal_bits| PrefixCaching { root, equal_bits });
     let caching = prop::option::weighted(0.8, caching);
     let arrivals = prop::collection::vec(arrival, 1..16);
-    (sizes, kinds, caching, arrivals).prop_map(|(sizes, kinds, caching, arrivals)| {
+    (sizes, kinds, caching, arrivals).prop_map(|(sizes, kinds, caching, mut arrivals)| {
         let (depth, block_size, spare_blocks, max_sequences, more_tokens, more_rows) = sizes;
+        arrivals
+            .iter_mut()
+            .for_each(|a| a.n = a.n.min(max_sequences as u32));
         let longest = arrivals
             .iter()
             .map(|a| a.n_prompt + a.max_tokens)
@@ -391,7 +409,12 @@ fn settings() -> impl Strategy<Value = Setting> {
             arrivals,
         };
         let max_model_len = longest.div_ceil(block_size) * block_size;
-        setting.n_blocks = setting.groups().blocks_for(max_model_len) + spare_blocks;
+        let groups = setting.groups();
+        let alone = setting.arrivals.iter().map(|a| {
+            let own = groups.own_blocks_for(a.n_prompt, max_model_len);
+            groups.blocks_for(max_model_len) + (a.n - 1) * own
+        });
+        setting.n_blocks = alone.max().unwrap() + spare_blocks;
         setting
     })
 }
@@ -417,6 +440,7 @@ fn request(i: usize, arrival: &Arrival) -> Request {
             top_k: None,
             seed: i as u64,
         },
+        n: NonZeroU32::new(arrival.n).unwrap(),
         logprobs: None,
         prompt_logprobs: arrival.scored.then_some(0),
         cache_salt: arrival.salted.then(|| "salt".to_owned()),
@@ -462,8 +486,10 @@ fn run(setting: &Setting) -> Totals {
     let mut blocks = BlockPool::new(*n_blocks, setting.groups(), setting.caching);
     let mut scheduler = Scheduler::new(*limits, max_model_len);
     let mut device = CheckingDevice::new(setting);
-    let mut received: BTreeMap<RequestId, Received> = BTreeMap::new();
-    let mut left: Vec<RequestId> = Vec::new();
+    let mut received: BTreeMap<(RequestId, u32), Received> = BTreeMap::new();
+    let mut left: HashSet<(RequestId, u32)> = HashSet::new();
+    // Who runs in each row, and since which step, once the row is complete.
+    let mut occupants: Vec<Option<(RequestId, u32, u64)>> = vec![None; limits.max_sequences];
     let (mut n_arrived, mut totals) = (0, Totals::default());
     for step in 0.. {
         assert!(step < 20_000, "someone starves");
@@ -479,24 +505,36 @@ fn run(setting: &Setting) -> Totals {
                 let active = blocks.counts().active;
                 scheduler.abort(&mut blocks, RequestId(i as u64));
                 assert!(blocks.counts().active <= active);
-                left.push(RequestId(i as u64));
+                left.extend((0..arrival.n).map(|index| (RequestId(i as u64), index)));
+            }
+            if let Some((after, index)) = arrival.drops
+                && arrival.step + after == step
+            {
+                let (id, index) = (RequestId(i as u64), index % arrival.n);
+                scheduler.abort_sequence(&mut blocks, id, index);
+                left.insert((id, index));
             }
         }
         // Some steps have no room for prompts beside decodes, some a little, some all.
         let prompt_tokens = [0, 1, 3, u32::MAX][step as usize % 4];
         let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
         let is_idle = schedule.input.tokens.is_empty();
-        for admitted in &schedule.admitted {
-            let key = scheduler.keys[&admitted.id];
-            for &row in &scheduler.running[&key].rows {
-                let running = scheduler.at(row);
-                let mut spans = schedule.input.spans.iter();
-                let span = spans.find(|span| span.row == row);
-                let found = span.map_or(running.n_scheduled, |span| span.first_position) as usize;
-                let salted = arrivals[admitted.id.0 as usize].salted;
-                let salt = salted.then(|| "salt".to_owned());
-                device.admit(row, salt, &running.sequence.tokens()[..found]);
+        for row in scheduler.rows_in_order() {
+            let running = scheduler.at(row);
+            let occupant = (running.group, running.sequence.index(), running.first_step);
+            let known = &mut occupants[row.0 as usize];
+            if running.fork == Fork::Waits || *known == Some(occupant) {
+                continue;
             }
+            *known = Some(occupant);
+            let mut spans = schedule.input.spans.iter();
+            let span = spans.find(|span| span.row == row);
+            let found = span.map_or(running.n_scheduled, |span| span.first_position) as usize;
+            let salted = arrivals[running.group.0 as usize].salted;
+            let salt = salted.then(|| "salt".to_owned());
+            device.admit(row, salt, &running.sequence.tokens()[..found]);
+        }
+        for admitted in &schedule.admitted {
             if let Some(n) = admitted.cached_tokens {
                 let counted = totals.cached.insert(admitted.id, n);
                 assert_eq!(counted, None, "counted once, preempted or not");
@@ -509,8 +547,9 @@ fn run(setting: &Setting) -> Totals {
         if is_idle || device.results.len() == *depth {
             if let Some(output) = device.results.pop_front() {
                 for output in scheduler.commit(&mut blocks, output) {
-                    assert!(!left.contains(&output.id), "no output after an abort");
-                    let received = received.entry(output.id).or_default();
+                    let sequence = (output.id, output.sequence);
+                    assert!(!left.contains(&sequence), "no output after an abort");
+                    let received = received.entry(sequence).or_default();
                     assert_eq!(received.finished, None, "no output after the last");
                     received
                         .scores
@@ -546,26 +585,29 @@ fn run(setting: &Setting) -> Totals {
     assert_eq!(blocks.counts().active, 0, "all blocks come back");
     for (i, arrival) in arrivals.iter().enumerate() {
         let request = request(i, arrival);
-        let (tokens, reason) = oracle(&request, max_model_len);
-        let received = received.remove(&request.id).unwrap_or_default();
-        if left.contains(&request.id) && received.finished.is_none() {
-            assert!(
-                tokens.starts_with(&received.tokens),
-                "what came before the abort was right"
+        for sequence in 0..arrival.n {
+            let (tokens, reason) = oracle(&request, sequence, max_model_len);
+            let sequence = (request.id, sequence);
+            let received = received.remove(&sequence).unwrap_or_default();
+            if left.contains(&sequence) && received.finished.is_none() {
+                assert!(
+                    tokens.starts_with(&received.tokens),
+                    "what came before the abort was right"
+                );
+                continue;
+            }
+            assert_eq!(
+                (received.tokens, received.finished),
+                (tokens, Some(reason)),
+                "{sequence:?}"
             );
-            continue;
+            // The first reports the prompt for all.
+            let scores = match arrival.scored && sequence.1 == 0 {
+                true => &request.prompt[1..],
+                false => &[],
+            };
+            assert_eq!(received.scores, scores, "scores of {sequence:?}");
         }
-        assert_eq!(
-            (received.tokens, received.finished),
-            (tokens, Some(reason)),
-            "request {i}"
-        );
-        let scores = if arrival.scored {
-            &request.prompt[1..]
-        } else {
-            &[]
-        };
-        assert_eq!(received.scores, scores, "scores of request {i}");
     }
     totals
 }
@@ -589,6 +631,8 @@ fn the_newest_is_preempted_and_its_outputs_are_kept() {
         family: 0,
         n_shared: 0,
         salted: false,
+        n: 1,
+        drops: None,
         leaves_after: None,
     };
     for depth in [1, 2] {
@@ -614,6 +658,59 @@ fn the_newest_is_preempted_and_its_outputs_are_kept() {
 }
 
 #[test]
+fn a_group_computes_its_prompt_once_and_shares_its_full_blocks() {
+    let limits = Limits {
+        max_tokens: 64,
+        max_sequences: 8,
+        max_logits_rows: 8,
+        max_blocks_per_sequence: 64,
+    };
+    let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 64, vec![GroupKind::Full]);
+    let mut blocks = BlockPool::new(64, groups, None);
+    let mut scheduler = Scheduler::new(limits, 256);
+    let arrival = Arrival {
+        step: 0,
+        n_prompt: 18,
+        max_tokens: 5,
+        stops: false,
+        scored: false,
+        family: 0,
+        n_shared: 0,
+        salted: false,
+        n: 4,
+        drops: None,
+        leaves_after: None,
+    };
+    scheduler.add(&blocks, request(0, &arrival), None);
+    let mut step = || {
+        let schedule = scheduler.schedule(&mut blocks, u32::MAX);
+        let sampled = schedule.requests.iter().map(|_| Sampled {
+            token: 1,
+            ..Sampled::default()
+        });
+        let sampled = sampled.collect();
+        scheduler.commit(&mut blocks, DeviceOutput { sampled });
+        (schedule.input, blocks.counts().active)
+    };
+    let (prompt, active) = step();
+    assert_eq!(prompt.tokens.len(), 18, "the prompt once");
+    assert_eq!(prompt.logits, [17; 4], "four samples after its last token");
+    assert_eq!(active, 5 + 3, "its blocks, and those that each will write");
+    let (decode, active) = step();
+    assert_eq!(decode.copies.len(), 3, "the last shared block, in one call");
+    assert!(
+        decode
+            .copies
+            .iter()
+            .all(|copy| copy.0 == decode.copies[0].0)
+    );
+    assert_eq!(decode.spans.len(), 4);
+    assert_eq!(active, 4 + 4, "four full blocks have four holders each");
+    let (decode, active) = step();
+    assert_eq!((decode.copies.len(), active), (0, 8));
+}
+
+#[test]
 fn a_prefix_is_found_once_it_is_written_and_only_by_its_salt() {
     let arrival = |step, n_shared, salted| Arrival {
         step,
@@ -624,6 +721,8 @@ fn a_prefix_is_found_once_it_is_written_and_only_by_its_salt() {
         family: 0,
         n_shared,
         salted,
+        n: 1,
+        drops: None,
         leaves_after: None,
     };
     let arrivals = vec![
@@ -688,6 +787,8 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         family: 0,
         n_shared: 0,
         salted: false,
+        n: 1,
+        drops: None,
         leaves_after: None,
     };
     scheduler.add(&blocks, request(0, &arrival(3)), None);
@@ -744,6 +845,8 @@ fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
         family: 0,
         n_shared: 0,
         salted: false,
+        n: 1,
+        drops: None,
         leaves_after: None,
     };
     let step = |scheduler: &mut Scheduler, blocks: &mut BlockPool, prompt_tokens| {
