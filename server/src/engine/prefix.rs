@@ -175,7 +175,8 @@ impl PrefixIndex {
     pub(super) fn new(n_blocks: u32, block_size: NonZeroU32) -> Self {
         Self {
             block_size: block_size.get(),
-            full: HashMap::new(),
+            // Growing it would hold up a step for milliseconds.
+            full: HashMap::with_capacity(n_blocks as usize),
             tails: BTreeMap::new(),
             contents: vec![None; n_blocks as usize],
         }

@@ -2,6 +2,7 @@
 //! each eviction is compared with that.
 
 use std::collections::{BTreeSet, HashMap};
+use std::num::NonZeroU32;
 
 use proptest::prelude::*;
 

@@ -658,6 +658,68 @@ fn the_newest_is_preempted_and_its_outputs_are_kept() {
 }
 
 #[test]
+fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
+    let limits = Limits {
+        max_tokens: 32,
+        max_sequences: 8,
+        max_logits_rows: 8,
+        max_blocks_per_sequence: 64,
+    };
+    let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 32, vec![GroupKind::Full]);
+    let caching = PrefixCaching {
+        root: PrefixKey::of_fields(&[b"test"]),
+        equal_bits: true,
+    };
+    let mut blocks = BlockPool::new(64, groups, Some(caching));
+    let mut scheduler = Scheduler::new(limits, 256);
+    let arrive = |scheduler: &mut Scheduler, blocks: &mut BlockPool, id| {
+        let request = Request {
+            id: RequestId(id),
+            prompt: (0..20).collect(),
+            max_tokens: 4,
+            stop_token_ids: Vec::new(),
+            sampling: SamplingParams {
+                temperature: 0.0,
+                top_p: 1.0,
+                top_k: None,
+                seed: 0,
+            },
+            n: NonZeroU32::MIN,
+            logprobs: None,
+            prompt_logprobs: None,
+            cache_salt: None,
+        };
+        let mut chain = PrefixChain::new(caching.root, None, NonZeroU32::new(4).unwrap());
+        chain.extend(&request.prompt);
+        scheduler.add(blocks, request, Some(chain));
+        let schedule = scheduler.schedule(blocks, u32::MAX);
+        let cached = schedule.admitted[0].cached_tokens.unwrap();
+        (cached, schedule.requests.len())
+    };
+    let collect = |scheduler: &mut Scheduler, blocks: &mut BlockPool, n_rows: usize| {
+        let one = Sampled {
+            token: 1,
+            ..Sampled::default()
+        };
+        let sampled = vec![one; n_rows];
+        scheduler.commit(blocks, DeviceOutput { sampled });
+    };
+    // The second comes while the step of the first is under way, the third when it was collected.
+    let (first, n_first) = arrive(&mut scheduler, &mut blocks, 0);
+    let (second, n_second) = arrive(&mut scheduler, &mut blocks, 1);
+    collect(&mut scheduler, &mut blocks, n_first);
+    let (third, _) = arrive(&mut scheduler, &mut blocks, 2);
+    assert_eq!((first, second, third), (0, 0, 16));
+    let active = blocks.counts().active;
+    collect(&mut scheduler, &mut blocks, n_second);
+    assert_eq!(
+        active - blocks.counts().active,
+        5,
+        "the second's five blocks are merged"
+    );
+}
+
+#[test]
 fn a_group_computes_its_prompt_once_and_shares_its_full_blocks() {
     let limits = Limits {
         max_tokens: 64,
