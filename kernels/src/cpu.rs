@@ -243,6 +243,10 @@ impl Device for CpuDevice {
         1
     }
 
+    fn is_batch_invariant(&self) -> bool {
+        true
+    }
+
     fn add_model(&mut self, shape: &ModelShape) -> Result<Model, DeviceError> {
         shape.check(&CAPABILITIES)?;
         let state = &mut self.state;

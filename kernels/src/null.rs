@@ -173,6 +173,10 @@ impl Device for NullDevice {
         1
     }
 
+    fn is_batch_invariant(&self) -> bool {
+        true
+    }
+
     fn add_model(&mut self, shape: &ModelShape) -> Result<Model, DeviceError> {
         shape.check(&CAPABILITIES)?;
         self.pass.models.push((shape.clone(), Step::new(shape)));

@@ -427,6 +427,10 @@ impl Device for ReferenceDevice {
         1
     }
 
+    fn is_batch_invariant(&self) -> bool {
+        true
+    }
+
     fn add_model(&mut self, shape: &ModelShape) -> Result<Model, DeviceError> {
         shape.check(&CAPABILITIES)?;
         let pass = &mut self.pass;

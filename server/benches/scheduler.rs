@@ -1,6 +1,7 @@
 //! Host work of a step at 256 running requests, against the target of 100 us: schedule and commit alone, with room, under
 //! pressure (a pool too small for all, clients that leave) and with windowed layers; then the whole way, engine and
-//! output thread, to 256 streams, over a device that costs nothing.
+//! output thread, to 256 streams, over a device that costs nothing; and what a block costs, with and without the prefix
+//! cache.
 //!
 //! `cargo bench -p kvasir-server --bench scheduler`; `cargo test` runs a few steps of each, so that it stays runnable.
 
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 use kvasir_kernels::null::NullDevice;
 use kvasir_kernels::shape::Limits;
 use kvasir_kernels::step::{DeviceOutput, Sampled};
-use kvasir_server::engine::blocks::{BlockPool, CacheGroups, GroupKind};
+use kvasir_server::engine::blocks::{BlockPool, CacheGroups, GroupKind, Written};
+use kvasir_server::engine::prefix::{PrefixCaching, PrefixChain, PrefixHit, PrefixKey};
 use kvasir_server::engine::scheduler::Scheduler;
 use kvasir_server::engine::{Engine, Request, RequestId, SamplingParams};
 use kvasir_server::frontend::budget::ByteBudget;
@@ -39,17 +41,82 @@ fn main() {
     let full = vec![GroupKind::Full];
     let window = GroupKind::Window(positive(1_024));
     let gemma = [full.clone(), vec![window; 5]].concat();
-    report(
-        "with room",
-        &scheduling(n_steps, full.clone(), 65_536, None),
-    );
-    // The 256 hold 4,000 to 9,000 blocks; every seventh step a client leaves.
-    report("under pressure", &scheduling(n_steps, full, 5_000, Some(7)));
-    report(
-        "six cache groups",
-        &scheduling(n_steps, gemma, 65_536, None),
-    );
+    for (how, caching) in [("prefixes cached", Some(caching())), ("not cached", None)] {
+        let measure = |what: &str, kinds: &[GroupKind], n_blocks, leaves| {
+            let times = scheduling(n_steps, kinds.to_vec(), n_blocks, leaves, caching);
+            report(&format!("{what}, {how}"), &times);
+        };
+        measure("with room", &full, 65_536, None);
+        // The 256 hold 4,000 to 9,000 blocks; every seventh step a client leaves.
+        measure("under pressure", &full, 5_000, Some(7));
+        measure("six cache groups", &gemma, 65_536, None);
+    }
     report("the whole way, to 256 streams", &whole_way(n_steps));
+    bookkeeping(n_steps);
+}
+
+fn caching() -> PrefixCaching {
+    PrefixCaching {
+        root: PrefixKey::of_fields(&[b"benchmark"]),
+        equal_bits: true,
+    }
+}
+
+/// Time a block, of sequences of 512 blocks of 16 tokens in a pool of 65,536, which is full after the first 128 of them: to
+/// be taken and given back alone, and to be looked up, made findable, let go and evicted beside that.
+fn bookkeeping(n_sequences: usize) {
+    const N_BLOCKS: u32 = 512;
+    const SIZE: u32 = 16;
+    let groups = CacheGroups::new(positive(SIZE), 8_192, vec![GroupKind::Full]);
+    let prompts: Vec<Vec<u32>> = (0..n_sequences as u32)
+        .map(|i| (0..N_BLOCKS * SIZE).map(|p| i * 7 + p).collect())
+        .collect();
+    let each = |time: Duration| time / (n_sequences as u32 * N_BLOCKS);
+
+    let mut pool = BlockPool::new(65_536, groups.clone(), None);
+    let start = Instant::now();
+    for _ in &prompts {
+        let allocation = pool.allocate(N_BLOCKS * SIZE, &PrefixHit::default());
+        pool.release(allocation.expect("the pool is free").table, None);
+    }
+    let plain = each(start.elapsed());
+
+    let caching = caching();
+    let mut pool = BlockPool::new(65_536, groups.clone(), Some(caching));
+    let (mut hashing, mut rest) = (Duration::ZERO, Duration::ZERO);
+    for prompt in &prompts {
+        let start = Instant::now();
+        let mut chain = PrefixChain::new(caching.root, None, groups.block_size());
+        chain.extend(prompt);
+        hashing += start.elapsed();
+        let start = Instant::now();
+        let hit = pool.find_prefix(&chain, prompt, N_BLOCKS * SIZE - 1);
+        let allocation = pool.allocate(N_BLOCKS * SIZE, &hit);
+        let mut table = allocation.expect("the rest is cached").table;
+        let written = Written {
+            chain: &chain,
+            tokens: prompt,
+        };
+        pool.register(&mut table, written);
+        pool.release(table, Some(written));
+        rest += start.elapsed();
+    }
+    let (hashing, rest) = (each(hashing), each(rest));
+
+    let start = Instant::now();
+    let last = &prompts[n_sequences - 1];
+    let mut chain = PrefixChain::new(caching.root, None, groups.block_size());
+    chain.extend(last);
+    for _ in 0..n_sequences {
+        let hit = pool.find_prefix(&chain, last, N_BLOCKS * SIZE - 1);
+        assert_eq!(hit.n_blocks, N_BLOCKS - 1, "all but the last token");
+        let allocation = pool.allocate(N_BLOCKS * SIZE, &hit);
+        pool.release(allocation.expect("the rest is cached").table, None);
+    }
+    let found = each(start.elapsed());
+    println!(
+        "a block: taken and given back in {plain:?} (target 100 ns); never seen before, hashed in {hashing:?}, and looked up, taken, made findable, let go and evicted in {rest:?} (target 1 µs for both); found and let go in {found:?}"
+    );
 }
 
 fn positive(n: u32) -> NonZeroU32 {
@@ -83,27 +150,38 @@ fn scheduling(
     kinds: Vec<GroupKind>,
     n_blocks: u32,
     leaves: Option<usize>,
+    caching: Option<PrefixCaching>,
 ) -> Vec<Duration> {
     let groups = CacheGroups::new(positive(16), LIMITS.max_tokens as u32, kinds);
-    let mut blocks = BlockPool::new(n_blocks, groups);
+    let mut blocks = BlockPool::new(n_blocks, groups, caching);
     let mut scheduler = Scheduler::new(LIMITS, 4_096);
     let mut next_id = 0;
-    let mut arrive = |scheduler: &mut Scheduler| {
-        scheduler.add(Request {
+    let mut arrive = |scheduler: &mut Scheduler, blocks: &BlockPool| {
+        // No two prompts are alike.
+        let prompt: Vec<u32> = (0..161).map(|p| next_id as u32 * 161 + p).collect();
+        let chain = caching.map(|caching| {
+            let mut chain = PrefixChain::new(caching.root, None, positive(16));
+            chain.extend(&prompt);
+            chain
+        });
+        let request = Request {
             id: RequestId(next_id),
-            prompt: vec![1; 161],
+            prompt,
             // Lengths differ, so that requests end and arrive throughout.
             max_tokens: 200 + (next_id * 37 % 277) as u32,
             stop_token_ids: vec![2],
             sampling: sampling(next_id),
+            n: NonZeroU32::MIN,
             logprobs: None,
             prompt_logprobs: None,
-        });
+            cache_salt: None,
+        };
+        scheduler.add(blocks, request, chain);
         next_id += 1;
         next_id
     };
     for _ in 0..N_REQUESTS + 64 {
-        arrive(&mut scheduler);
+        arrive(&mut scheduler, &blocks);
     }
     let mut times = Vec::with_capacity(n_steps);
     for step in 0..n_steps {
@@ -117,13 +195,13 @@ fn scheduling(
         let sampled = sampled.collect();
         let start = Instant::now();
         let outputs = scheduler.commit(&mut blocks, DeviceOutput { sampled });
-        std::hint::black_box(scheduler.load(&blocks));
+        std::hint::black_box(scheduler.load());
         times.push(scheduled + start.elapsed());
         for _ in outputs.iter().filter(|output| output.finished.is_some()) {
-            arrive(&mut scheduler);
+            arrive(&mut scheduler, &blocks);
         }
         if leaves.is_some_and(|leaves| step % leaves == 0) {
-            let newest = arrive(&mut scheduler);
+            let newest = arrive(&mut scheduler, &blocks);
             scheduler.abort(&mut blocks, RequestId(newest - N_REQUESTS as u64 / 2));
         }
     }
@@ -160,15 +238,17 @@ fn whole_way(n_steps: usize) -> Vec<Duration> {
     });
     let tokenizer = tokenizer.expect("the demo's tokenizer loads");
     let streams: Vec<_> = (0..N_REQUESTS as u64)
-        .map(|i| {
+        .flat_map(|i| {
             let request = GenerationRequest {
                 prompt: vec![1; 16],
                 max_tokens,
                 sampling: sampling(i),
+                n: NonZeroU32::MIN,
                 stop_token_ids: Vec::new(),
                 stop: StopStrings::new([]),
                 logprobs: None,
                 prompt_logprobs: None,
+                cache_salt: None,
                 detokenizer: Detokenizer::new(Arc::clone(tokenizer.vocabulary()), true),
                 arrived: Instant::now(),
             };

@@ -117,6 +117,12 @@ pub struct EngineArgs {
     /// Blocks of the KV cache, in place of what the memory has room for.
     #[arg(long = "num-gpu-blocks-override", value_parser = positive::<u32>)]
     pub n_blocks: Option<u32>,
+    /// Keep blocks that no sequence holds for what they hold, and use them again where a prompt begins alike; the default.
+    #[arg(long, overrides_with = "no_enable_prefix_caching")]
+    pub enable_prefix_caching: bool,
+    /// Compute every prompt from its first token.
+    #[arg(long, overrides_with = "enable_prefix_caching")]
+    pub no_enable_prefix_caching: bool,
     /// Threads that compute [default: the cores of this machine or container].
     #[arg(long, value_parser = n_threads)]
     pub threads: Option<NonZeroUsize>,
@@ -126,6 +132,13 @@ pub struct EngineArgs {
     /// Prompts in one call at most.
     #[arg(long, default_value = "128", value_parser = positive::<usize>)]
     pub max_prompts: usize,
+}
+
+impl EngineArgs {
+    /// Prefixes are cached.
+    pub fn prefix_caching(&self) -> bool {
+        !self.no_enable_prefix_caching
+    }
 }
 
 /// What clients may cost.
@@ -388,6 +401,24 @@ mod tests {
     }
 
     #[test]
+    fn prefixes_are_cached_unless_the_last_word_is_no() {
+        let (yes, no) = ("--enable-prefix-caching", "--no-enable-prefix-caching");
+        for (flags, want) in [
+            (&[] as &[&str], true),
+            (&[yes], true),
+            (&[no], false),
+            (&[yes, no], false),
+            (&[no, yes], true),
+        ] {
+            assert_eq!(
+                parse(flags).unwrap().engine.prefix_caching(),
+                want,
+                "{flags:?}"
+            );
+        }
+    }
+
+    #[test]
     fn all_mistakes_are_reported_at_once() {
         let mut mistakes = parse(&[
             "--port",
@@ -460,7 +491,7 @@ mod tests {
             .get_arguments()
             .map(|arg| arg.get_env().unwrap().to_str().unwrap())
             .collect();
-        assert_eq!(variables.len(), 24);
+        assert_eq!(variables.len(), 26);
         for variable in [
             "KVASIR_MODEL",
             "KVASIR_PORT",

@@ -4,14 +4,17 @@
 //! outputs of all its sequences, to the output thread. It knows token ids, never text, and no clock but for ages and the heartbeat.
 //!
 //! - [`blocks`]: pure: the block pool and block tables.
+//! - [`prefix`]: pure: which blocks hold which tokens. `eviction`: which of them go first.
 //! - [`scheduler`]: pure: continuous batching, preemption.
 //! - [`pacer`]: pure: how many prompt tokens may run beside decodes.
 //! - [`executor`]: what it needs of a model on a device.
 
 pub mod blocks;
+mod eviction;
 pub mod executor;
 mod handle;
 pub mod pacer;
+pub mod prefix;
 mod request;
 pub mod scheduler;
 
@@ -29,6 +32,7 @@ use executor::Executor;
 use handle::{Command, Snapshot};
 pub use handle::{Counters, EngineHandle};
 use pacer::{PrefillPacer, StepSize};
+use prefix::PrefixCaching;
 pub use request::{
     Admission, EngineOutputs, FinishReason, Request, RequestId, RequestOutput, SamplingParams,
     SubmitError, TokenLogprobs,
@@ -56,6 +60,8 @@ pub struct ModelInfo {
     pub n_blocks: u32,
     /// How sequences take them.
     pub groups: CacheGroups,
+    /// Blocks are kept for what they hold, and found again by it.
+    pub prefix_caching: Option<PrefixCaching>,
 }
 
 /// Why the engine ended before it was told to.
@@ -158,7 +164,7 @@ impl EngineLoop {
     ) -> Self {
         let info = handle.model_info();
         Self {
-            blocks: BlockPool::new(info.n_blocks, info.groups.clone()),
+            blocks: BlockPool::new(info.n_blocks, info.groups.clone(), info.prefix_caching),
             scheduler: Scheduler::new(info.limits, info.max_model_len),
             executor,
             outputs,
@@ -238,7 +244,7 @@ impl EngineLoop {
             .map(|output| output.tokens.len() as u64)
             .sum::<u64>();
         for ended in outputs.iter().filter(|output| output.finished.is_some()) {
-            self.arrived.remove(&ended.id);
+            self.forget_arrival(ended.id);
         }
         self.send(outputs)
     }
@@ -249,8 +255,11 @@ impl EngineLoop {
         if !schedule.admitted.is_empty() {
             let at = Instant::now();
             let admitted = schedule.admitted.iter();
-            self.admitted
-                .extend(admitted.map(|&id| Admission { id, at }));
+            self.admitted.extend(admitted.map(|admitted| Admission {
+                id: admitted.id,
+                at,
+                cached_tokens: admitted.cached_tokens,
+            }));
         }
     }
 
@@ -258,13 +267,21 @@ impl EngineLoop {
         let mut next = Next::Step;
         for command in commands {
             match command {
-                Command::Submit { request, arrived } => {
+                Command::Submit {
+                    request,
+                    chain,
+                    arrived,
+                } => {
                     self.arrived.insert(request.id, arrived);
-                    self.scheduler.add(*request);
+                    self.scheduler.add(&self.blocks, *request, chain);
                 }
                 Command::Abort(id) => {
                     self.arrived.remove(&id);
                     self.scheduler.abort(&mut self.blocks, id);
+                }
+                Command::AbortSequence(id, index) => {
+                    self.scheduler.abort_sequence(&mut self.blocks, id, index);
+                    self.forget_arrival(id);
                 }
                 Command::Stop => next = Next::Stop,
             }
@@ -272,17 +289,24 @@ impl EngineLoop {
         next
     }
 
+    /// Forgets when a request came, if it has ended.
+    fn forget_arrival(&mut self, id: RequestId) {
+        if !self.scheduler.is_live(id) {
+            self.arrived.remove(&id);
+        }
+    }
+
     fn publish(&mut self) {
         let oldest = self.scheduler.oldest_waiting();
         self.handle.publish(Snapshot {
             blocks: self.blocks.counts(),
-            load: self.scheduler.load(&self.blocks),
+            load: self.scheduler.load(),
             oldest_waiting: oldest.and_then(|id| self.arrived.get(&id).copied()),
             counters: self.counters,
         });
     }
 
-    /// Ends every request that is left with `why`.
+    /// Ends every sequence that is left with `why`.
     fn end(&mut self, why: &str) -> Result<(), EngineError> {
         let mut left = self.scheduler.abort_all(&mut self.blocks);
         left.extend(self.handle.close());
@@ -290,9 +314,9 @@ impl EngineLoop {
         let finished = Some(FinishReason::Error(why.to_owned()));
         self.send(
             left.into_iter()
-                .map(|id| RequestOutput {
+                .map(|(id, sequence)| RequestOutput {
                     id,
-                    sequence: 0,
+                    sequence,
                     prompt_logprobs: Vec::new(),
                     tokens: Vec::new(),
                     finished: finished.clone(),

@@ -47,8 +47,10 @@ struct Shared {
 
 #[derive(Debug)]
 enum Command {
-    Add(RequestId, Box<RequestState>),
-    Remove(RequestId),
+    /// By sequence.
+    Add(RequestId, Vec<RequestState>),
+    /// One of its sequences.
+    Remove(RequestId, u32),
 }
 
 impl AsyncEngine {
@@ -85,20 +87,30 @@ impl AsyncEngine {
         &self.0.budget
     }
 
-    /// Submits a request. `Err`: nothing changed.
-    pub fn generate(&self, request: GenerationRequest) -> Result<RequestStream, SubmitError> {
+    /// Submits a request; the streams are its sequences'. `Err`: nothing changed.
+    pub fn generate(&self, request: GenerationRequest) -> Result<Vec<RequestStream>, SubmitError> {
         let id = RequestId(self.0.next_id.fetch_add(1, Ordering::Relaxed));
         let longest = self.0.engine.model_info().max_model_len;
-        let (sender, events) = mpsc::channel(request.max_events(longest));
-        let budget = self.0.budget.share();
-        let (request, state) = request.split(id, sender, budget, Instant::now());
-        let stream = RequestStream::new(id, events, state.settled(), Arc::clone(&self.0));
-        self.0.send(Command::Add(id, Box::new(state)));
-        if let Err(error) = self.0.engine.submit(request) {
-            stream.forget();
+        let queued = Instant::now();
+        let (mut states, mut streams) = (Vec::new(), Vec::new());
+        for index in 0..request.n.get() {
+            let (sender, events) = mpsc::channel(request.max_events(longest));
+            let state = request.state(index, sender, self.0.budget.share(), queued);
+            let shared = Arc::clone(&self.0);
+            streams.push(RequestStream::new(
+                (id, index),
+                events,
+                state.settled(),
+                shared,
+            ));
+            states.push(state);
+        }
+        self.0.send(Command::Add(id, states));
+        if let Err(error) = self.0.engine.submit(request.into_engine(id)) {
+            streams.into_iter().for_each(RequestStream::forget);
             return Err(error);
         }
-        Ok(stream)
+        Ok(streams)
     }
 
     /// Waits until every output of the engine, which has ended, is with its client's stream.

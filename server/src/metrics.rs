@@ -156,6 +156,12 @@ impl Metrics {
         self.requests.prompt_tokens.inc_by(n_tokens);
     }
 
+    /// A request was looked up in the prefix cache, which held `n_hit` of its `n_queried` prompt tokens. Once a request.
+    pub fn prefix_cache(&self, n_queried: u64, n_hit: u64) {
+        self.requests.prefix_queries.inc_by(n_queried);
+        self.requests.prefix_hits.inc_by(n_hit);
+    }
+
     /// So many tokens were generated.
     pub fn generated(&self, n_tokens: u64) {
         self.requests.generation_tokens.inc_by(n_tokens);
@@ -274,6 +280,8 @@ impl LoadMetrics {
 struct RequestMetrics {
     prompt_tokens: IntCounter,
     generation_tokens: IntCounter,
+    prefix_queries: IntCounter,
+    prefix_hits: IntCounter,
     finished: IntCounterVec,
     prompt_lengths: Histogram,
     generation_lengths: Histogram,
@@ -294,6 +302,14 @@ impl RequestMetrics {
             )?,
             generation_tokens: define
                 .counter("vllm:generation_tokens_total", "Tokens generated.")?,
+            prefix_queries: define.counter(
+                "vllm:prefix_cache_queries_total",
+                "Prompt tokens looked up in the prefix cache; a request counts once, however often it is preempted.",
+            )?,
+            prefix_hits: define.counter(
+                "vllm:prefix_cache_hits_total",
+                "Those among them that the prefix cache held.",
+            )?,
             finished: define.counters(
                 "vllm:request_success_total",
                 "Requests that ended.",
@@ -383,6 +399,7 @@ mod tests {
     fn a_scrape_has_the_names_and_values_that_others_read() {
         let metrics = Metrics::new("m").unwrap();
         metrics.prompt(7);
+        metrics.prefix_cache(7, 4);
         for (n, kind) in (1..).zip(LatencyKind::ALL) {
             (0..n).for_each(|_| metrics.observe(kind, Duration::from_millis(30)));
         }
@@ -417,6 +434,8 @@ mod tests {
             "kvasir_queue_oldest_seconds{model_name=\"m\"} 1.5",
             "vllm:num_preemptions_total{model_name=\"m\"} 6",
             "vllm:prompt_tokens_total{model_name=\"m\"} 7",
+            "vllm:prefix_cache_queries_total{model_name=\"m\"} 7",
+            "vllm:prefix_cache_hits_total{model_name=\"m\"} 4",
             "vllm:request_success_total{finished_reason=\"length\",model_name=\"m\"} 1",
             "vllm:request_success_total{finished_reason=\"abort\",model_name=\"m\"} 0",
             "vllm:request_queue_time_seconds_count{model_name=\"m\"} 1",

@@ -30,10 +30,15 @@ use kvasir_kernels::stored::Dtype;
 use crate::engine::ModelInfo;
 use crate::engine::blocks::{CacheGroups, GroupKind};
 use crate::engine::executor::Executor;
+use crate::engine::prefix::{PrefixCaching, PrefixKey};
 use config::ModelConfig;
 use decoder::Decoder;
 pub use files::{FileBytes, ModelFiles};
+use spec::DecoderSpec;
 use weights::WeightFiles;
+
+/// The version of what keys of prefixes are made of.
+const PREFIX_FORMAT: &[u8] = b"kvasir prefix 1";
 
 /// How a model is to be served; the flags of the same names say more.
 #[derive(Clone, Debug, PartialEq)]
@@ -196,6 +201,10 @@ pub fn load(
     })?;
 
     let groups = cache_groups(&shape);
+    let prefix_caching = PrefixCaching {
+        root: prefix_root(&config.decoder, &weight_files, numerics, &shape, &*device),
+        equal_bits: device.is_batch_invariant(),
+    };
     let (n_blocks, max_model_len) = plan_blocks(
         options,
         &groups,
@@ -216,6 +225,7 @@ pub fn load(
             limits,
             n_blocks,
             groups,
+            prefix_caching: Some(prefix_caching),
         },
         memory: device.memory(),
         kv_cache_bytes: u64::from(n_blocks) * device.block_bytes(),
@@ -226,6 +236,25 @@ pub fn load(
             decoder,
         },
     })
+}
+
+/// Names what the keys and values of a token depend on besides the tokens. The weights are named by their files' headers:
+/// within one process there are no others; their bytes must join before a root leaves it.
+fn prefix_root(
+    model: &DecoderSpec,
+    weights: &WeightFiles,
+    numerics: Numerics,
+    shape: &ModelShape,
+    device: &dyn Device,
+) -> PrefixKey {
+    PrefixKey::of_fields(&[
+        PREFIX_FORMAT,
+        format!("{model:?}").as_bytes(),
+        &weights.headers(),
+        numerics.kv_cache.name().as_bytes(),
+        &(shape.block_size as u64).to_le_bytes(),
+        format!("{numerics:?} {}", device.describe()).as_bytes(),
+    ])
 }
 
 fn max_model_len(config: &ModelConfig, options: &LoadOptions) -> Result<u32, LoadError> {

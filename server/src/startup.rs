@@ -105,7 +105,10 @@ pub fn start(
         |options| device.make(options, n_threads),
         progress,
     )?;
-    let info = loaded.info;
+    let mut info = loaded.info;
+    if !args.engine.prefix_caching() {
+        info.prefix_caching = None;
+    }
     let summary = Summary {
         device: loaded.device,
         dtype: dtype_name(info.dtype),

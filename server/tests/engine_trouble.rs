@@ -170,6 +170,7 @@ fn start(setting: Setting) -> Trouble {
             64,
             vec![GroupKind::Full],
         ),
+        prefix_caching: None,
     };
     let (engine, outputs) = Engine::start(Box::new(executor), info, setting.max_waiting).unwrap();
     let metrics = Arc::new(Metrics::new("m").unwrap());

@@ -12,8 +12,8 @@ use std::sync::mpsc::Receiver;
 
 use kvasir_kernels::shape::{Limits, Precision};
 use kvasir_server::engine::{
-    Counters, Engine, EngineOutputs, FinishReason, Request, RequestId, SamplingParams, SubmitError,
-    TokenLogprobs,
+    Admission, Counters, Engine, EngineHandle, EngineOutputs, FinishReason, Request, RequestId,
+    SamplingParams, SubmitError, TokenLogprobs,
 };
 use kvasir_server::model::{LoadOptions, ModelFiles, cache_groups, load};
 
@@ -80,19 +80,39 @@ fn answers(
     requests: &[Request],
 ) -> (BTreeMap<RequestId, Answer>, Counters) {
     let handle = engine.handle();
+    let (answers, admissions) = answers_of(&handle, &outputs, requests);
+    handle.stop();
+    engine.join().unwrap();
+    assert_eq!(
+        admissions.len() as u64,
+        requests.len() as u64 + handle.counters().preemptions,
+        "each request is admitted once, and once more for each preemption"
+    );
+    let report = handle.load();
+    assert_eq!(report.blocks.unwrap().active, 0, "all blocks come back");
+    assert_eq!(report.queue.unwrap().running, 0);
+    (answers, handle.counters())
+}
+
+/// Sends all requests at once, and waits for all answers; also who was admitted.
+fn answers_of(
+    handle: &EngineHandle,
+    outputs: &Receiver<EngineOutputs>,
+    requests: &[Request],
+) -> (BTreeMap<RequestId, Answer>, Vec<Admission>) {
     for request in requests {
         handle.submit(request.clone()).unwrap();
     }
     let mut parts: BTreeMap<RequestId, (Vec<TokenLogprobs>, Vec<TokenLogprobs>)> = BTreeMap::new();
     let mut answers = BTreeMap::new();
-    let (mut admitted, mut n_admissions) = (BTreeSet::new(), 0);
+    let (mut admitted, mut admissions) = (BTreeSet::new(), Vec::new());
     while answers.len() < requests.len() {
         let EngineOutputs {
             admitted: new,
             outputs,
         } = outputs.recv().unwrap();
-        n_admissions += new.len() as u64;
-        admitted.extend(new.into_iter().map(|admission| admission.id));
+        admitted.extend(new.iter().map(|admission| admission.id));
+        admissions.extend(new);
         for output in outputs {
             assert!(
                 admitted.contains(&output.id),
@@ -107,17 +127,7 @@ fn answers(
             }
         }
     }
-    handle.stop();
-    engine.join().unwrap();
-    assert_eq!(
-        n_admissions,
-        requests.len() as u64 + handle.counters().preemptions,
-        "each request is admitted once, and once more for each preemption"
-    );
-    let report = handle.load();
-    assert_eq!(report.blocks.unwrap().active, 0, "all blocks come back");
-    assert_eq!(report.queue.unwrap().running, 0);
-    (answers, handle.counters())
+    (answers, admissions)
 }
 
 /// Greedy and random, short and long, scored and not.
@@ -146,7 +156,9 @@ fn requests(case: &Path) -> Vec<Request> {
                     seed: 5 + i as u64,
                 },
                 logprobs: Some(3),
+                n: NonZeroU32::MIN,
                 prompt_logprobs: (i % 2 == 1).then_some(1),
+                cache_salt: None,
             });
         }
     }
@@ -298,6 +310,125 @@ fn crowd(kind: DeviceKind, precision: Precision, cases: Vec<PathBuf>) {
             for (id, answer) in &crowd {
                 assert_eq!(answer, &alone[id], "{}: {why}: {id:?}", case.display());
             }
+        }
+    }
+    assert!(
+        n_preempted * 2 > n_small_pools,
+        "{n_preempted} preempted in {n_small_pools} small pools"
+    );
+}
+
+/// The same requests once more, when their prompts and answers are in the cache, and with a salt that nobody had before:
+/// the same bits. That the first time is right is for the crowds to say.
+#[test]
+fn cpu_prefix_hits_change_nothing() {
+    for case in support::one_of_each_family(cases()) {
+        for (block_size, precision) in [(16, Precision::BF16), (4, Precision::F32)] {
+            let shape = Shape {
+                block_size,
+                n_blocks: 512,
+                max_num_seqs: 16,
+                max_num_batched_tokens: 64,
+                precision,
+            };
+            let (engine, outputs) = start(&case, DeviceKind::Cpu, shape);
+            let handle = engine.handle();
+            let requests = requests(&case);
+            let round = |n: u64, salt: Option<&str>| {
+                let of_round = |request: &Request| Request {
+                    id: RequestId(request.id.0 + n * 1000),
+                    cache_salt: salt.map(str::to_owned),
+                    ..request.clone()
+                };
+                let requests: Vec<Request> = requests.iter().map(of_round).collect();
+                let (answers, admissions) = answers_of(&handle, &outputs, &requests);
+                let cached = admissions.iter().filter_map(|new| new.cached_tokens);
+                let answers: Vec<Answer> = answers.into_values().collect();
+                (answers, cached.collect::<Vec<u32>>())
+            };
+            let (first, _) = round(0, None);
+            let (again, cached) = round(1, None);
+            let (salted, missed) = round(2, Some("salt"));
+            let why = format!("{}: blocks of {block_size}", case.display());
+            assert!(again == first, "{why}: after a hit");
+            assert!(salted == first, "{why}: without one");
+            let prompts = requests
+                .iter()
+                .filter(|request| request.prompt_logprobs.is_none());
+            for (request, n) in prompts.zip(&cached) {
+                let full = (request.prompt.len() as u32 - 1) / block_size * block_size;
+                assert!(*n >= full, "{why}: {n} of {}", request.prompt.len());
+            }
+            assert!(cached.iter().sum::<u32>() > missed.iter().sum(), "{why}");
+            handle.stop();
+            engine.join().unwrap();
+        }
+    }
+}
+
+/// Four sequences of one prompt give what four requests give with the seeds that follow each other; preempted too.
+#[test]
+fn cpu_choices_are_requests_with_the_next_seeds() {
+    const N: u32 = 4;
+    let (mut n_small_pools, mut n_preempted) = (0, 0);
+    for case in support::one_of_each_family(cases()) {
+        let sampled = requests(&case)
+            .into_iter()
+            .filter(|request| request.sampling.temperature > 0.0);
+        let groups: Vec<Request> = sampled
+            .map(|request| Request {
+                n: NonZeroU32::MIN.saturating_add(N - 1),
+                prompt_logprobs: None,
+                ..request
+            })
+            .collect();
+        let single = |group: &Request, index: u32| Request {
+            id: RequestId(group.id.0 * 100 + u64::from(index)),
+            sampling: SamplingParams {
+                seed: group.sampling.seed + u64::from(index),
+                ..group.sampling
+            },
+            n: NonZeroU32::MIN,
+            ..group.clone()
+        };
+        let shape = |n_blocks| Shape {
+            block_size: 4,
+            n_blocks,
+            max_num_seqs: 16,
+            max_num_batched_tokens: 24,
+            precision: Precision::BF16,
+        };
+        let singles: Vec<Request> = groups
+            .iter()
+            .flat_map(|group| (0..N).map(|i| single(group, i)))
+            .collect();
+        let (want, _) = answers(start(&case, DeviceKind::Cpu, shape(512)), &singles);
+        for n_blocks in [512, 80] {
+            let (engine, outputs) = start(&case, DeviceKind::Cpu, shape(n_blocks));
+            let handle = engine.handle();
+            for group in &groups {
+                handle.submit(group.clone()).unwrap();
+            }
+            let mut found: BTreeMap<RequestId, Vec<TokenLogprobs>> = BTreeMap::new();
+            let mut n_ended = 0;
+            while n_ended < singles.len() {
+                for output in outputs.recv().unwrap().outputs {
+                    let id = RequestId(output.id.0 * 100 + u64::from(output.sequence));
+                    found.entry(id).or_default().extend(output.tokens);
+                    n_ended += usize::from(output.finished.is_some());
+                }
+            }
+            for (id, (_, tokens, _)) in &want {
+                assert!(
+                    tokens == &found[id],
+                    "{}: {id:?} of {n_blocks} blocks",
+                    case.display()
+                );
+            }
+            n_small_pools += usize::from(n_blocks == 80);
+            n_preempted += usize::from(n_blocks == 80 && handle.counters().preemptions > 0);
+            handle.stop();
+            engine.join().unwrap();
         }
     }
     assert!(

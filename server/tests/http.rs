@@ -64,7 +64,18 @@ fn a_stream_adds_up_to_the_whole_answer() {
     assert_eq!(&streamed_ids.collect::<Vec<_>>(), ids);
     assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
     assert_eq!(events[0]["prompt_token_ids"], whole["prompt_token_ids"]);
-    assert_eq!(events.last().unwrap()["usage"], whole["usage"]);
+    let usage = &events.last().unwrap()["usage"];
+    for field in ["prompt_tokens", "completion_tokens", "total_tokens"] {
+        assert_eq!(usage[field], whole["usage"][field]);
+    }
+    let n_prompt = usage["prompt_tokens"].as_u64().unwrap();
+    let cached = |usage: &Value| {
+        usage["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(cached(&whole["usage"]), 0, "the first of its kind");
+    assert!(cached(usage) >= (n_prompt - 1) / 16 * 16, "{usage}");
     assert_eq!(
         events[events.len() - 2]["choices"][0]["finish_reason"],
         "stop"
@@ -82,6 +93,8 @@ fn a_stream_adds_up_to_the_whole_answer() {
             "vllm:inter_token_latency_seconds_count",
             2 * (ids.len() - 1),
         ),
+        ("vllm:prefix_cache_queries_total", 2 * n_prompt as usize),
+        ("vllm:prefix_cache_hits_total", cached(usage) as usize),
         ("vllm:request_generation_tokens_sum", 2 * ids.len()),
     ] {
         let line = format!("{name}{{model_name=\"kvasir-demo\"}} {n}\n");
@@ -91,6 +104,149 @@ fn a_stream_adds_up_to_the_whole_answer() {
     let (_, tokens) = server.post("/tokenize", &json!({"messages": question()}));
     assert_eq!(tokens["tokens"], whole["prompt_token_ids"]);
     assert_eq!(tokens["max_model_len"], 2048);
+}
+
+#[test]
+fn choices_are_those_of_requests_with_the_next_seeds() {
+    let server = Server::start(&["--max-num-seqs", "8"]);
+    let text_of = |choice: &Value| match choice["text"].as_str() {
+        Some(text) => text.to_owned(),
+        None => choice["message"]["content"].as_str().unwrap().to_owned(),
+    };
+    let shared = json!({"max_tokens": 12, "temperature": 1.0, "ignore_eos": true, "seed": 11});
+    for (path, field, prompt) in [
+        (COMPLETIONS, "prompt", json!(["A block table", "The pool"])),
+        (CHAT, "messages", question()),
+    ] {
+        let asked = |prompt: &Value, more: Value| {
+            let mut body = shared.as_object().unwrap().clone();
+            body.insert(field.to_owned(), prompt.clone());
+            body.extend(more.as_object().unwrap().clone());
+            Value::Object(body)
+        };
+        let prompts = match path {
+            COMPLETIONS => prompt.as_array().unwrap().clone(),
+            _ => vec![prompt.clone()],
+        };
+        let mut want = Vec::new();
+        for prompt in &prompts {
+            for seed in 11..14 {
+                let (_, one) = server.post(path, &asked(prompt, json!({"seed": seed})));
+                want.push(text_of(&one["choices"][0]));
+            }
+        }
+        let (status, whole) = server.post(path, &asked(&prompt, json!({"n": 3, "best_of": 3})));
+        assert_eq!(status, 200, "{whole}");
+        let choices = whole["choices"].as_array().unwrap();
+        assert_eq!(choices.iter().map(text_of).collect::<Vec<_>>(), want);
+        let indices: Vec<u64> = choices
+            .iter()
+            .map(|c| c["index"].as_u64().unwrap())
+            .collect();
+        assert_eq!(indices, (0..want.len() as u64).collect::<Vec<_>>());
+        let (_, once) = server.post(path, &asked(&prompt, json!({})));
+        let usage = &whole["usage"];
+        assert_eq!(
+            usage["prompt_tokens"], once["usage"]["prompt_tokens"],
+            "{usage}"
+        );
+        assert_eq!(usage["completion_tokens"], 12 * want.len(), "{usage}");
+
+        let more = json!({"n": 3, "stream": true, "stream_options": {"include_usage": true}});
+        let events = server
+            .open("POST", path, &asked(&prompt, more).to_string())
+            .events();
+        let mut streamed = vec![String::new(); want.len()];
+        for choice in events.iter().filter_map(|event| event["choices"].get(0)) {
+            let index = choice["index"].as_u64().unwrap() as usize;
+            let part = choice["text"]
+                .as_str()
+                .or(choice["delta"]["content"].as_str());
+            streamed[index].push_str(part.unwrap_or_default());
+        }
+        assert_eq!(streamed, want);
+        let last = &events.last().unwrap()["usage"];
+        assert_eq!(last["total_tokens"], usage["total_tokens"], "{last}");
+    }
+    // A choice that comes to a stop string ends alone.
+    let asked = json!({"prompt": "A block table", "n": 3, "seed": 11, "temperature": 1.0, "max_tokens": 12,
+        "ignore_eos": true, "stop": " the", "echo": true, "logprobs": 0});
+    let (_, stopped) = server.post(COMPLETIONS, &asked);
+    for choice in stopped["choices"].as_array().unwrap() {
+        assert!(
+            choice["text"]
+                .as_str()
+                .unwrap()
+                .starts_with("A block table")
+        );
+        let scores = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+        let n_unscored = scores.iter().filter(|score| score.is_null()).count();
+        assert_eq!(n_unscored, 1, "the prompt's first token only: {choice}");
+    }
+    for (body, part) in [
+        (
+            json!({"prompt": "x", "n": 9}),
+            "9 choices; the server runs 8 sequences at once",
+        ),
+        (
+            json!({"prompt": vec!["x"; 50], "n": 3}),
+            "at most 128 together",
+        ),
+        (
+            json!({"prompt": "x", "n": 2, "best_of": 3}),
+            "3 is not n, 2",
+        ),
+    ] {
+        let (status, refused) = server.post(COMPLETIONS, &body);
+        let message = refused["error"]["message"].as_str().unwrap();
+        assert!(status == 400 && message.contains(part), "{refused}");
+    }
+    server.wait_for_load("nothing is left", |load| load["blocks"]["active"] == 0);
+}
+
+#[test]
+fn a_prefix_is_found_by_those_with_the_same_salt() {
+    let prompt: Vec<u32> = (300..400).collect();
+    let cached = |server: &Server, more: &Value| {
+        let mut asked = json!({"prompt": prompt, "max_tokens": 2, "temperature": 0});
+        let fields = more.as_object().unwrap().clone();
+        asked.as_object_mut().unwrap().extend(fields);
+        let (status, answer) = server.post(COMPLETIONS, &asked);
+        assert_eq!(status, 200, "{answer}");
+        let details = &answer["usage"]["prompt_tokens_details"];
+        let n = details["cached_tokens"].as_u64().unwrap();
+        (n, answer["choices"][0]["text"].clone())
+    };
+    let server = Server::start(&[]);
+    let (n, cold) = cached(&server, &json!({}));
+    assert_eq!(n, 0);
+    let (n, warm) = cached(&server, &json!({}));
+    assert!(n >= 96, "{n} of 100");
+    assert_eq!(warm, cold);
+    for (why, more, least) in [
+        ("another salt", json!({"cache_salt": "a"}), 0),
+        ("the same again", json!({"cache_salt": "a"}), 96),
+        ("a third", json!({"cache_salt": "b"}), 0),
+    ] {
+        let (n, text) = cached(&server, &more);
+        assert!(n >= least && (least > 0 || n == 0), "{why}: {n}");
+        assert_eq!(text, cold, "{why}");
+    }
+    // A prompt that is scored is computed whole, and isn't looked up.
+    let scored = json!({"echo": true, "logprobs": 1});
+    assert_eq!(cached(&server, &scored).0, 0);
+    let metrics = server.get("/metrics").1;
+    let line = "vllm:prefix_cache_queries_total{model_name=\"kvasir-demo\"} 500\n";
+    assert!(metrics.contains(line), "{metrics}");
+    server.wait_for_load("the full blocks of three salts stay", |load| {
+        let cached = load["blocks"]["cached"].as_u64().unwrap();
+        load["blocks"]["active"] == 0 && cached >= 18
+    });
+
+    let server = Server::start(&["--no-enable-prefix-caching"]);
+    for _ in 0..2 {
+        assert_eq!(cached(&server, &json!({})), (0, cold.clone()));
+    }
 }
 
 #[test]
@@ -232,9 +388,9 @@ fn what_is_wrong_is_named() {
         (
             "unbuilt",
             CHAT,
-            json!({"messages": question(), "n": 2}).to_string(),
+            json!({"messages": question(), "min_p": 0.1}).to_string(),
             400,
-            json!("n"),
+            json!("min_p"),
             "not supported",
         ),
         (

@@ -1,116 +1,29 @@
-//! The block pool: which blocks of the KV cache are free, and which block tables hold the others.
+//! The block pool: which blocks of the KV cache are free, which block tables hold the others, and which are kept for what
+//! they hold.
 //!
-//! Pure bookkeeping: it knows no tokens, no requests and no device. A block is a page of the cache, of one size for every
-//! cache group: a set of layers whose keys and values of `block_size` tokens lie in it, or whose recurrent state does. It
-//! is in the free list or held by at least one table, never both, never neither; its reference count is the number of
-//! tables that hold it. A table is owned: it can be grown, and it is given back by value, so that it cannot be used or
-//! freed again.
+//! Pure bookkeeping: it knows no requests and no device. A block is a page of the cache, of one size for every cache group:
+//! a set of layers whose keys and values of `block_size` tokens lie in it, or whose recurrent state does. It is in one of
+//! three states: *active*, held by at least one table, its reference count the number of tables that hold it; *cached*,
+//! held by none and found by the [`prefix`](super::prefix) index; or *free*. A table is owned: it can be grown, and it is
+//! given back by value, so that it cannot be used or freed again.
+//!
+//! Tables share the full blocks of full groups. A block of a windowed group is copied instead while another table holds
+//! it: a sequence uses the blocks behind its window again, and those that it counts on must be its own.
+//!
+//! When no block is free, tails are evicted before full blocks, and those that were let go first before others. A table
+//! lets its last block go first, so that the beginning of a sequence, which more others share, stays longest.
+
+mod groups;
 
 use std::collections::VecDeque;
-use std::num::NonZeroU32;
 use std::ops::Range;
+use std::sync::Arc;
 
-use kvasir_crds::load_report::PageDemand;
 use kvasir_kernels::step::BlockId;
 
-/// What a cache group keeps of a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GroupKind {
-    /// Keys and values of all tokens.
-    Full,
-    /// Keys and values of the tokens that the next query sees: so many, its own among them.
-    Window(NonZeroU32),
-    /// A recurrent state, in so many blocks, however long the sequence is.
-    State(NonZeroU32),
-}
-
-/// The cache groups of a model, and how many blocks a sequence takes from the pool in each.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CacheGroups {
-    block_size: NonZeroU32,
-    /// Tokens of the longest prefill chunk.
-    max_chunk: u32,
-    kinds: Vec<GroupKind>,
-}
-
-impl CacheGroups {
-    /// Groups whose blocks hold `block_size` tokens, of sequences that run at most `max_chunk` tokens in a step.
-    pub fn new(block_size: NonZeroU32, max_chunk: u32, kinds: Vec<GroupKind>) -> Self {
-        Self {
-            block_size,
-            max_chunk,
-            kinds,
-        }
-    }
-
-    /// Token slots in a block.
-    pub fn block_size(&self) -> NonZeroU32 {
-        self.block_size
-    }
-
-    /// How many groups.
-    pub fn n_groups(&self) -> u32 {
-        self.kinds.len() as u32
-    }
-
-    /// Blocks that a sequence of `n_tokens` tokens holds at most at once while it is computed.
-    pub fn blocks_for(&self, n_tokens: u32) -> u32 {
-        let most = |&kind: &GroupKind| {
-            let first_chunk = self.held(kind, 0, n_tokens);
-            let last_decode = self.held(kind, n_tokens.saturating_sub(1), n_tokens);
-            first_chunk.len().max(last_decode.len()) as u32
-        };
-        self.kinds.iter().map(most).fold(0, u32::saturating_add)
-    }
-
-    /// The same in the two numbers that the load report has for it: an upper bound where there are windows.
-    pub fn page_demand(&self) -> PageDemand {
-        let states = self.kinds.iter().map(|kind| match kind {
-            GroupKind::State(blocks) => u64::from(blocks.get()),
-            GroupKind::Full | GroupKind::Window(_) => 0,
-        });
-        let is_state = |kind: &&GroupKind| matches!(kind, GroupKind::State(_));
-        let n_states = self.kinds.iter().filter(is_state).count();
-        PageDemand {
-            per_sequence: Some(states.sum()),
-            per_token_block: Some((self.kinds.len() - n_states) as u64),
-        }
-    }
-
-    /// The longest sequence that `n_blocks` blocks hold alone.
-    pub fn tokens_in(&self, n_blocks: u32) -> u32 {
-        let (mut fits, mut too_many) = (0, u32::MAX);
-        while too_many - fits > 1 {
-            let middle = fits + (too_many - fits) / 2;
-            match self.blocks_for(middle) <= n_blocks {
-                true => fits = middle,
-                false => too_many = middle,
-            }
-        }
-        fits
-    }
-
-    /// The blocks, by their place in the sequence, that a group must hold when tokens from `n_computed` on are computed and
-    /// `n_tokens` are known: no window reaches behind the first, and a chunk of `max_chunk` tokens has room.
-    fn held(&self, kind: GroupKind, n_computed: u32, n_tokens: u32) -> Range<u32> {
-        let size = self.block_size.get();
-        let end = n_tokens.div_ceil(size);
-        match kind {
-            GroupKind::Full => 0..end,
-            GroupKind::Window(window) => {
-                let first = (n_computed + 1).saturating_sub(window.get()) / size;
-                // As many blocks as window and chunk touch, wherever in a block they begin.
-                let seen = window
-                    .get()
-                    .saturating_add(self.max_chunk)
-                    .saturating_sub(2);
-                let most = seen.div_ceil(size) + 1;
-                first..end.min(first.saturating_add(most)).max(first)
-            }
-            GroupKind::State(blocks) => 0..if n_tokens > 0 { blocks.get() } else { 0 },
-        }
-    }
-}
+use super::eviction::EvictionList;
+use super::prefix::{Findable, PrefixCaching, PrefixChain, PrefixHit, PrefixIndex};
+pub use groups::{CacheGroups, GroupKind};
 
 /// The blocks of one group, in the order of the tokens that they hold: block `i` of the sequence is `blocks[i - first]`.
 #[derive(Debug, Default)]
@@ -124,6 +37,11 @@ impl GroupTable {
     fn end(&self) -> u32 {
         self.first + self.blocks.len() as u32
     }
+
+    fn at(&self, place: u32) -> Option<BlockId> {
+        let index = place.checked_sub(self.first)?;
+        self.blocks.get(index as usize).copied()
+    }
 }
 
 /// The blocks of one sequence, group by group: token `i` lives in slot `i % block_size` of block `i / block_size`. Dropping
@@ -132,9 +50,16 @@ impl GroupTable {
 #[must_use = "the blocks of a dropped table are lost; release it"]
 pub struct BlockTable {
     groups: Vec<GroupTable>,
+    /// Its full blocks before this place were offered to the prefix index.
+    n_registered: u32,
 }
 
 impl BlockTable {
+    /// Its full blocks before this place were offered to the prefix cache.
+    pub(super) fn n_registered(&self) -> u32 {
+        self.n_registered
+    }
+
     /// All blocks that it holds.
     pub fn blocks(&self) -> impl Iterator<Item = BlockId> {
         self.groups
@@ -154,6 +79,27 @@ pub struct Appended {
     pub blocks: Vec<BlockId>,
 }
 
+/// A new table, and what its sequence's first step brings.
+#[derive(Debug)]
+pub struct Allocation {
+    /// The table.
+    pub table: BlockTable,
+    /// All its blocks.
+    pub appended: Vec<Appended>,
+    /// Source and destination of the blocks that are copied before the step. The sources stay what they are until
+    /// [`BlockPool::release_sources`].
+    pub copies: Vec<(BlockId, BlockId)>,
+}
+
+/// What a table's sequence has in the cache for certain, because the steps that wrote it were collected.
+#[derive(Clone, Copy, Debug)]
+pub struct Written<'a> {
+    /// The keys of its full blocks.
+    pub chain: &'a PrefixChain,
+    /// All of its tokens that are written.
+    pub tokens: &'a [u32],
+}
+
 /// Blocks by state: `total = active + cached + free`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolCounts {
@@ -167,23 +113,59 @@ pub struct PoolCounts {
     pub free: u32,
 }
 
+/// What an allocation takes of the blocks that can be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cost {
+    /// Blocks that become active.
+    pub n_blocks: u32,
+    /// Blocks that can't be had until the step is put together, because they are copied from.
+    pub n_sources: u32,
+}
+
+/// The blocks that are kept for what they hold.
+#[derive(Debug)]
+struct PrefixCache {
+    index: PrefixIndex,
+    /// Full blocks that no table holds.
+    full: EvictionList,
+    /// Tails that no copy holds, each by its block of the first group.
+    tails: EvictionList,
+    equal_bits: bool,
+}
+
 /// All blocks of the KV cache.
 #[derive(Debug)]
 pub struct BlockPool {
     groups: CacheGroups,
     /// Last in, first out: the block freed last is the likeliest to be warm.
     free: Vec<BlockId>,
-    /// Tables that hold each block.
+    /// Tables, and copies of the step being put together, that hold each block.
     references: Vec<u32>,
+    prefix: Option<PrefixCache>,
+    /// Held for the copies of the step being put together.
+    sources: Vec<BlockId>,
+    /// How many of them a table held too when they were taken: its sequence may count on having them again.
+    n_held_sources: u32,
 }
 
 impl BlockPool {
-    /// A pool of the blocks `0..n_blocks`, all free.
-    pub fn new(n_blocks: u32, groups: CacheGroups) -> Self {
+    /// A pool of the blocks `0..n_blocks`, all free. Without `caching`, and where a group keeps recurrent states, of which
+    /// none are kept at block boundaries, no prefix is ever found.
+    pub fn new(n_blocks: u32, groups: CacheGroups, caching: Option<PrefixCaching>) -> Self {
+        let caching = caching.filter(|_| !groups.has_states());
+        let prefix = caching.map(|PrefixCaching { equal_bits, .. }| PrefixCache {
+            index: PrefixIndex::new(n_blocks, groups.block_size),
+            full: EvictionList::new(n_blocks),
+            tails: EvictionList::new(n_blocks),
+            equal_bits,
+        });
         Self {
             groups,
             free: (0..n_blocks).rev().map(BlockId).collect(),
             references: vec![0; n_blocks as usize],
+            prefix,
+            sources: Vec::new(),
+            n_held_sources: 0,
         }
     }
 
@@ -192,92 +174,268 @@ impl BlockPool {
         self.groups.blocks_for(n_tokens)
     }
 
+    /// Blocks that a sequence of `n_tokens` tokens has of its own whose first `n_shared` are another's.
+    pub fn own_blocks_for(&self, n_shared: u32, n_tokens: u32) -> u32 {
+        self.groups.own_blocks_for(n_shared, n_tokens)
+    }
+
     /// Cache groups: a sequence's next block may have to be one of each.
     pub fn n_groups(&self) -> u32 {
         self.groups.n_groups()
     }
 
-    /// Blocks that can be had at once.
-    pub fn n_free(&self) -> u32 {
-        self.free.len() as u32
+    /// Prefixes are found.
+    pub fn caches_prefixes(&self) -> bool {
+        self.prefix.is_some()
+    }
+
+    /// Token slots in a block.
+    pub fn block_size(&self) -> u32 {
+        self.groups.block_size.get()
+    }
+
+    /// Blocks that a new sequence can have at once: free ones and cached ones.
+    pub fn n_available(&self) -> u32 {
+        let all = self.free.len() as u32 + self.n_cached();
+        all.saturating_sub(self.n_held_sources)
     }
 
     /// Blocks by state.
     pub fn counts(&self) -> PoolCounts {
         let total = self.references.len() as u32;
-        let free = self.n_free();
+        let (free, cached) = (self.free.len() as u32, self.n_cached());
         PoolCounts {
             total,
-            active: total - free,
-            cached: 0,
+            active: total - free - cached,
+            cached,
             free,
         }
     }
 
-    /// A table for a sequence of which nothing is computed and `n_tokens` tokens are known, and its blocks. `None`: nothing
-    /// changed.
-    pub fn allocate(&mut self, n_tokens: u32) -> Option<(BlockTable, Vec<Appended>)> {
-        let groups = self.groups.kinds.iter().map(|_| GroupTable::default());
-        let mut table = BlockTable {
-            groups: groups.collect(),
+    fn n_cached(&self) -> u32 {
+        let prefix = self.prefix.as_ref();
+        prefix.map_or(0, |prefix| {
+            prefix.full.len() + prefix.tails.len() * self.groups.n_groups()
+        })
+    }
+
+    /// The longest beginning of `tokens`, of which `most` may be taken from the cache.
+    pub fn find_prefix(&self, chain: &PrefixChain, tokens: &[u32], most: u32) -> PrefixHit {
+        let Some(prefix) = &self.prefix else {
+            return PrefixHit::default();
         };
-        let appended = self.extend(&mut table, 0, n_tokens)?;
-        Some((table, appended))
+        prefix.index.find(&self.groups.kinds, chain, tokens, most)
+    }
+
+    /// What [`BlockPool::allocate`] takes.
+    pub fn cost(&self, n_tokens: u32, hit: &PrefixHit) -> Cost {
+        let tail_groups = hit.tail.as_ref().map_or(0, |tail| tail.blocks.len());
+        let mut cost = Cost {
+            n_blocks: 0,
+            n_sources: tail_groups as u32,
+        };
+        for (group, &kind) in self.groups.kinds.iter().enumerate() {
+            let held = self.held_with(kind, n_tokens, hit);
+            cost.n_blocks += held.len() as u32;
+            for block in self.hit_blocks(hit, group, &held) {
+                let is_active = self.references[block.0 as usize] > 0;
+                match kind {
+                    GroupKind::Full if is_active => cost.n_blocks -= 1,
+                    GroupKind::Window(_) if is_active => cost.n_sources += 1,
+                    _ => {}
+                }
+            }
+        }
+        cost
+    }
+
+    /// A table for a sequence of which `hit` is in the cache and `n_tokens` tokens are known. `None`: nothing changed.
+    pub fn allocate(&mut self, n_tokens: u32, hit: &PrefixHit) -> Option<Allocation> {
+        let cost = self.cost(n_tokens, hit);
+        self.n_available()
+            .checked_sub(cost.n_blocks.saturating_add(cost.n_sources))?;
+        // What is found is held before anything is evicted for the rest.
+        let tail = hit.tail.iter().flat_map(|tail| tail.blocks.iter().copied());
+        for block in tail.clone() {
+            self.hold(block);
+            self.sources.push(block);
+        }
+        let mut found: Vec<Vec<(BlockId, bool)>> = Vec::with_capacity(self.groups.kinds.len());
+        for group in 0..self.groups.kinds.len() {
+            let kind = self.groups.kinds[group];
+            let held = self.held_with(kind, n_tokens, hit);
+            let blocks: Vec<BlockId> = self.hit_blocks(hit, group, &held).collect();
+            let hold = |block: BlockId| {
+                let is_active = self.references[block.0 as usize] > 0;
+                let is_copied = is_active && matches!(kind, GroupKind::Window(_));
+                self.hold(block);
+                if is_copied {
+                    self.sources.push(block);
+                    self.n_held_sources += 1;
+                }
+                (block, is_copied)
+            };
+            found.push(blocks.into_iter().map(hold).collect());
+        }
+        let mut allocation = Allocation {
+            table: BlockTable {
+                groups: Vec::with_capacity(found.len()),
+                n_registered: hit.n_blocks,
+            },
+            appended: Vec::with_capacity(found.len()),
+            copies: Vec::new(),
+        };
+        let mut tail = tail;
+        for (group, found) in found.into_iter().enumerate() {
+            let held = self.held_with(self.groups.kinds[group], n_tokens, hit);
+            let mut blocks = VecDeque::with_capacity(held.len());
+            for (block, is_copied) in found {
+                let own = match is_copied {
+                    true => {
+                        let copy = self.take();
+                        allocation.copies.push((block, copy));
+                        copy
+                    }
+                    false => block,
+                };
+                blocks.push_back(own);
+            }
+            if let Some(source) = tail.next() {
+                let copy = self.take();
+                allocation.copies.push((source, copy));
+                blocks.push_back(copy);
+            }
+            while blocks.len() < held.len() {
+                blocks.push_back(self.take());
+            }
+            if !blocks.is_empty() {
+                allocation.appended.push(Appended {
+                    group: group as u32,
+                    first: held.start,
+                    blocks: blocks.iter().copied().collect(),
+                });
+            }
+            allocation.table.groups.push(GroupTable {
+                first: held.start,
+                blocks,
+            });
+        }
+        Some(allocation)
+    }
+
+    /// A table for a sequence of `n_tokens` tokens whose first `n_shared` another sequence computes: it has the blocks that
+    /// will be its own, and is no good before [`BlockPool::fork`]. `None`: nothing changed.
+    pub fn allocate_fork(&mut self, n_shared: u32, n_tokens: u32) -> Option<BlockTable> {
+        let needed = self.groups.own_blocks_for(n_shared, n_tokens);
+        self.n_available().checked_sub(needed)?;
+        let mut groups = Vec::with_capacity(self.groups.kinds.len());
+        for index in 0..self.groups.kinds.len() {
+            let own = (self.groups).own(self.groups.kinds[index], n_shared, n_tokens);
+            groups.push(GroupTable {
+                first: own.start,
+                blocks: own.map(|_| self.take()).collect(),
+            });
+        }
+        Some(BlockTable {
+            groups,
+            n_registered: n_shared / self.block_size(),
+        })
+    }
+
+    /// Completes the table `to` of [`BlockPool::allocate_fork`] with the first `n_shared` tokens of `from`, all of which are
+    /// computed or under way: full groups share the full blocks, and what one of the two will write to is copied, the last
+    /// shared block, windows and states. Returns all blocks of `to` and the copies, as [`Allocation`] does.
+    pub fn fork(
+        &mut self,
+        from: &BlockTable,
+        to: &mut BlockTable,
+        n_shared: u32,
+    ) -> (Vec<Appended>, Vec<(BlockId, BlockId)>) {
+        let size = self.block_size();
+        let (mut appended, mut copies) = (Vec::new(), Vec::new());
+        for (index, (from, to)) in from.groups.iter().zip(&mut to.groups).enumerate() {
+            let kind = self.groups.kinds[index];
+            let end = match kind {
+                GroupKind::State(_) => to.end(),
+                GroupKind::Full | GroupKind::Window(_) => n_shared.div_ceil(size).min(to.end()),
+            };
+            for place in to.first..end {
+                let source = from.at(place).expect("what is shared is held");
+                let copy = to.at(place).expect("a place that is its own");
+                self.hold(source);
+                self.sources.push(source);
+                copies.push((source, copy));
+            }
+            if kind == GroupKind::Full {
+                for place in (0..to.first).rev() {
+                    let block = from.at(place).expect("what is shared is held");
+                    self.hold(block);
+                    to.blocks.push_front(block);
+                }
+                to.first = 0;
+            }
+            if !to.blocks.is_empty() {
+                appended.push(Appended {
+                    group: index as u32,
+                    first: to.first,
+                    blocks: to.blocks.iter().copied().collect(),
+                });
+            }
+        }
+        (appended, copies)
+    }
+
+    /// The step is put together: its copies' sources may be evicted, and what a later step writes there is written later.
+    pub fn release_sources(&mut self) {
+        while let Some(block) = self.sources.pop() {
+            self.give_back(block);
+        }
+        self.n_held_sources = 0;
     }
 
     /// Makes room in `table` for `n_tokens` tokens, where those before `n_computed` are computed; returns what was appended,
-    /// mostly nothing. Blocks that no window reaches any more are used again in their own group, and otherwise freed.
+    /// mostly nothing. Blocks that no window reaches any more are given back.
     ///
     /// `None`: nothing changed; the caller preempts and tries again. It can't be while `n_tokens` stays what the table was
-    /// allocated for: the chunks of a prompt need no more blocks than the first of them.
+    /// allocated for: the chunks of a prompt need no more blocks than the first of them, and its windows' are its own.
     pub fn extend(
         &mut self,
         table: &mut BlockTable,
         n_computed: u32,
         n_tokens: u32,
     ) -> Option<Vec<Appended>> {
-        let mut n_needed = 0;
-        let mut changes = false;
+        let (mut n_new, mut n_unreached, mut n_returned) = (0, 0, 0);
         for (group, &kind) in table.groups.iter().zip(&self.groups.kinds) {
             let held = self.groups.held(kind, n_computed, n_tokens);
-            let n_new = held.end.saturating_sub(group.end());
-            let n_unreached = held.start.min(group.end()).saturating_sub(group.first);
-            n_needed += n_new.saturating_sub(n_unreached) as usize;
-            changes |= n_new + n_unreached > 0;
+            n_new += held.end.saturating_sub(group.end());
+            for place in group.first..held.start.min(group.end()) {
+                let block = group.at(place).expect("a place that is held");
+                n_unreached += 1;
+                n_returned += u32::from(self.references[block.0 as usize] == 1);
+            }
         }
-        if !changes {
+        if n_new + n_unreached == 0 {
             return Some(Vec::new());
         }
-        self.free.len().checked_sub(n_needed)?;
-        let mut appended = Vec::new();
-        for (index, group) in (0..).zip(&mut table.groups) {
-            let kind = self.groups.kinds[index as usize];
-            let held = self.groups.held(kind, n_computed, n_tokens);
-            let first = group.end();
-            let mut blocks = Vec::new();
-            while group.end() < held.end {
-                let unreached = group.first < held.start;
-                let block = match unreached.then(|| group.blocks.pop_front()).flatten() {
-                    Some(block) => {
-                        group.first += 1;
-                        block
-                    }
-                    None => {
-                        let block = self.free.pop().expect("as many are free as are needed");
-                        self.references[block.0 as usize] = 1;
-                        block
-                    }
-                };
-                group.blocks.push_back(block);
-                blocks.push(block);
-            }
+        let n_available = self.free.len() as u32 + self.n_cached();
+        (n_available + n_returned).checked_sub(n_new)?;
+        for (index, group) in table.groups.iter_mut().enumerate() {
+            let held = (self.groups).held(self.groups.kinds[index], n_computed, n_tokens);
             while group.first < held.start
                 && let Some(block) = group.blocks.pop_front()
             {
                 group.first += 1;
                 self.give_back(block);
             }
+        }
+        let mut appended = Vec::new();
+        for (index, group) in (0..).zip(&mut table.groups) {
+            let kind = self.groups.kinds[index as usize];
+            let end = self.groups.held(kind, n_computed, n_tokens).end;
+            let first = group.end();
+            let blocks: Vec<BlockId> = (first..end).map(|_| self.take()).collect();
             if !blocks.is_empty() {
+                group.blocks.extend(&blocks);
                 appended.push(Appended {
                     group: index,
                     first,
@@ -288,13 +446,144 @@ impl BlockPool {
         Some(appended)
     }
 
-    /// Takes the table by value: it cannot be used or freed again. Blocks that no other table holds are free.
-    pub fn release(&mut self, table: BlockTable) {
-        // Backwards, so that the blocks come out of the free list in the order in which they went in.
-        for group in table.groups.into_iter().rev() {
-            for block in group.blocks.into_iter().rev() {
-                self.give_back(block);
+    /// Makes the full blocks of `table` findable whose tokens are written. Where another block holds the same, and equal
+    /// keys mean equal bits, a full group takes that one and gives its own back; the changes of the table are returned.
+    pub fn register(&mut self, table: &mut BlockTable, written: Written<'_>) -> Vec<Appended> {
+        let n_full = written.tokens.len() as u32 / self.block_size();
+        let mut changed = Vec::new();
+        if self.prefix.is_none() {
+            return changed;
+        }
+        for place in table.n_registered..n_full {
+            let key = written.chain.block(place);
+            for (index, group) in (0..).zip(&mut table.groups) {
+                // It may have left its window before the step that filled it was collected.
+                let (Some(own), Some(prefix)) = (group.at(place), &mut self.prefix) else {
+                    continue;
+                };
+                let Err(known) = prefix.index.insert(key, index, own) else {
+                    continue;
+                };
+                let kind = self.groups.kinds[index as usize];
+                if prefix.equal_bits && kind == GroupKind::Full {
+                    self.hold(known);
+                    self.give_back(own);
+                    group.blocks[(place - group.first) as usize] = known;
+                    changed.push(Appended {
+                        group: index,
+                        first: place,
+                        blocks: vec![known],
+                    });
+                }
             }
+        }
+        table.n_registered = table.n_registered.max(n_full);
+        changed
+    }
+
+    /// Takes the table by value: it cannot be used or freed again. Blocks that no other table holds are cached where they
+    /// are findable, as the tail of what is `written` becomes now, and otherwise free. A step that is still under way may
+    /// write slots behind what is written: nobody finds these, and whoever is given the block writes later.
+    pub fn release(&mut self, table: BlockTable, written: Option<Written<'_>>) {
+        if let Some(written) = written {
+            self.register_tail(&table, written);
+        }
+        let mut groups = table.groups;
+        // The last block first, in all groups alike.
+        let end = groups.iter().map(GroupTable::end).max().unwrap_or(0);
+        for place in (0..end).rev() {
+            for group in &mut groups {
+                if group.end() == place + 1
+                    && let Some(block) = group.blocks.pop_back()
+                {
+                    self.give_back(block);
+                }
+            }
+        }
+    }
+
+    fn register_tail(&mut self, table: &BlockTable, written: Written<'_>) {
+        let n_written = written.tokens.len() as u32;
+        let place = n_written / self.block_size();
+        let tokens = &written.tokens[(place * self.block_size()) as usize..];
+        let Some(prefix) = self.prefix.as_mut().filter(|_| !tokens.is_empty()) else {
+            return;
+        };
+        let blocks: Option<Arc<[BlockId]>> =
+            table.groups.iter().map(|group| group.at(place)).collect();
+        let is_own = |block: &BlockId| self.references[block.0 as usize] == 1;
+        let Some(blocks) = blocks.filter(|blocks| blocks.iter().all(is_own)) else {
+            return;
+        };
+        let inserted = prefix
+            .index
+            .insert_tail(written.chain, place, tokens, blocks);
+        if let Err(known) = inserted
+            && self.references[known[0].0 as usize] == 0
+        {
+            // It was used again.
+            prefix.tails.remove(known[0]);
+            prefix.tails.push_newest(known[0]);
+        }
+    }
+
+    /// The places that a new table holds in a group.
+    fn held_with(&self, kind: GroupKind, n_tokens: u32, hit: &PrefixHit) -> Range<u32> {
+        let n_computed = hit.n_tokens(self.block_size());
+        self.groups.held(kind, n_computed, n_tokens)
+    }
+
+    /// The blocks of a hit that a new table holds in a group.
+    fn hit_blocks(
+        &self,
+        hit: &PrefixHit,
+        group: usize,
+        held: &Range<u32>,
+    ) -> impl Iterator<Item = BlockId> + use<> {
+        let blocks = hit.blocks.get(group).map(Vec::as_slice).unwrap_or_default();
+        let seen = blocks.get(held.start as usize..).unwrap_or_default();
+        let seen: Vec<BlockId> = seen.iter().flatten().copied().collect();
+        seen.into_iter()
+    }
+
+    /// Adds a reference to a block that a table holds or that is cached.
+    fn hold(&mut self, block: BlockId) {
+        let references = &mut self.references[block.0 as usize];
+        *references += 1;
+        if *references > 1 {
+            return;
+        }
+        let prefix = self.prefix.as_mut().expect("a cached block");
+        match prefix.index.findable(block) {
+            Findable::Full => prefix.full.remove(block),
+            Findable::Tail(blocks) if blocks[0] == block => prefix.tails.remove(block),
+            Findable::Tail(_) => {}
+            Findable::No => unreachable!("a block that is held by none and can't be found is free"),
+        }
+    }
+
+    /// A block for a new content, evicted from the cache where none is free. The caller has counted.
+    fn take(&mut self) -> BlockId {
+        if self.free.is_empty() {
+            self.evict();
+        }
+        let block = self.free.pop().expect("as many can be had as are needed");
+        self.references[block.0 as usize] = 1;
+        block
+    }
+
+    fn evict(&mut self) {
+        let Some(prefix) = &mut self.prefix else {
+            return;
+        };
+        if let Some(first) = prefix.tails.pop_oldest() {
+            if let Findable::Tail(blocks) = prefix.index.findable(first) {
+                self.free.extend(blocks.iter());
+            }
+            prefix.index.forget(first);
+        } else if let Some(block) = prefix.full.pop_oldest() {
+            prefix.index.forget(block);
+            self.free.push(block);
         }
     }
 
@@ -303,216 +592,21 @@ impl BlockPool {
         *references = references
             .checked_sub(1)
             .expect("a block in a table is counted");
-        if *references == 0 {
+        if *references > 0 {
+            return;
+        }
+        let Some(prefix) = &mut self.prefix else {
             self.free.push(block);
+            return;
+        };
+        match prefix.index.findable(block) {
+            Findable::No => self.free.push(block),
+            Findable::Full => prefix.full.push_newest(block),
+            Findable::Tail(blocks) if blocks[0] == block => prefix.tails.push_newest(block),
+            Findable::Tail(_) => {}
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// What happens to a pool; the indices choose among the live tables.
-    #[derive(Clone, Debug)]
-    enum Action {
-        Allocate(u32),
-        /// Compute a chunk of at most so many tokens, or decode one where all are computed.
-        Advance(usize, u32),
-        Release(usize),
-    }
-
-    fn action() -> impl Strategy<Value = Action> {
-        prop_oneof![
-            (1..40u32).prop_map(Action::Allocate),
-            (any::<usize>(), 1..9u32).prop_map(|(i, n)| Action::Advance(i, n)),
-            (any::<usize>(), 1..9u32).prop_map(|(i, n)| Action::Advance(i, n)),
-            any::<usize>().prop_map(Action::Release),
-        ]
-    }
-
-    fn kind() -> impl Strategy<Value = GroupKind> {
-        let positive = |n| NonZeroU32::new(n).unwrap();
-        prop_oneof![
-            Just(GroupKind::Full),
-            (1..14u32).prop_map(move |n| GroupKind::Window(positive(n))),
-            (1..3u32).prop_map(move |n| GroupKind::State(positive(n))),
-        ]
-    }
-
-    /// A table with what the brute-force model knows of it.
-    struct Live {
-        table: BlockTable,
-        n_known: u32,
-        n_computed: u32,
-        /// `[group][place in the sequence]`: the block, until no query sees it.
-        blocks: Vec<Vec<BlockId>>,
-    }
-
-    impl Live {
-        fn take(&mut self, appended: &[Appended]) {
-            for Appended {
-                group,
-                first,
-                blocks,
-            } in appended
-            {
-                let held = &mut self.blocks[*group as usize];
-                assert_eq!(held.len(), *first as usize, "places follow each other");
-                held.extend(blocks);
-            }
-        }
-
-        fn held(&self) -> HashSet<BlockId> {
-            self.table.blocks().collect()
-        }
-
-        /// What a step over `n_computed..end` reads or writes is held, at its place.
-        fn assert_readable(&self, groups: &CacheGroups, end: u32) {
-            let size = groups.block_size.get();
-            for ((kind, table), blocks) in groups
-                .kinds
-                .iter()
-                .zip(&self.table.groups)
-                .zip(&self.blocks)
-            {
-                let places = match kind {
-                    GroupKind::Full => 0..end.div_ceil(size),
-                    GroupKind::Window(window) => {
-                        let first = (self.n_computed + 1).saturating_sub(window.get());
-                        first / size..end.div_ceil(size)
-                    }
-                    GroupKind::State(n) => 0..n.get(),
-                };
-                for place in places {
-                    let held = place
-                        .checked_sub(table.first)
-                        .and_then(|index| table.blocks.get(index as usize));
-                    assert_eq!(
-                        held,
-                        Some(&blocks[place as usize]),
-                        "{kind:?}, place {place}"
-                    );
-                }
-            }
-        }
-    }
-
-    proptest! {
-        /// A block is free or in exactly one table, of any kind of group, and what a step touches is held. The brute-force
-        /// model: a table is a list of blocks for each group, and a block is free when no table holds it.
-        #[test]
-        fn a_block_is_free_or_in_exactly_one_table(
-            n_blocks in 0..60u32,
-            block_size in 1..6u32,
-            max_chunk in 1..9u32,
-            kinds in prop::collection::vec(kind(), 1..4),
-            actions in prop::collection::vec(action(), 0..80),
-        ) {
-            let groups = CacheGroups::new(NonZeroU32::new(block_size).unwrap(), max_chunk, kinds);
-            let mut pool = BlockPool::new(n_blocks, groups.clone());
-            let mut tables: Vec<Live> = Vec::new();
-            for action in actions {
-                let free_before = pool.n_free();
-                match action {
-                    Action::Allocate(n_tokens) => match pool.allocate(n_tokens) {
-                        Some((table, appended)) => {
-                            let blocks = vec![Vec::new(); groups.kinds.len()];
-                            let mut live = Live { table, n_known: n_tokens, n_computed: 0, blocks };
-                            live.take(&appended);
-                            prop_assert!(live.held().len() as u32 <= groups.blocks_for(n_tokens));
-                            tables.push(live);
-                        }
-                        None => prop_assert!(groups.blocks_for(n_tokens) > free_before, "refused though it fits"),
-                    },
-                    Action::Advance(i, n) if !tables.is_empty() => {
-                        let i = i % tables.len();
-                        let live = &mut tables[i];
-                        let is_chunk = live.n_computed < live.n_known;
-                        let end = match is_chunk {
-                            true => (live.n_computed + n.min(max_chunk)).min(live.n_known),
-                            false => live.n_computed + 1,
-                        };
-                        let known = end.max(live.n_known);
-                        let before = live.held();
-                        match pool.extend(&mut live.table, live.n_computed, known) {
-                            Some(appended) => {
-                                live.take(&appended);
-                                live.assert_readable(&groups, end);
-                                let most = groups.blocks_for(known) as usize;
-                                prop_assert!(live.held().len() <= most, "{} of {most}", live.held().len());
-                                (live.n_computed, live.n_known) = (end, known);
-                            }
-                            None => {
-                                prop_assert!(!is_chunk, "a chunk has its blocks since its sequence was admitted");
-                                prop_assert!(free_before < groups.kinds.len() as u32, "refused though it fits");
-                                prop_assert_eq!(before, live.held(), "nothing changed");
-                            }
-                        }
-                    }
-                    Action::Release(i) if !tables.is_empty() => {
-                        let i = i % tables.len();
-                        pool.release(tables.swap_remove(i).table);
-                    }
-                    Action::Advance(..) | Action::Release(..) => {}
-                }
-                let held: Vec<BlockId> = tables.iter().flat_map(|live| live.table.blocks()).collect();
-                let free: HashSet<BlockId> = pool.free.iter().copied().collect();
-                prop_assert_eq!(free.len(), pool.free.len(), "no block is free twice");
-                prop_assert_eq!(held.iter().collect::<HashSet<_>>().len(), held.len(), "no block is held twice");
-                prop_assert!(held.iter().all(|b| !free.contains(b) && pool.references[b.0 as usize] == 1));
-                prop_assert_eq!(held.len() + free.len(), n_blocks as usize, "none is lost");
-                let counts = pool.counts();
-                prop_assert_eq!(counts.active as usize, held.len());
-                prop_assert_eq!(counts.total, counts.active + counts.cached + counts.free);
-            }
-        }
-    }
-
-    /// Gemma 3 12B: one group of 8 global layers, five of 8 local ones whose window is 1,024.
-    fn gemma_3_12b(max_chunk: u32) -> CacheGroups {
-        let window = GroupKind::Window(NonZeroU32::new(1024).unwrap());
-        let kinds = [vec![GroupKind::Full], vec![window; 5]].concat();
-        CacheGroups::new(NonZeroU32::new(16).unwrap(), max_chunk, kinds)
-    }
-
-    #[test]
-    fn a_long_prompt_holds_its_windows_only() {
-        let groups = gemma_3_12b(2048);
-        let mut pool = BlockPool::new(20_000, groups.clone());
-        let n_tokens = 32_768;
-        let (mut table, _) = pool.allocate(n_tokens).unwrap();
-        for start in (0..n_tokens).step_by(2048) {
-            pool.extend(&mut table, start, n_tokens).unwrap();
-            for group in &table.groups[1..] {
-                let slots = group.blocks.len() as u32 * 16;
-                assert!(slots <= 1024 + 2048 + 2 * 16, "{slots} slots at {start}");
-            }
-        }
-        // The first decode gives back what the last chunk needed.
-        pool.extend(&mut table, n_tokens, n_tokens + 1).unwrap();
-        let held = table.blocks().count() as f64;
-        // By hand, in slots of eight layers: all tokens once, and five windows.
-        let by_hand = f64::from(n_tokens + 5 * 1024) / 16.0;
-        assert!(held <= 1.1 * by_hand, "{held} blocks, {by_hand} by hand");
-        let one_table_for_all = f64::from(n_tokens) / 16.0 * 6.0;
-        assert!(one_table_for_all > 5.1 * by_hand);
-        pool.release(table);
-        assert_eq!(pool.n_free(), 20_000);
-    }
-
-    #[test]
-    fn the_longest_sequence_is_where_one_more_token_needs_too_much() {
-        for groups in [gemma_3_12b(512), gemma_3_12b(1)] {
-            for n_blocks in [6, 100, 1000, 5000] {
-                let n_tokens = groups.tokens_in(n_blocks);
-                assert!(groups.blocks_for(n_tokens) <= n_blocks);
-                assert!(groups.blocks_for(n_tokens + 1) > n_blocks, "{n_blocks}");
-            }
-        }
-    }
-}
+mod tests;

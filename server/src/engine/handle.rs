@@ -12,6 +12,7 @@ use kvasir_crds::LoadReport;
 use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA, SlotCounts};
 
 use super::blocks::{CacheGroups, PoolCounts};
+use super::prefix::PrefixChain;
 use super::scheduler::Load;
 use super::{ModelInfo, Request, RequestId, SubmitError};
 
@@ -43,12 +44,18 @@ pub(super) struct Snapshot {
 impl Snapshot {
     /// Counts a request that waits and that the scheduler hasn't reported.
     fn add_waiting(&mut self, request: &Request, arrived: Instant, groups: &CacheGroups) {
-        let n_tokens = request.prompt.len() as u64;
+        let n_tokens = request.prompt.len() as u32;
         self.load.n_waiting += 1;
-        self.load.waiting_blocks += u64::from(groups.blocks_for(request.prompt.len() as u32));
-        self.load.prefill_backlog_tokens += n_tokens;
+        self.load.waiting_blocks += blocks_needed(groups, request, n_tokens);
+        self.load.prefill_backlog_tokens += u64::from(n_tokens);
         self.oldest_waiting = self.oldest_waiting.into_iter().chain([arrived]).min();
     }
+}
+
+/// Blocks that a request's sequences hold at most at once when each has `n_tokens` tokens.
+fn blocks_needed(groups: &CacheGroups, request: &Request, n_tokens: u32) -> u64 {
+    let own = groups.own_blocks_for(request.prompt.len() as u32, n_tokens);
+    u64::from(groups.blocks_for(n_tokens)) + u64::from(request.n.get() - 1) * u64::from(own)
 }
 
 /// What a handle asks of the engine.
@@ -56,9 +63,12 @@ impl Snapshot {
 pub(super) enum Command {
     Submit {
         request: Box<Request>,
+        /// The keys of its prompt, where prefixes are cached.
+        chain: Option<PrefixChain>,
         arrived: Instant,
     },
     Abort(RequestId),
+    AbortSequence(RequestId, u32),
     Stop,
 }
 
@@ -125,6 +135,14 @@ impl EngineHandle {
     /// Queues a request. Its outputs go to the receiver that [`Engine::start`](super::Engine::start) returned.
     pub fn submit(&self, request: Request) -> Result<(), SubmitError> {
         self.check_fits(&request)?;
+        // A prompt is hashed here, not on the engine's thread, which others wait for.
+        let info = self.model_info();
+        let chain = info.prefix_caching.map(|caching| {
+            let (salt, size) = (request.cache_salt.as_deref(), info.groups.block_size());
+            let mut chain = PrefixChain::new(caching.root, salt, size);
+            chain.extend(&request.prompt);
+            chain
+        });
         let mut state = self.state();
         if state.stopped || state.stopping {
             return Err(SubmitError::Stopped);
@@ -136,6 +154,7 @@ impl EngineHandle {
         }
         state.commands.push_back(Command::Submit {
             request: Box::new(request),
+            chain,
             arrived: Instant::now(),
         });
         drop(state);
@@ -153,6 +172,16 @@ impl EngineHandle {
         );
         if state.commands.len() == n_before && !state.stopped {
             state.commands.push_back(Command::Abort(id));
+            drop(state);
+            self.0.command_arrived.notify_one();
+        }
+    }
+
+    /// Ends one sequence of a request, as [`EngineHandle::abort`] ends all of them.
+    pub fn abort_sequence(&self, id: RequestId, index: u32) {
+        let mut state = self.state();
+        if !state.stopped {
+            state.commands.push_back(Command::AbortSequence(id, index));
             drop(state);
             self.0.command_arrived.notify_one();
         }
@@ -228,9 +257,13 @@ impl EngineHandle {
                 max_model_len: info.max_model_len,
             });
         }
+        let (n, limit) = (request.n.get(), info.limits.max_sequences as u32);
+        if n > limit {
+            return Err(SubmitError::TooManySequences { n, limit });
+        }
         let n_tokens =
             (prompt_tokens + u64::from(request.max_tokens)).min(info.max_model_len.into());
-        let needed_blocks = u64::from(info.groups.blocks_for(n_tokens as u32));
+        let needed_blocks = blocks_needed(&info.groups, request, n_tokens as u32);
         let total_blocks = u64::from(info.n_blocks);
         if needed_blocks > total_blocks {
             return Err(SubmitError::NeverFits {
@@ -264,18 +297,19 @@ impl EngineHandle {
         state.heartbeat = Instant::now();
     }
 
-    /// The engine's side: no step follows. Returns the requests that came too late.
-    pub(super) fn close(&self) -> Vec<RequestId> {
+    /// The engine's side: no step follows. Returns the sequences of the requests that came too late.
+    pub(super) fn close(&self) -> Vec<(RequestId, u32)> {
         let mut state = self.state();
         state.stopped = true;
         let left = state
             .commands
             .drain(..)
             .filter_map(|command| match command {
-                Command::Submit { request, .. } => Some(request.id),
-                Command::Abort(_) | Command::Stop => None,
+                Command::Submit { request, .. } => Some(request),
+                Command::Abort(_) | Command::AbortSequence(..) | Command::Stop => None,
             });
-        left.collect()
+        left.flat_map(|request| (0..request.n.get()).map(move |index| (request.id, index)))
+            .collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -289,7 +323,10 @@ impl State {
     fn snapshot_now(&self, info: &ModelInfo) -> Snapshot {
         let mut snapshot = self.snapshot.clone();
         for command in &self.commands {
-            if let Command::Submit { request, arrived } = command {
+            if let Command::Submit {
+                request, arrived, ..
+            } = command
+            {
                 snapshot.add_waiting(request, *arrived, &info.groups);
             }
         }

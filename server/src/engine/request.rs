@@ -2,6 +2,7 @@
 //!
 //! Token ids only: it knows no text, no blocks and no device.
 
+use std::num::NonZeroU32;
 use std::time::Instant;
 
 use kvasir_kernels::step::Sampled;
@@ -24,10 +25,14 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// How tokens are sampled.
     pub sampling: SamplingParams,
+    /// Sequences that continue the prompt; sequence `i` is what a request for one with the seed `seed + i` gets.
+    pub n: NonZeroU32,
     /// Report log-probabilities of the generated tokens, and of this many alternatives.
     pub logprobs: Option<u8>,
     /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
     pub prompt_logprobs: Option<u8>,
+    /// Only requests with the same one find each other's cached prefixes.
+    pub cache_salt: Option<String>,
 }
 
 /// Why a sequence came to its end: the one way to say it, from the scheduler to the API. The scheduler never gives a
@@ -94,6 +99,8 @@ pub struct Admission {
     pub id: RequestId,
     /// When the step was scheduled that it begins with.
     pub at: Instant,
+    /// Prompt tokens that the prefix cache held, the first time that the request begins; `None` where it was not asked.
+    pub cached_tokens: Option<u32>,
 }
 
 /// What one step brought, sent in one message.
@@ -136,6 +143,14 @@ pub enum SubmitError {
         total_blocks: u64,
         /// Token slots in a block.
         block_size: u32,
+    },
+    /// More sequences are asked for than ever run at once: HTTP 400.
+    #[error("{n} choices are asked for, the server runs {limit} sequences at once")]
+    TooManySequences {
+        /// Sequences of the request.
+        n: u32,
+        /// `--max-num-seqs`.
+        limit: u32,
     },
     /// The engine has stopped: HTTP 503.
     #[error("the engine has stopped")]

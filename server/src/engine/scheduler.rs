@@ -1,24 +1,35 @@
 //! Continuous batching: which tokens of which sequences run in the next step, and what a finished step means.
 //!
-//! Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
+//! Longer than a file should be, because a step is decided in one piece; what can be told alone is in `sequence`, `group`
+//! and `fork`. Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
 //! first (one token each), then prefill chunks, then new groups in the order of service. A request's sequences are one
 //! group, admitted, preempted and resumed whole. A group is admitted only when all its known tokens fit, so that only
 //! decodes ask the pool for more; when it is empty, the group that is served last is preempted and computed again later
 //! (arXiv 2309.06180, section 4.5), its outputs kept.
 //!
+//! The prompt of a group is computed once, by the first of its sequences, its leader. The others wait in rows of their
+//! own, with the blocks that only they will write, and fork from it when the prompt is complete: in the step after, whose
+//! copies see what the step before has left.
+//!
 //! At most one step is under way when the next is scheduled. Because a device runs its steps in order, the blocks of
 //! a sequence that has ended are free at once, even while a step that was scheduled too far still writes to them:
-//! whoever gets them writes later.
+//! whoever gets them writes later. What a step wrote is offered to the prefix cache when that step is collected.
 
+mod fork;
+mod group;
 mod sequence;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Bound;
 
 use kvasir_kernels::shape::Limits;
 use kvasir_kernels::step::{DeviceOutput, LogitsRow, Span, StepInput, TableRow, TableUpdate};
 
-use super::blocks::{Appended, BlockPool, BlockTable};
+use super::blocks::{Allocation, Appended, BlockPool, BlockTable, Written};
+use super::prefix::{PrefixChain, PrefixHit};
 use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
+use fork::Fork;
+use group::{Need, SequenceGroup};
 use sequence::{PendingSample, Sequence};
 
 /// A prompt with at most so many tokens left is short, or a quarter of a step where that is less: it need not wait for
@@ -32,38 +43,6 @@ const MOST_OVERTAKEN: usize = 256;
 struct ServiceKey {
     /// How many requests came before.
     arrival: u64,
-}
-
-/// The sequences of a request, which share a prompt. Those that ended are gone from it.
-#[derive(Debug)]
-struct SequenceGroup {
-    id: RequestId,
-    sequences: Vec<Sequence>,
-}
-
-impl SequenceGroup {
-    /// Some token is under way whose value the host doesn't know.
-    fn is_pending(&self) -> bool {
-        self.sequences.iter().any(Sequence::is_pending)
-    }
-
-    /// Tokens to compute before all sequences decode.
-    fn n_tokens(&self) -> usize {
-        let known = self
-            .sequences
-            .iter()
-            .map(|sequence| sequence.n_known() as usize);
-        known.sum()
-    }
-
-    /// Blocks that all sequences need to run.
-    fn blocks(&self, blocks: &BlockPool) -> u64 {
-        let needed = self
-            .sequences
-            .iter()
-            .map(|sequence| blocks.blocks_for(sequence.n_known()));
-        needed.map(u64::from).sum()
-    }
 }
 
 /// A group that runs, and the rows of its sequences.
@@ -81,8 +60,13 @@ struct RunningSequence {
     table: BlockTable,
     /// Tokens that are in the cache or under way there.
     n_scheduled: u32,
+    /// Those among them that are in the cache for certain: the steps that wrote them were collected.
+    n_written: u32,
     /// The newest step that it is in.
     last_step: Option<u64>,
+    /// The step that it was admitted to.
+    first_step: u64,
+    fork: Fork,
 }
 
 /// What a span of a step will report, in the order of the rows of logits.
@@ -91,6 +75,8 @@ struct Expected {
     id: RequestId,
     sequence: u32,
     row: TableRow,
+    /// Where it ends: all tokens of the sequence before are written.
+    end: u32,
     n_scores: u32,
     samples: bool,
     /// Nothing is generated, and the prompt is complete with this span.
@@ -107,9 +93,25 @@ pub struct Schedule {
     /// Its tokens that are decodes; the others are prompts'.
     pub n_decodes: u32,
     /// Requests that start to run.
-    pub admitted: Vec<RequestId>,
+    pub admitted: Vec<Admitted>,
     /// Requests that wait again.
     pub preempted: Vec<RequestId>,
+}
+
+/// A request that starts to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// Which.
+    pub id: RequestId,
+    /// Prompt tokens that the cache held, the first time that it starts; `None` where the cache was not asked.
+    pub cached_tokens: Option<u32>,
+}
+
+/// A step that was scheduled and not committed.
+#[derive(Debug)]
+struct InFlight {
+    step: u64,
+    expected: Vec<Expected>,
 }
 
 /// Requests and tokens by state.
@@ -121,9 +123,9 @@ pub struct Load {
     pub n_sequences: u32,
     /// Requests that wait, preempted ones included.
     pub n_waiting: u32,
-    /// Blocks that the waiting requests need to start.
+    /// Blocks that the waiting requests need to start, beyond those of others that they share.
     pub waiting_blocks: u64,
-    /// Prompt tokens that are not computed.
+    /// Prompt tokens that are neither computed nor found in the cache.
     pub prefill_backlog_tokens: u64,
 }
 
@@ -140,8 +142,14 @@ pub struct Scheduler {
     /// By row of the block tables.
     rows: Vec<Option<RunningSequence>>,
     free_rows: Vec<TableRow>,
-    in_flight: VecDeque<Vec<Expected>>,
+    in_flight: VecDeque<InFlight>,
     n_steps: u64,
+    /// Changes of tables that the next step brings, because a block was replaced by another of the same content.
+    replaced: Vec<TableUpdate>,
+    /// Groups whose prompt is complete with the newest step, and whose other sequences fork.
+    forking: Vec<RequestId>,
+    /// The waiting group whose need was looked up last.
+    looked_up: Option<ServiceKey>,
 }
 
 impl Scheduler {
@@ -167,19 +175,32 @@ impl Scheduler {
             free_rows: rows.collect(),
             in_flight: VecDeque::new(),
             n_steps: 0,
+            replaced: Vec::new(),
+            forking: Vec::new(),
+            looked_up: None,
         }
     }
 
-    /// Queues a request that fits the pool when it is alone there.
-    pub fn add(&mut self, request: Request) {
+    /// Queues a request that fits the pool when it is alone there. `chain` has the keys of its prompt; `None` where its
+    /// prefix is not cached.
+    pub fn add(&mut self, blocks: &BlockPool, request: Request, chain: Option<PrefixChain>) {
         let key = ServiceKey {
             arrival: self.n_arrived,
         };
         self.n_arrived += 1;
         let id = request.id;
         self.keys.insert(id, key);
-        let sequences = vec![Sequence::new(request, self.max_model_len)];
-        self.waiting.insert(key, SequenceGroup { id, sequences });
+        let n = request.n.get();
+        let first = Sequence::new(request, chain, self.max_model_len);
+        let siblings: Vec<Sequence> = (1..n).map(|index| first.sibling(index)).collect();
+        let mut group = SequenceGroup {
+            id,
+            sequences: std::iter::once(first).chain(siblings).collect(),
+            is_counted: false,
+            need: Need::default(),
+        };
+        group.look_up(blocks);
+        self.waiting.insert(key, group);
     }
 
     /// Forgets a request; its blocks are free. Unknown ones, ended before, are no mistake.
@@ -192,15 +213,47 @@ impl Scheduler {
         }
     }
 
-    /// Forgets all requests, and names them in the order of service.
-    pub fn abort_all(&mut self, blocks: &mut BlockPool) -> Vec<RequestId> {
+    /// Ends one sequence of a request whose client wants no more of it, and the request with its last.
+    pub fn abort_sequence(&mut self, blocks: &mut BlockPool, id: RequestId, index: u32) {
+        let Some(key) = self.keys.get(&id) else {
+            return;
+        };
+        let is_left = match (self.running.get(key), self.waiting.get(key)) {
+            (Some(group), _) => group.rows.iter().any(|&row| {
+                let running = self.at(row);
+                running.sequence.index() == index && running.fork != Fork::LedAndEnded
+            }),
+            (None, Some(group)) => group.sequences.iter().any(|s| s.index() == index),
+            (None, None) => false,
+        };
+        if is_left {
+            self.end(blocks, id, index);
+        }
+    }
+
+    /// Forgets all requests, and names their sequences that had not ended, in the order of service.
+    pub fn abort_all(&mut self, blocks: &mut BlockPool) -> Vec<(RequestId, u32)> {
         let mut keys: Vec<(ServiceKey, RequestId)> =
             self.keys.iter().map(|(&id, &key)| (key, id)).collect();
         keys.sort_unstable();
-        for &(_, id) in &keys {
-            self.abort(blocks, id);
+        let mut left = Vec::with_capacity(keys.len());
+        for (key, id) in keys {
+            let waiting = self.waiting.remove(&key);
+            let group = waiting.unwrap_or_else(|| self.stop_running(blocks, key));
+            left.extend(
+                group
+                    .sequences
+                    .iter()
+                    .map(|sequence| (id, sequence.index())),
+            );
         }
-        keys.into_iter().map(|(_, id)| id).collect()
+        self.keys.clear();
+        left
+    }
+
+    /// Some sequence of the request has not ended.
+    pub fn is_live(&self, id: RequestId) -> bool {
+        self.keys.contains_key(&id)
     }
 
     /// Decides the next batch, who is admitted to it and who is preempted for it. Where sequences decode, at most
@@ -211,6 +264,8 @@ impl Scheduler {
             expected: Vec::new(),
             most_tokens: self.limits.max_tokens,
         };
+        batch.schedule.input.table_updates = std::mem::take(&mut self.replaced);
+        self.fork(blocks, &mut batch);
         self.schedule_decodes(blocks, &mut batch);
         let n_decodes = batch.n_tokens();
         batch.most_tokens = match n_decodes {
@@ -227,17 +282,26 @@ impl Scheduler {
         if batch.schedule.preempted.is_empty() {
             self.admit(blocks, &mut batch);
         }
+        blocks.release_sources();
         batch.schedule.n_decodes = n_decodes as u32;
         if batch.n_tokens() > 0 {
+            self.in_flight.push_back(InFlight {
+                step: self.n_steps,
+                expected: batch.expected,
+            });
             self.n_steps += 1;
-            self.in_flight.push_back(batch.expected);
+        } else {
+            // Nothing was admitted, and no step is made: the next one brings them, for the rows that still run.
+            self.replaced = std::mem::take(&mut batch.schedule.input.table_updates);
+            let rows = &self.rows;
+            (self.replaced).retain(|update| rows[update.row.0 as usize].is_some());
         }
         batch.schedule
     }
 
     /// Takes what the oldest step under way gave: appends outputs, ends sequences and requests, frees their blocks.
     pub fn commit(&mut self, blocks: &mut BlockPool, output: DeviceOutput) -> Vec<RequestOutput> {
-        let expected = self
+        let InFlight { step, expected } = self
             .in_flight
             .pop_front()
             .expect("a step that is committed was scheduled");
@@ -247,11 +311,13 @@ impl Scheduler {
             id,
             sequence: index,
             row,
+            end,
             n_scores,
             samples,
             ends,
         } in expected
         {
+            self.register(blocks, id, row, step, end);
             let mut output = RequestOutput {
                 id,
                 sequence: index,
@@ -273,9 +339,42 @@ impl Scheduler {
             if output.finished.is_some() {
                 self.end(blocks, id, index);
             }
-            outputs.push(output);
+            if n_scores > 0 || samples || ends {
+                outputs.push(output);
+            }
         }
         outputs
+    }
+
+    /// Offers the full blocks to the prefix cache that a collected step has filled, of a sequence that has run since.
+    fn register(
+        &mut self,
+        blocks: &mut BlockPool,
+        id: RequestId,
+        row: TableRow,
+        step: u64,
+        end: u32,
+    ) {
+        let Some(running) = self.rows[row.0 as usize].as_mut() else {
+            return;
+        };
+        if running.group != id || running.first_step > step || running.fork == Fork::Waits {
+            return;
+        }
+        running.n_written = end;
+        if end / blocks.block_size() == running.table.n_registered() {
+            return;
+        }
+        running.sequence.extend_chain();
+        let Some(chain) = running.sequence.chain() else {
+            return;
+        };
+        let written = Written {
+            chain,
+            tokens: &running.sequence.tokens()[..end as usize],
+        };
+        let changed = blocks.register(&mut running.table, written);
+        self.replaced.extend(table_updates(row, changed));
     }
 
     /// No request is queued or runs, and no step is under way.
@@ -289,15 +388,8 @@ impl Scheduler {
     }
 
     /// Requests and tokens by state.
-    pub fn load(&self, blocks: &BlockPool) -> Load {
-        let waiting = self.waiting.values();
-        let of_group = |group: &SequenceGroup| {
-            let tokens = group
-                .sequences
-                .iter()
-                .map(|sequence| sequence.n_prompt_after(0));
-            tokens.map(u64::from).sum::<u64>()
-        };
+    pub fn load(&self) -> Load {
+        let waiting = self.waiting.values().map(|group| group.need);
         let running = self.rows_in_order().map(|row| {
             let running = self.at(row);
             u64::from(running.sequence.n_prompt_after(running.n_scheduled))
@@ -306,34 +398,63 @@ impl Scheduler {
             n_running: self.running.len() as u32,
             n_sequences: (self.rows.len() - self.free_rows.len()) as u32,
             n_waiting: self.waiting.len() as u32,
-            waiting_blocks: waiting.clone().map(|group| group.blocks(blocks)).sum(),
-            prefill_backlog_tokens: waiting.map(of_group).sum::<u64>() + running.sum::<u64>(),
+            waiting_blocks: waiting.clone().map(|need| need.n_blocks).sum(),
+            prefill_backlog_tokens: waiting.map(|need| need.n_prompt).sum::<u64>()
+                + running.sum::<u64>(),
         }
     }
 
     /// One token of each sequence that has one ready, in the order of service. When the pool is empty the group that is
     /// served last makes room, in the end the one itself that asks: a later one is never in the batch yet.
     fn schedule_decodes(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
-        let rows: Vec<TableRow> = self.rows_in_order().collect();
-        for row in rows {
-            // Its group may have been preempted for an earlier one.
-            while let Some(running) = &mut self.rows[row.0 as usize]
-                && running.n_ready() == 1
-            {
-                let n_scheduled = running.n_scheduled;
-                if let Some(new) = blocks.extend(&mut running.table, n_scheduled, n_scheduled + 1) {
+        let rows = self.running.iter();
+        let rows: Vec<(ServiceKey, TableRow)> = rows
+            .flat_map(|(&key, group)| group.rows.iter().map(move |&row| (key, row)))
+            .collect();
+        let mut appended = Vec::new();
+        for group in rows.chunk_by(|a, b| a.0 == b.0) {
+            // All of a group's sequences have room before any of them is in the batch: it is preempted whole.
+            for &(_, row) in group {
+                self.make_room(blocks, row, &mut appended, batch);
+            }
+            for (row, new) in appended.drain(..) {
+                // The group itself may have made room.
+                if self.rows[row.0 as usize].is_some() {
                     batch.update_tables(row, new);
                     self.add_span(row, batch);
-                    break;
                 }
-                let (&last, _) = self
-                    .running
-                    .last_key_value()
-                    .expect("the one that asks is among them");
-                let group = self.stop_running(blocks, last);
-                batch.schedule.preempted.push(group.id);
-                self.waiting.insert(last, group);
             }
+        }
+    }
+
+    /// Room for one token of a sequence that has one ready, unless its group is preempted for it.
+    fn make_room(
+        &mut self,
+        blocks: &mut BlockPool,
+        row: TableRow,
+        appended: &mut Vec<(TableRow, Vec<Appended>)>,
+        batch: &mut Batch,
+    ) {
+        // Its group may have been preempted for an earlier one.
+        while let Some(running) = &mut self.rows[row.0 as usize]
+            && running.n_ready() == 1
+        {
+            let n_known = running.n_scheduled + 1;
+            // What leaves a window is kept until the step that filled it was collected, so that the cache can have it;
+            // but no longer than a chunk, for which there is room.
+            let chunk = self.limits.max_tokens as u32;
+            let n_computed = running.n_written.max(n_known.saturating_sub(chunk));
+            if let Some(new) = blocks.extend(&mut running.table, n_computed, n_known) {
+                appended.push((row, new));
+                return;
+            }
+            let (&last, _) = self
+                .running
+                .last_key_value()
+                .expect("the one that asks is among them");
+            let group = self.stop_running(blocks, last);
+            batch.schedule.preempted.push(group.id);
+            self.waiting.insert(last, group);
         }
     }
 
@@ -352,18 +473,15 @@ impl Scheduler {
         for row in rows {
             self.schedule_span(blocks, row, batch);
         }
+        self.look_up_some(blocks);
         // While the head of the queue waits for blocks, whoever overtakes it would take them.
         let head_fits = (self.waiting.values().next()).is_some_and(|head| self.fits(blocks, head));
         if head_fits && batch.schedule.preempted.is_empty() {
             let waiting = self.waiting.iter().take(MOST_OVERTAKEN);
-            let short = waiting.filter(|(_, group)| group.n_tokens() <= short_tokens);
+            let short = waiting.filter(|(_, group)| group.need.n_tokens <= short_tokens as u64);
             let keys: Vec<ServiceKey> = short.map(|(&key, _)| key).collect();
             for key in keys {
-                let group = &self.waiting[&key];
-                if !group.is_pending()
-                    && batch.n_tokens() < batch.most_tokens
-                    && self.fits(blocks, group)
-                {
+                if batch.n_tokens() < batch.most_tokens {
                     self.start_running(blocks, key, batch);
                 }
             }
@@ -371,56 +489,126 @@ impl Scheduler {
         batch.most_tokens = most_tokens;
     }
 
-    /// Admits from the head of the queue while there is room for all known tokens of the next.
-    fn admit(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
-        while let Some((&key, next)) = self.waiting.first_key_value()
-            && !next.is_pending()
-            && batch.n_tokens() < batch.most_tokens
-            && self.fits(blocks, next)
-        {
-            self.start_running(blocks, key, batch);
+    /// Looks up what the group at the head of the queue needs, and one more, each in its turn: what the cache holds for
+    /// those that wait changes with every step, and few of them matter now.
+    fn look_up_some(&mut self, blocks: &BlockPool) {
+        if let Some(mut head) = self.waiting.first_entry() {
+            head.get_mut().look_up(blocks);
         }
+        let after = self.looked_up.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut rest = self.waiting.range_mut((after, Bound::Unbounded));
+        self.looked_up = rest.next().map(|(&key, group)| {
+            group.look_up(blocks);
+            key
+        });
     }
 
-    /// There are rows and blocks for a group, and beyond that a block of each cache group for each sequence that runs:
-    /// without it a group would be admitted only to be preempted a few steps later.
+    /// Admits from the head of the queue while there is room for all known tokens of the next.
+    fn admit(&mut self, blocks: &mut BlockPool, batch: &mut Batch) {
+        while let Some((&key, _)) = self.waiting.first_key_value()
+            && batch.n_tokens() < batch.most_tokens
+            && self.start_running(blocks, key, batch)
+        {}
+    }
+
+    /// There are rows and blocks for a group as it was last looked up, and beyond that a block of each cache group for each
+    /// sequence that runs: without it a group would be admitted only to be preempted a few steps later.
     fn fits(&self, blocks: &BlockPool, group: &SequenceGroup) -> bool {
+        self.free_rows.len() >= group.sequences.len() && group.need.n_blocks <= self.room(blocks)
+    }
+
+    /// Blocks that a group may take.
+    fn room(&self, blocks: &BlockPool) -> u64 {
         let n_running = (self.rows.len() - self.free_rows.len()) as u64;
         let headroom = match n_running {
             0 => 0,
             n => (n + 1) * u64::from(blocks.n_groups()),
         };
-        self.free_rows.len() >= group.sequences.len()
-            && group.blocks(blocks) + headroom <= u64::from(blocks.n_free())
+        u64::from(blocks.n_available()).saturating_sub(headroom)
     }
 
-    fn start_running(&mut self, blocks: &mut BlockPool, key: ServiceKey, batch: &mut Batch) {
+    /// Starts a group that fits; false: nothing changed. What it was looked up to need may be out of date: what counts is
+    /// what the cache holds now.
+    fn start_running(
+        &mut self,
+        blocks: &mut BlockPool,
+        key: ServiceKey,
+        batch: &mut Batch,
+    ) -> bool {
+        let group = &self.waiting[&key];
+        if group.is_pending() || self.free_rows.len() < group.sequences.len() {
+            return false;
+        }
+        let Some(hit) = self.hit_that_fits(blocks, group) else {
+            return false;
+        };
         let group = self.waiting.remove(&key).expect("a group that waits");
-        batch.schedule.admitted.push(group.id);
+        let asks_cache = blocks.caches_prefixes() && group.split().0.asks_cache();
+        let leads = match group.sequences.len() {
+            1 => Fork::Done,
+            _ => Fork::Leads,
+        };
+        let n_found = hit.n_tokens(blocks.block_size());
         let mut rows = Vec::with_capacity(group.sequences.len());
         for sequence in group.sequences {
-            let (table, new) = blocks
-                .allocate(sequence.n_known())
-                .expect("blocks and rows were counted before");
-            let row = self
-                .free_rows
-                .pop()
-                .expect("blocks and rows were counted before");
-            batch.update_tables(row, new);
+            let row = self.free_rows.pop().expect("rows were counted before");
+            let n_known = sequence.n_known();
+            let (table, n_scheduled, fork) = match rows.is_empty() {
+                true => {
+                    let allocation = blocks.allocate(n_known, &hit);
+                    let Allocation {
+                        table,
+                        appended,
+                        copies,
+                    } = allocation.expect("blocks were counted before");
+                    batch.schedule.input.copies.extend(copies);
+                    batch.update_tables(row, appended);
+                    (table, n_found, leads)
+                }
+                false => {
+                    let n_prompt = sequence.n_prompt();
+                    let table = blocks.allocate_fork(n_prompt, n_known);
+                    let table = table.expect("blocks were counted before");
+                    (table, n_prompt, Fork::Waits)
+                }
+            };
             self.rows[row.0 as usize] = Some(RunningSequence {
                 group: group.id,
                 sequence,
                 table,
-                n_scheduled: 0,
+                n_scheduled,
+                n_written: if fork == Fork::Waits { 0 } else { n_found },
                 last_step: None,
+                first_step: self.n_steps,
+                fork,
             });
             rows.push(row);
         }
-        for &row in &rows {
-            self.add_span(row, batch);
-        }
+        batch.schedule.admitted.push(Admitted {
+            id: group.id,
+            cached_tokens: (!group.is_counted && asks_cache).then_some(n_found),
+        });
+        let leader = rows[0];
         self.running
             .insert(key, RunningGroup { id: group.id, rows });
+        self.add_span(leader, batch);
+        true
+    }
+
+    /// What the cache holds for a group, where there is room for the rest. A tail is copied only where there is room for
+    /// both: a sequence that needs the whole pool needs the tail's blocks too.
+    fn hit_that_fits(&self, blocks: &BlockPool, group: &SequenceGroup) -> Option<PrefixHit> {
+        let room = self.room(blocks);
+        let mut hit = group.find_prefix(blocks);
+        let n_sibling_blocks = group.n_sibling_blocks(blocks);
+        let needed = |hit: &PrefixHit| {
+            let cost = blocks.cost(group.split().0.n_known(), hit);
+            u64::from(cost.n_blocks) + u64::from(cost.n_sources) + n_sibling_blocks
+        };
+        if needed(&hit) > room {
+            hit.tail = None;
+        }
+        (needed(&hit) <= room).then_some(hit)
     }
 
     /// Adds the next tokens of a sequence whose prompt is being computed.
@@ -438,14 +626,22 @@ impl Scheduler {
         self.add_span(row, batch);
     }
 
-    /// Adds the next tokens of a running sequence, as many as are ready and as the budgets allow.
+    /// Adds the next tokens of a running sequence, as many as are ready and as the budgets allow. With the last token of a
+    /// group's prompt, the first output of each of its sequences is sampled.
     fn add_span(&mut self, row: TableRow, batch: &mut Batch) {
+        let siblings = self.siblings_of(row);
         let running = self.rows[row.0 as usize].as_mut().expect("a running row");
         let sequence = &mut running.sequence;
         let input = &mut batch.schedule.input;
         let n_tokens = batch.most_tokens.saturating_sub(input.tokens.len()) as u32;
         let n_rows = (self.limits.max_logits_rows - input.logits.len()) as u32;
-        let chunk = sequence.chunk(running.n_scheduled, n_tokens, n_rows);
+        // The first of several sequences stops where the others fork from it.
+        let (most, n_samples) = match running.fork {
+            Fork::Done | Fork::Waits => (u32::MAX, u32::from(sequence.wants_output())),
+            Fork::Leads | Fork::LedAndEnded => (sequence.n_prompt(), 1 + siblings.len() as u32),
+        };
+        let completes_at = (most < u32::MAX).then_some(most);
+        let chunk = sequence.chunk(running.n_scheduled, most, n_samples, n_tokens, n_rows);
         if chunk.is_empty() {
             return;
         }
@@ -473,30 +669,41 @@ impl Scheduler {
             batch.schedule.requests.push(request);
         }
         let n_scores = (input.logits.len() - n_before) as u32;
-        let sample = PendingSample {
-            step: self.n_steps,
-            logits_row: input.logits.len() as u32,
-        };
-        let output = sequence.ask_output(chunk.end, sample);
-        let samples = output.is_some();
-        if let Some(request) = output {
-            input.logits.push(token_at(chunk.end - 1));
-            batch.schedule.requests.push(request);
-        }
-        let ends = sequence.ends_with_prompt(chunk.end);
-        if n_scores > 0 || samples || ends {
+        let id = running.group;
+        let completes_prompt = completes_at == Some(chunk.end);
+        let mut expect = |row: TableRow, n_scores: u32, rows: &mut [Option<RunningSequence>]| {
+            let running = rows[row.0 as usize].as_mut().expect("a running row");
+            let sequence = &mut running.sequence;
+            let sample = PendingSample {
+                step: self.n_steps,
+                logits_row: batch.schedule.input.logits.len() as u32,
+            };
+            let output = sequence.ask_output(chunk.end, sample);
+            let samples = output.is_some();
+            if let Some(request) = output {
+                batch.schedule.input.logits.push(token_at(chunk.end - 1));
+                batch.schedule.requests.push(request);
+            }
             batch.expected.push(Expected {
-                id: running.group,
+                id,
                 sequence: sequence.index(),
                 row,
+                end: chunk.end,
                 n_scores,
                 samples,
-                ends,
+                ends: sequence.ends_with_prompt(chunk.end),
             });
+        };
+        expect(row, n_scores, &mut self.rows);
+        if completes_prompt {
+            for sibling in siblings {
+                expect(sibling, 0, &mut self.rows);
+            }
+            self.forking.push(id);
         }
     }
 
-    /// Ends one sequence of a request, and the request with its last.
+    /// Ends one sequence of a request, and the request with its last. Where others are to fork from it, it is kept for them.
     fn end(&mut self, blocks: &mut BlockPool, id: RequestId, index: u32) {
         let key = self.keys[&id];
         let is_last = if let Some(group) = self.running.get_mut(&key) {
@@ -505,9 +712,23 @@ impl Scheduler {
                 let running = rows[row.0 as usize].as_ref();
                 running.is_some_and(|running| running.sequence.index() == index)
             });
-            let row = group.rows.remove(ended.expect("a sequence ends once"));
-            let is_last = group.rows.is_empty();
-            self.free_row(blocks, row);
+            let place = ended.expect("a sequence ends once");
+            let row = group.rows[place];
+            let running = rows[row.0 as usize].as_mut().expect("a running row");
+            if running.fork == Fork::Leads {
+                running.fork = Fork::LedAndEnded;
+            } else {
+                group.rows.remove(place);
+                self.free_row(blocks, row);
+            }
+            let has_ended = |row: &TableRow| self.at(*row).fork == Fork::LedAndEnded;
+            let rows = self.running[&key].rows.clone();
+            let is_last = rows.iter().all(has_ended);
+            if is_last {
+                for row in rows {
+                    self.free_row(blocks, row);
+                }
+            }
             is_last
         } else {
             let group = self.waiting.get_mut(&key).expect("a request runs or waits");
@@ -524,18 +745,35 @@ impl Scheduler {
     /// Takes a group out of the running batch; its blocks and its rows are free.
     fn stop_running(&mut self, blocks: &mut BlockPool, key: ServiceKey) -> SequenceGroup {
         let RunningGroup { id, rows } = self.running.remove(&key).expect("the group runs");
-        let sequences = rows.into_iter().map(|row| self.free_row(blocks, row));
-        SequenceGroup {
-            id,
-            sequences: sequences.collect(),
+        let mut sequences = Vec::with_capacity(rows.len());
+        for row in rows {
+            let has_ended = self.at(row).fork == Fork::LedAndEnded;
+            let sequence = self.free_row(blocks, row);
+            if !has_ended {
+                sequences.push(sequence);
+            }
         }
+        let mut group = SequenceGroup {
+            id,
+            sequences,
+            is_counted: true,
+            need: Need::default(),
+        };
+        group.look_up(blocks);
+        group
     }
 
     fn free_row(&mut self, blocks: &mut BlockPool, row: TableRow) -> Sequence {
         let running = self.rows[row.0 as usize].take().expect("a running row");
         self.free_rows.push(row);
-        blocks.release(running.table);
-        running.sequence
+        self.replaced.retain(|update| update.row != row);
+        let sequence = running.sequence;
+        let written = sequence.chain().map(|chain| Written {
+            chain,
+            tokens: &sequence.tokens()[..running.n_written as usize],
+        });
+        blocks.release(running.table, written);
+        sequence
     }
 
     /// The rows in use, in the order of service.
@@ -559,7 +797,9 @@ impl Scheduler {
                 .find(|sequence| sequence.index() == index);
         }
         let running = self.rows[row.0 as usize].as_mut()?;
-        let is_it = running.group == id && running.sequence.index() == index;
+        let is_it = running.group == id
+            && running.sequence.index() == index
+            && running.fork != Fork::LedAndEnded;
         is_it.then_some(&mut running.sequence)
     }
 }
@@ -567,7 +807,13 @@ impl Scheduler {
 impl RunningSequence {
     /// Tokens that can run now.
     fn n_ready(&self) -> u32 {
-        self.sequence.n_target().saturating_sub(self.n_scheduled)
+        match self.fork {
+            Fork::Done => self.sequence.n_target().saturating_sub(self.n_scheduled),
+            Fork::Leads | Fork::LedAndEnded => {
+                self.sequence.n_prompt().saturating_sub(self.n_scheduled)
+            }
+            Fork::Waits => 0,
+        }
     }
 }
 
@@ -585,14 +831,18 @@ impl Batch {
     }
 
     fn update_tables(&mut self, row: TableRow, appended: Vec<Appended>) {
-        let updates = appended.into_iter().map(|new| TableUpdate {
-            group: new.group,
-            row,
-            first: new.first,
-            blocks: new.blocks,
-        });
+        let updates = table_updates(row, appended);
         self.schedule.input.table_updates.extend(updates);
     }
+}
+
+fn table_updates(row: TableRow, changed: Vec<Appended>) -> impl Iterator<Item = TableUpdate> {
+    changed.into_iter().map(move |new| TableUpdate {
+        group: new.group,
+        row,
+        first: new.first,
+        blocks: new.blocks,
+    })
 }
 
 #[cfg(test)]

@@ -13,14 +13,17 @@ use super::budget::{ByteBudget, Purpose};
 use super::stream::RequestEvent;
 use super::timeline::Timeline;
 use super::{Command, Shared};
-use crate::engine::{Admission, EngineOutputs, FinishReason, RequestId, RequestOutput};
+use crate::engine::{
+    Admission, EngineOutputs, FinishReason, RequestId, RequestOutput, TokenLogprobs,
+};
 use crate::metrics::Metrics;
 use crate::text::stop::StopStrings;
 use crate::text::{Detokenizer, StopMatcher};
 
 pub(super) struct OutputThread {
     shared: Arc<Shared>,
-    requests: HashMap<RequestId, Box<RequestState>>,
+    /// By sequence; `None` where one has ended.
+    requests: HashMap<RequestId, Vec<Option<RequestState>>>,
 }
 
 impl OutputThread {
@@ -35,10 +38,22 @@ impl OutputThread {
         while let Ok(EngineOutputs { admitted, outputs }) = steps.recv() {
             let now = Instant::now();
             self.obey_commands();
-            for Admission { id, at } in admitted {
-                if let Some(request) = self.requests.get_mut(&id) {
-                    let metrics = &self.shared.metrics;
-                    (request.timeline).admitted(at, |kind, length| metrics.observe(kind, length));
+            for Admission {
+                id,
+                at,
+                cached_tokens,
+            } in admitted
+            {
+                let metrics = &self.shared.metrics;
+                let sequences = self.requests.get_mut(&id).into_iter().flatten().flatten();
+                let mut cached_tokens = cached_tokens;
+                for sequence in sequences {
+                    // The prompt is one for all of them.
+                    if let Some(n_hit) = cached_tokens.take() {
+                        metrics.prefix_cache(sequence.prompt.n_tokens, n_hit.into());
+                        sequence.cached_tokens = Some(n_hit);
+                    }
+                    (sequence.timeline).admitted(at, |kind, length| metrics.observe(kind, length));
                 }
             }
             for output in outputs {
@@ -52,16 +67,41 @@ impl OutputThread {
     fn obey_commands(&mut self) {
         for command in self.shared.take_commands() {
             match command {
-                Command::Add(id, request) => drop(self.requests.insert(id, request)),
-                Command::Remove(id) => drop(self.requests.remove(&id)),
+                Command::Add(id, sequences) => {
+                    let sequences = sequences.into_iter().map(Some).collect();
+                    self.requests.insert(id, sequences);
+                }
+                Command::Remove(id, index) => self.remove(id, index),
+            }
+        }
+    }
+
+    /// Forgets a sequence, and its request with the last.
+    fn remove(&mut self, id: RequestId, index: u32) {
+        if let Some(sequences) = self.requests.get_mut(&id) {
+            sequences[index as usize] = None;
+            if sequences.iter().all(Option::is_none) {
+                self.requests.remove(&id);
             }
         }
     }
 
     fn give(&mut self, output: RequestOutput, now: Instant) {
-        let id = output.id;
+        let (id, index) = (output.id, output.sequence);
+        // The first sequence reports the prompt; it is that of all.
+        if !output.prompt_logprobs.is_empty() {
+            let others = self.requests.get_mut(&id).into_iter().flatten().enumerate();
+            for other in
+                others.filter_map(|(i, other)| other.as_mut().filter(|_| i != index as usize))
+            {
+                other
+                    .prompt_logprobs
+                    .extend_from_slice(&output.prompt_logprobs);
+            }
+        }
+        let sequences = self.requests.get_mut(&id);
         // Outputs that were on their way when the client left.
-        let Some(request) = self.requests.get_mut(&id) else {
+        let Some(request) = sequences.and_then(|all| all[index as usize].as_mut()) else {
             return;
         };
         let engine_finished = output.finished.is_some();
@@ -81,22 +121,30 @@ impl OutputThread {
         {
             let metrics = &self.shared.metrics;
             metrics.request_finished(reason);
-            metrics.request_lengths(request.n_prompt, request.n_generated);
+            metrics.request_lengths(request.prompt.n_tokens, request.n_generated);
             (request.timeline).ended(now, |kind, length| metrics.observe(kind, length));
             if !engine_finished {
-                self.shared.engine.abort(id);
+                self.shared.engine.abort_sequence(id, index);
             }
         }
         let finished = event.finished.is_some();
         // It has room by construction; it fails where the client has left, which its stream's drop tells the engine.
         let _ = request.events.try_send(event);
         if finished {
-            self.requests.remove(&id);
+            self.remove(id, index);
         }
     }
 }
 
-/// The text of one request.
+/// What the output thread knows of a prompt.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Prompt {
+    pub(super) n_tokens: u64,
+    /// Another sequence of the request counts it.
+    pub(super) is_counted: bool,
+}
+
+/// The text of one sequence of a request.
 #[derive(Debug)]
 pub(super) struct RequestState {
     events: mpsc::Sender<RequestEvent>,
@@ -105,8 +153,12 @@ pub(super) struct RequestState {
     detokenizer: Detokenizer,
     stop: StopMatcher,
     timeline: Timeline,
-    n_prompt: u64,
+    prompt: Prompt,
     n_generated: u64,
+    /// Prompt tokens that the prefix cache held, until they are told.
+    cached_tokens: Option<u32>,
+    /// What another sequence reported of the prompt, until it is told.
+    prompt_logprobs: Vec<TokenLogprobs>,
     /// Its end is counted, and its blocks are free or being freed. Whoever sets it first does that.
     settled: Arc<AtomicBool>,
 }
@@ -118,7 +170,7 @@ impl RequestState {
         budget: ByteBudget,
         detokenizer: Detokenizer,
         stop: StopStrings,
-        n_prompt: u64,
+        prompt: Prompt,
         times: (Instant, Instant),
     ) -> Self {
         Self {
@@ -127,8 +179,10 @@ impl RequestState {
             detokenizer,
             stop: StopMatcher::new(stop),
             timeline: Timeline::new(times.0, times.1),
-            n_prompt,
+            prompt,
             n_generated: 0,
+            cached_tokens: None,
+            prompt_logprobs: Vec::new(),
             settled: Arc::default(),
         }
     }
@@ -138,13 +192,16 @@ impl RequestState {
     }
 
     fn take(&mut self, output: RequestOutput, now: Instant, metrics: &Metrics) -> RequestEvent {
+        let mut prompt_logprobs = std::mem::take(&mut self.prompt_logprobs);
+        prompt_logprobs.extend(output.prompt_logprobs);
         let mut event = RequestEvent {
-            prompt_logprobs: output.prompt_logprobs,
+            prompt_logprobs,
+            cached_tokens: self.cached_tokens.take(),
             ..RequestEvent::default()
         };
         if !output.tokens.is_empty() {
-            if self.n_generated == 0 {
-                metrics.prompt(self.n_prompt);
+            if self.n_generated == 0 && !self.prompt.is_counted {
+                metrics.prompt(self.prompt.n_tokens);
             }
             self.n_generated += output.tokens.len() as u64;
             metrics.generated(output.tokens.len() as u64);

@@ -1,11 +1,12 @@
 //! A request on its way in: what the engine needs, and what its tokens become on the way out.
 
+use std::num::NonZeroU32;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
 
 use super::budget::ByteBudget;
-use super::outputs::RequestState;
+use super::outputs::{Prompt, RequestState};
 use super::stream::RequestEvent;
 use crate::engine::{Request, RequestId, SamplingParams};
 use crate::text::Detokenizer;
@@ -20,6 +21,8 @@ pub struct GenerationRequest {
     pub max_tokens: u32,
     /// How tokens are sampled.
     pub sampling: SamplingParams,
+    /// Sequences that continue the prompt, with the seeds that follow that of `sampling`.
+    pub n: NonZeroU32,
     /// Tokens that end the text, the model's own included unless they are ignored.
     pub stop_token_ids: Vec<u32>,
     /// Strings that end the text and aren't part of it.
@@ -28,6 +31,8 @@ pub struct GenerationRequest {
     pub logprobs: Option<u8>,
     /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
     pub prompt_logprobs: Option<u8>,
+    /// Only requests with the same one find each other's cached prefixes.
+    pub cache_salt: Option<String>,
     /// Ready to take the first generated token.
     pub detokenizer: Detokenizer,
     /// When the client's call came.
@@ -40,31 +45,39 @@ impl GenerationRequest {
         self.max_tokens.min(max_model_len) as usize + self.prompt.len() + 1
     }
 
-    /// The engine's part and the output thread's part.
-    pub(super) fn split(
-        self,
-        id: RequestId,
+    /// The output thread's part, for one of its sequences.
+    pub(super) fn state(
+        &self,
+        index: u32,
         events: mpsc::Sender<RequestEvent>,
         budget: ByteBudget,
         queued: Instant,
-    ) -> (Request, RequestState) {
-        let state = RequestState::new(
+    ) -> RequestState {
+        RequestState::new(
             events,
             budget,
-            self.detokenizer,
-            self.stop,
-            self.prompt.len() as u64,
+            self.detokenizer.clone(),
+            self.stop.clone(),
+            Prompt {
+                n_tokens: self.prompt.len() as u64,
+                is_counted: index > 0,
+            },
             (self.arrived, queued),
-        );
-        let request = Request {
+        )
+    }
+
+    /// The engine's part.
+    pub(super) fn into_engine(self, id: RequestId) -> Request {
+        Request {
             id,
             prompt: self.prompt,
             max_tokens: self.max_tokens,
             stop_token_ids: self.stop_token_ids,
             sampling: self.sampling,
+            n: self.n,
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
-        };
-        (request, state)
+            cache_salt: self.cache_salt,
+        }
     }
 }

@@ -21,6 +21,8 @@ pub struct RequestEvent {
     pub tokens: Vec<TokenLogprobs>,
     /// Log-probabilities of further prompt tokens, where asked for.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// Prompt tokens that the prefix cache held, on the first event.
+    pub cached_tokens: Option<u32>,
     /// Set on the last event.
     pub finished: Option<FinishReason>,
     /// Its bytes in the budget: to be kept as long as what it says is.
@@ -36,10 +38,10 @@ impl RequestEvent {
     }
 }
 
-/// A stream of a request's events. Dropping it before the end aborts the request.
+/// A stream of the events of one sequence of a request. Dropping it before the end aborts the sequence.
 #[derive(Debug)]
 pub struct RequestStream {
-    id: RequestId,
+    id: (RequestId, u32),
     events: mpsc::Receiver<RequestEvent>,
     settled: Arc<AtomicBool>,
     shared: Arc<Shared>,
@@ -47,7 +49,7 @@ pub struct RequestStream {
 
 impl RequestStream {
     pub(super) fn new(
-        id: RequestId,
+        id: (RequestId, u32),
         events: mpsc::Receiver<RequestEvent>,
         settled: Arc<AtomicBool>,
         shared: Arc<Shared>,
@@ -63,7 +65,7 @@ impl RequestStream {
     /// The engine has not taken the request: there is nothing to end or to count.
     pub(super) fn forget(self) {
         self.settled.store(true, Ordering::Release);
-        self.shared.send(Command::Remove(self.id));
+        self.shared.send(Command::Remove(self.id.0, self.id.1));
     }
 }
 
@@ -79,8 +81,8 @@ impl Stream for RequestStream {
 impl Drop for RequestStream {
     fn drop(&mut self) {
         if !self.settled.swap(true, Ordering::AcqRel) {
-            self.shared.engine.abort(self.id);
-            self.shared.send(Command::Remove(self.id));
+            self.shared.engine.abort_sequence(self.id.0, self.id.1);
+            self.shared.send(Command::Remove(self.id.0, self.id.1));
             self.shared.metrics.request_finished(&FinishReason::Abort);
         }
     }

@@ -9,7 +9,7 @@ use super::conversation::Conversation;
 use super::error::ApiError;
 use super::fields::{Fields, Interface};
 use super::generate::{
-    Answer, ChunkWriter, Frames, Prepared, collect, engine_gone, event_stream, json_response,
+    Answer, ChunkWriter, Frames, Prepared, collect, event_stream, json_response,
 };
 use super::incoming::Incoming;
 use super::logprobs::ChatLogprobs;
@@ -51,6 +51,7 @@ impl ChatRequest {
         }
         let conversation = Conversation::take(&mut fields)?;
         fields.finish(Interface::Chat)?;
+        serving.check_n(params.n, 1)?;
         Ok(Self {
             params,
             conversation,
@@ -90,9 +91,9 @@ pub(super) async fn chat(
         id: format!("chatcmpl-{}", serving.ids.call()),
         created: super::unix_time(),
         n_prompt: prompt.len(),
-        n_completion: 0,
+        n_cached: 0,
+        choices: vec![Choice::default(); params.n.get() as usize],
         prompt: params.return_token_ids.then(|| prompt.clone()),
-        started: false,
         with_logprobs: logprobs.is_some(),
         params,
         serving: Arc::clone(&serving),
@@ -107,13 +108,24 @@ pub(super) async fn chat(
         logprobs,
         prompt_logprobs: None,
     };
-    let mut streams = serving.submit(vec![prepared], &call.params, arrived)?;
+    let streams = serving.submit(vec![prepared], &call.params, arrived)?;
     drop(lease);
     if call.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
-    let stream = streams.pop().ok_or_else(engine_gone)?;
-    call.whole(collect(stream).await?)
+    let mut answers = Vec::with_capacity(streams.len());
+    for stream in streams {
+        answers.push(collect(stream).await?);
+    }
+    call.whole(answers)
+}
+
+/// One choice, as far as it has come.
+#[derive(Clone, Copy, Debug, Default)]
+struct Choice {
+    /// Its role is sent.
+    started: bool,
+    n_completion: usize,
 }
 
 /// A call under way.
@@ -123,10 +135,10 @@ struct Call {
     params: Params,
     with_logprobs: bool,
     n_prompt: usize,
-    n_completion: usize,
+    n_cached: usize,
+    choices: Vec<Choice>,
     /// Where asked for, until it is sent.
     prompt: Option<Vec<u32>>,
-    started: bool,
     serving: Arc<Serving>,
 }
 
@@ -155,24 +167,29 @@ impl Call {
         }
     }
 
-    fn whole(mut self, answer: Answer) -> Result<Response, ApiError> {
-        let (finish_reason, stop_reason) = reasons(answer.reason, &self.params.stop_token_ids)?;
-        let choice = ChatChoice {
-            index: 0,
-            message: Message {
-                role: "assistant",
-                content: answer.text,
-            },
-            logprobs: self.logprobs(&answer.tokens),
-            finish_reason,
-            stop_reason,
-            token_ids: self.ids_of(&answer.tokens),
-        };
-        self.n_completion = answer.tokens.len();
+    fn whole(mut self, answers: Vec<Answer>) -> Result<Response, ApiError> {
+        let (mut choices, mut leases) = (Vec::with_capacity(answers.len()), Vec::new());
+        for (index, answer) in answers.into_iter().enumerate() {
+            let (finish_reason, stop_reason) = reasons(answer.reason, &self.params.stop_token_ids)?;
+            choices.push(ChatChoice {
+                index,
+                message: Message {
+                    role: "assistant",
+                    content: answer.text,
+                },
+                logprobs: self.logprobs(&answer.tokens),
+                finish_reason,
+                stop_reason,
+                token_ids: self.ids_of(&answer.tokens),
+            });
+            self.n_cached += answer.cached_tokens as usize;
+            self.choices[index].n_completion = answer.tokens.len();
+            leases.extend(answer.leases);
+        }
         let (usage, prompt_token_ids) = (self.usage(), self.prompt.take());
         let whole = self.object(
             "chat.completion",
-            vec![choice],
+            choices,
             Some(Some(usage)),
             prompt_token_ids,
         );
@@ -181,16 +198,19 @@ impl Call {
 
     fn chunk(&mut self, choice: ChatDelta, out: &mut Frames) {
         let prompt_token_ids = self.prompt.take();
+        let n_completion = self.choices[choice.index].n_completion;
+        let so_far = Usage::new(self.n_prompt, self.n_cached, n_completion);
         out.json(&self.object(
             "chat.completion.chunk",
             vec![choice],
-            chunk_usage(self.params.stream_usage(), || self.usage()),
+            chunk_usage(self.params.stream_usage(), || so_far),
             prompt_token_ids,
         ));
     }
 
     fn usage(&self) -> Usage {
-        Usage::new(self.n_prompt, self.n_completion)
+        let n_completion = self.choices.iter().map(|choice| choice.n_completion);
+        Usage::new(self.n_prompt, self.n_cached, n_completion.sum())
     }
 
     fn logprobs(&self, tokens: &[TokenLogprobs]) -> Option<ChatLogprobs> {
@@ -217,7 +237,8 @@ impl ChunkWriter for Call {
         event: RequestEvent,
         out: &mut Frames,
     ) -> Result<(), ApiError> {
-        if !std::mem::replace(&mut self.started, true) {
+        self.n_cached += event.cached_tokens.unwrap_or(0) as usize;
+        if !std::mem::replace(&mut self.choices[index].started, true) {
             let delta = Delta {
                 role: Some("assistant"),
                 content: Some(String::new()),
@@ -232,7 +253,7 @@ impl ChunkWriter for Call {
             };
             self.chunk(role, out);
         }
-        self.n_completion += event.tokens.len();
+        self.choices[index].n_completion += event.tokens.len();
         let wanted =
             (self.params.return_token_ids || self.with_logprobs) && !event.tokens.is_empty();
         if event.text.is_empty() && event.finished.is_none() && !wanted {

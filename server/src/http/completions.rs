@@ -61,6 +61,7 @@ impl CompletionRequest {
             add_special_tokens: fields.take("add_special_tokens")?.unwrap_or(true),
         };
         fields.finish(Interface::Completions)?;
+        serving.check_n(options.params.n, prompts.len())?;
         if options.max_tokens == Some(0) && !options.echo {
             return Err(ApiError::field(
                 "max_tokens",
@@ -104,7 +105,15 @@ pub(super) async fn completions(
     } in encoded
     {
         let max_tokens = serving.check_prompt(&prompt, options.max_tokens, "prompt")?;
-        choices.push(Choice::new(&serving, &options, &prompt, text, &detokenizer));
+        for _ in 0..options.params.n.get() {
+            choices.push(Choice::new(
+                &serving,
+                &options,
+                &prompt,
+                &text,
+                &detokenizer,
+            ));
+        }
         prepared.push(Prepared {
             prompt,
             detokenizer,
@@ -203,6 +212,7 @@ struct Choice {
     prompt_token_ids: Option<Vec<u32>>,
     started: bool,
     n_prompt: usize,
+    n_cached: usize,
     n_completion: usize,
 }
 
@@ -212,7 +222,7 @@ impl Choice {
         serving: &Serving,
         options: &Options,
         prompt: &[u32],
-        text: String,
+        text: &str,
         detokenizer: &Detokenizer,
     ) -> Self {
         let vocabulary = serving.tokenizer.vocabulary();
@@ -230,16 +240,23 @@ impl Choice {
         Self {
             scorer,
             unscored: prompt.first().copied().filter(|_| options.echo),
-            echo: if options.echo { text } else { String::new() },
+            echo: if options.echo { text } else { "" }.to_owned(),
             prompt_token_ids: params.return_token_ids.then(|| prompt.to_vec()),
             started: false,
             n_prompt: prompt.len(),
+            n_cached: 0,
             n_completion: 0,
         }
     }
 
+    /// Counts what an event brings.
+    fn count(&mut self, event: &RequestEvent) {
+        self.n_cached += event.cached_tokens.unwrap_or(0) as usize;
+        self.n_completion += event.tokens.len();
+    }
+
     fn usage(&self) -> Usage {
-        Usage::new(self.n_prompt, self.n_completion)
+        Usage::new(self.n_prompt, self.n_cached, self.n_completion)
     }
 }
 
@@ -248,7 +265,7 @@ struct Call {
     id: String,
     created: u64,
     options: Options,
-    /// By prompt.
+    /// Those of the first prompt, then the second's.
     choices: Vec<Choice>,
     serving: Arc<Serving>,
 }
@@ -275,10 +292,18 @@ impl Call {
         }
     }
 
-    /// Of all prompts.
+    /// Of all prompts, each counted once.
     fn usage(&self) -> Usage {
         let sum = |n: fn(&Choice) -> usize| self.choices.iter().map(n).sum();
-        Usage::new(sum(|c| c.n_prompt), sum(|c| c.n_completion))
+        let prompts = self
+            .choices
+            .iter()
+            .step_by(self.options.params.n.get() as usize);
+        Usage::new(
+            prompts.map(|choice| choice.n_prompt).sum(),
+            sum(|c| c.n_cached),
+            sum(|c| c.n_completion),
+        )
     }
 
     /// The part of one prompt's answer that `event` brings.
@@ -286,7 +311,7 @@ impl Call {
         let params = &self.options.params;
         let choice = &mut self.choices[index];
         choice.started = true;
-        choice.n_completion += event.tokens.len();
+        choice.count(&event);
         let unscored = choice.unscored.take();
         let logprobs = choice.scorer.as_mut().map(|scorer| {
             let tokens = event.prompt_logprobs.iter().chain(&event.tokens);
@@ -321,6 +346,7 @@ impl Call {
                 text: answer.text,
                 tokens: answer.tokens,
                 prompt_logprobs: answer.prompt_logprobs,
+                cached_tokens: Some(answer.cached_tokens),
                 finished: Some(answer.reason),
                 lease: None,
             };
@@ -365,7 +391,7 @@ impl ChunkWriter for Call {
         // Text that is held back is sent with what follows; tokens only where somebody asked for them.
         let wanted = params.return_token_ids || logprobs.is_some() || (!choice.started && *echo);
         if event.text.is_empty() && event.finished.is_none() && !wanted {
-            choice.n_completion += event.tokens.len();
+            choice.count(&event);
             return Ok(());
         }
         let part = self.choice(index, event)?;

@@ -189,6 +189,7 @@ impl From<SubmitError> for ApiError {
                     format!("{message}; shorten the prompt or lower max_tokens"),
                 )
             },
+            SubmitError::TooManySequences { .. } => Self::field("n", message),
             SubmitError::Stopped => Self::unavailable(message),
         }
     }

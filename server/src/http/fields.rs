@@ -48,14 +48,11 @@ const NO_EFFECT: &[(&str, &[Interface], NoEffect)] = &[
     ("service_tier", BOTH, Any),
     ("safety_identifier", BOTH, Any),
     ("request_id", BOTH, Any),
-    // There is no prefix cache, and no parser that takes reasoning apart.
+    // Hints to the prefix cache, and no parser takes reasoning apart.
     ("prompt_cache_key", BOTH, Any),
     ("prompt_cache_retention", BOTH, Any),
-    ("cache_salt", BOTH, Any),
     ("include_reasoning", BOTH, Any),
     // Sampling and beams.
-    ("n", BOTH, Only(&["1"])),
-    ("best_of", BOTH, Only(&["1"])),
     ("use_beam_search", BOTH, Only(&["false"])),
     ("length_penalty", BOTH, Any),
     ("early_stopping", BOTH, Any),
@@ -361,8 +358,6 @@ mod tests {
             ("metadata", &[r#"{"a": "b"}"#], &[]),
             ("store", &["false", "true"], &[]),
             ("service_tier", &["\"auto\""], &[]),
-            ("n", &["1", "null"], &["2", "0"]),
-            ("best_of", &["1"], &["2"]),
             ("use_beam_search", &["false"], &["true"]),
             ("presence_penalty", &["0", "0.0"], &["0.1"]),
             ("frequency_penalty", &["0", "-0.0"], &["1"]),

@@ -3,6 +3,7 @@
 //! Shared by completions and chat. It knows events and text, and no wire format but that of an event stream.
 
 use std::convert::Infallible;
+use std::num::NonZeroU32;
 use std::time::Instant;
 
 use axum::body::{Body, Bytes};
@@ -69,7 +70,30 @@ impl Serving {
         Ok(max_tokens)
     }
 
-    /// Submits every prompt, or none: the first refusal takes the others back.
+    /// Checks that so many choices for each of so many prompts may be asked for.
+    pub(super) fn check_n(&self, n: NonZeroU32, n_prompts: usize) -> Result<(), ApiError> {
+        let n = n.get() as usize;
+        let most = self.engine.handle().model_info().limits.max_sequences;
+        if n > most {
+            return Err(ApiError::field(
+                "n",
+                format!("{n} choices; the server runs {most} sequences at once (--max-num-seqs)"),
+            ));
+        }
+        let most = self.max_prompts;
+        if n > 1 && n_prompts > 1 && n * n_prompts > most {
+            return Err(ApiError::field(
+                "n",
+                format!(
+                    "{n} choices for each of {n_prompts} prompts; at most {most} together (--max-prompts)"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Submits every prompt, or none: the first refusal takes the others back. The streams are those of the first prompt's
+    /// choices, then the second's.
     pub(super) fn submit(
         &self,
         prepared: Vec<Prepared>,
@@ -86,19 +110,19 @@ impl Serving {
                 prompt: one.prompt,
                 max_tokens: one.max_tokens,
                 sampling: params.sampling(|| self.ids.seed()),
+                n: params.n,
                 stop_token_ids: stop_token_ids.clone(),
                 stop: params.stop.clone(),
                 logprobs: one.logprobs,
                 prompt_logprobs: one.prompt_logprobs,
+                cache_salt: params.cache_salt.clone(),
                 detokenizer: one.detokenizer,
                 arrived,
             })
         };
-        prepared
-            .into_iter()
-            .map(submit)
-            .collect::<Result<_, _>>()
-            .map_err(ApiError::from)
+        let streams: Result<Vec<Vec<RequestStream>>, _> =
+            prepared.into_iter().map(submit).collect();
+        Ok(streams?.into_iter().flatten().collect())
     }
 }
 
@@ -108,6 +132,8 @@ pub(super) struct Answer {
     pub(super) text: String,
     pub(super) tokens: Vec<TokenLogprobs>,
     pub(super) prompt_logprobs: Vec<TokenLogprobs>,
+    /// Of the prompt, from the prefix cache.
+    pub(super) cached_tokens: u32,
     pub(super) reason: FinishReason,
     /// Its bytes in the budget.
     pub(super) leases: Vec<Lease>,
@@ -116,17 +142,19 @@ pub(super) struct Answer {
 /// Waits for the end of one request.
 pub(super) async fn collect(mut stream: RequestStream) -> Result<Answer, ApiError> {
     let (mut text, mut tokens, mut prompt_logprobs) = (String::new(), Vec::new(), Vec::new());
-    let mut leases = Vec::new();
+    let (mut leases, mut cached_tokens) = (Vec::new(), 0);
     while let Some(event) = stream.next().await {
         text.push_str(&event.text);
         tokens.extend(event.tokens);
         prompt_logprobs.extend(event.prompt_logprobs);
         leases.extend(event.lease);
+        cached_tokens += event.cached_tokens.unwrap_or(0);
         if let Some(reason) = event.finished {
             return Ok(Answer {
                 text,
                 tokens,
                 prompt_logprobs,
+                cached_tokens,
                 reason,
                 leases,
             });

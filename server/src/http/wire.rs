@@ -13,14 +13,27 @@ pub(super) struct Usage {
     pub(super) prompt_tokens: usize,
     pub(super) completion_tokens: usize,
     pub(super) total_tokens: usize,
+    pub(super) prompt_tokens_details: PromptTokensDetails,
+}
+
+/// Where the prompt's tokens came from.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(super) struct PromptTokensDetails {
+    /// Those that the prefix cache held.
+    pub(super) cached_tokens: usize,
 }
 
 impl Usage {
-    pub(super) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
+    pub(super) fn new(
+        prompt_tokens: usize,
+        cached_tokens: usize,
+        completion_tokens: usize,
+    ) -> Self {
         Self {
             prompt_tokens,
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens },
         }
     }
 }

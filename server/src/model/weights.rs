@@ -79,6 +79,20 @@ impl WeightFiles {
         self.0.iter().map(|(_, bytes)| bytes.len() as u64).sum()
     }
 
+    /// The name, the length and the header of each file, one after another.
+    pub fn headers(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        for (name, bytes) in &self.0 {
+            let n_header = (bytes.first_chunk()).map_or(0, |n| u64::from_le_bytes(*n) as usize);
+            let end = n_header.saturating_add(8).min(bytes.len());
+            for part in [name.as_bytes(), &bytes.len().to_le_bytes(), &bytes[..end]] {
+                all.extend_from_slice(&part.len().to_le_bytes());
+                all.extend_from_slice(part);
+            }
+        }
+        all
+    }
+
     /// Reads the headers.
     pub fn tensors(&self) -> Result<Tensors<'_>, LoadError> {
         let mut entries = BTreeMap::new();

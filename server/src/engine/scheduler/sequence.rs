@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use kvasir_kernels::step::{LogitsRequest, LogitsRow, SamplingParams, TokenInput};
 
+use crate::engine::prefix::PrefixChain;
 use crate::engine::{FinishReason, Request};
 
 /// Where a token that is still under way will appear: a row of logits of a step.
@@ -16,7 +17,7 @@ pub(super) struct PendingSample {
 }
 
 /// The tokens of one sequence of a request and its wishes. Waiting or running: the KV cache is not its concern.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Sequence {
     /// Which of its request's.
     index: u32,
@@ -35,10 +36,13 @@ pub(super) struct Sequence {
     last_sample: Option<PendingSample>,
     /// Prompt positions whose successor's log-probability was asked for; a recomputation asks no second time.
     n_scored: u32,
+    /// The keys of its full blocks, where prefixes are cached.
+    chain: Option<PrefixChain>,
 }
 
 impl Sequence {
-    pub(super) fn new(request: Request, max_model_len: u32) -> Self {
+    /// `chain` has the keys of the prompt.
+    pub(super) fn new(request: Request, chain: Option<PrefixChain>, max_model_len: u32) -> Self {
         let n_prompt = request.prompt.len() as u32;
         Self {
             index: 0,
@@ -54,7 +58,22 @@ impl Sequence {
             n_pending: 0,
             last_sample: None,
             n_scored: 0,
+            chain,
         }
+    }
+
+    /// Another sequence of the same prompt, which draws with a seed of its own and reports no prompt.
+    pub(super) fn sibling(&self, index: u32) -> Self {
+        let mut sibling = self.clone();
+        sibling.index = index;
+        sibling.sampling.seed = self.sampling.seed.wrapping_add(index.into());
+        sibling.prompt_logprobs = None;
+        sibling
+    }
+
+    /// Tokens of the prompt.
+    pub(super) fn n_prompt(&self) -> u32 {
+        self.n_prompt
     }
 
     /// Which of its request's sequences it is.
@@ -65,6 +84,38 @@ impl Sequence {
     /// Tokens that the host knows: the prompt and the committed outputs.
     pub(super) fn n_known(&self) -> u32 {
         self.tokens.len() as u32
+    }
+
+    /// The prompt and the committed outputs.
+    pub(super) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The keys of the full blocks of its first tokens, where prefixes are cached.
+    pub(super) fn chain(&self) -> Option<&PrefixChain> {
+        self.chain.as_ref()
+    }
+
+    /// Hashes the full blocks that are known by now and were not hashed.
+    pub(super) fn extend_chain(&mut self) {
+        if let Some(chain) = &mut self.chain {
+            chain.extend(&self.tokens);
+        }
+    }
+
+    /// It may take tokens from the cache the first time that it runs.
+    pub(super) fn asks_cache(&self) -> bool {
+        self.chain.is_some() && self.prompt_logprobs.is_none()
+    }
+
+    /// How many of its first tokens may come from the cache: one at least is computed, for its logits, and all are whose
+    /// successor is to be scored.
+    pub(super) fn n_cacheable(&self) -> u32 {
+        let most = self.n_known().saturating_sub(1);
+        match self.prompt_logprobs {
+            Some(_) => most.min(self.n_scored),
+            None => most,
+        }
     }
 
     /// Prompt tokens, and generated ones after a preemption, from position `n_computed` on.
@@ -82,7 +133,8 @@ impl Sequence {
         self.n_known() - self.n_prompt + self.n_pending
     }
 
-    fn wants_output(&self) -> bool {
+    /// Not all outputs are sampled or under way.
+    pub(super) fn wants_output(&self) -> bool {
         self.n_outputs() < self.max_outputs
     }
 
@@ -124,17 +176,23 @@ impl Sequence {
         start..chunk.end.min(self.n_prompt - 1).max(start)
     }
 
-    /// The longest chunk from `start` on with at most `n_tokens` tokens and `n_rows` rows of logits.
-    pub(super) fn chunk(&self, start: u32, n_tokens: u32, n_rows: u32) -> Range<u32> {
-        let mut end = self
-            .n_target()
-            .min(start.saturating_add(n_tokens))
-            .max(start);
+    /// The longest chunk from `start` on, at most to `most`, with at most `n_tokens` tokens and `n_rows` rows of logits,
+    /// where `n_samples` tokens are sampled at its end if that is `most` or all that is known.
+    pub(super) fn chunk(
+        &self,
+        start: u32,
+        most: u32,
+        n_samples: u32,
+        n_tokens: u32,
+        n_rows: u32,
+    ) -> Range<u32> {
+        let last = self.n_target().min(most);
+        let mut end = last.min(start.saturating_add(n_tokens)).max(start);
         let scores = self.to_score(start..end);
         let n_scores = scores.end - scores.start;
         if n_scores > n_rows {
             end = scores.start + n_rows;
-        } else if n_scores == n_rows && self.samples(end) && end > start {
+        } else if end == last && n_scores + n_samples > n_rows && end > start {
             end -= 1;
         }
         start..end

@@ -1,10 +1,11 @@
 //! The scheduler against a device that checks everything: tiny pools, random arrivals, lengths and aborts.
 //!
 //! The device "computes" a token from all tokens before it, and reads in every cache group, full, windowed or of recurrent
-//! states, what a real one would read, through the block tables. A stale row, a slot that is not written or written by
-//! another, a token at a wrong position: each is found where it is read. The oracle sees one request alone.
+//! states, what a real one would read, through the block tables. A stale row, a slot that is not written or written for
+//! other tokens or another salt, a token at a wrong position: each is found where it is read. The oracle sees one request
+//! alone.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
 
 use kvasir_kernels::step::{BlockId, LogitsRequest, Sampled, SamplingParams, TokenInput};
@@ -12,6 +13,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::engine::blocks::{CacheGroups, GroupKind};
+use crate::engine::prefix::{PrefixCaching, PrefixKey};
 
 const VOCABULARY: u32 = 11;
 const STOP: u32 = 7;
@@ -28,12 +30,13 @@ fn next_token(tokens: &[u32], seed: u64, index: u32) -> u32 {
     (hash >> 17) as u32 % VOCABULARY
 }
 
-/// What a request must give: its outputs and how it ends.
-fn oracle(request: &Request, max_model_len: u32) -> (Vec<u32>, FinishReason) {
+/// What a sequence of a request must give: its outputs and how it ends.
+fn oracle(request: &Request, sequence: u32, max_model_len: u32) -> (Vec<u32>, FinishReason) {
     let mut tokens = request.prompt.clone();
     let n_outputs = request.max_tokens.min(max_model_len - tokens.len() as u32);
     for index in 0..n_outputs {
-        let token = next_token(&tokens, request.sampling.seed, index);
+        let seed = request.sampling.seed + u64::from(sequence);
+        let token = next_token(&tokens, seed, index);
         tokens.push(token);
         if request.stop_token_ids.contains(&token) {
             return (
@@ -45,24 +48,45 @@ fn oracle(request: &Request, max_model_len: u32) -> (Vec<u32>, FinishReason) {
     (tokens.split_off(request.prompt.len()), FinishReason::Length)
 }
 
-/// What a slot or a state of the cache holds: who wrote it and what. No two writes are equal.
+/// What a slot or a state of the cache holds: what was written, after what, and when. No two writes are at one time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Written {
-    serial: u64,
+struct Write {
+    /// All tokens before and the salt.
+    prefix: u64,
     token: u32,
+    serial: u64,
+}
+
+impl Write {
+    /// The same tokens after the same ones: their keys and values are equal.
+    fn is_like(&self, other: &Self) -> bool {
+        (self.prefix, self.token) == (other.prefix, other.token)
+    }
+}
+
+/// The prefix of what follows `before`, in a sequence with this salt.
+fn prefix(salt: Option<&str>, before: Option<&Write>) -> u64 {
+    let salt = salt.map_or(1, |salt| 2 + salt.len() as u64);
+    before.map_or(salt, |before| {
+        let mixed = (before.prefix ^ u64::from(before.token)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        mixed.rotate_left(29) + 1
+    })
 }
 
 /// A block as its group uses it.
 #[derive(Clone, Debug)]
 enum Page {
     /// By slot.
-    Tokens(Vec<Option<Written>>),
+    Tokens(Vec<Option<Write>>),
     /// A recurrent state: all tokens that it has seen.
-    State(Vec<Written>),
+    State(Vec<Write>),
 }
 
+/// Stands in a table where a row has no block.
+const NONE: BlockId = BlockId(u32::MAX);
+
 /// A device that runs its steps in order, at once, and hands out their results when asked. Whatever a real one would read
-/// is compared with what the same row wrote there.
+/// is compared with what the row's own tokens would have left there.
 struct CheckingDevice {
     block_size: usize,
     limits: Limits,
@@ -71,8 +95,12 @@ struct CheckingDevice {
     pages: Vec<Option<Page>>,
     /// `[group][row]`
     tables: Vec<Vec<Vec<BlockId>>>,
-    /// What each row wrote since its sequence was admitted.
-    contexts: Vec<Vec<Written>>,
+    /// Salt and tokens of each row's sequence, those included that it found in the cache.
+    contexts: Vec<(Option<String>, Vec<Write>)>,
+    /// A block may be replaced by another of the same content.
+    equal_bits: bool,
+    /// When what each row read in a group at a position was written, where only the very same may stand.
+    seen: HashMap<(usize, usize, usize), u64>,
     n_written: u64,
     previous: Vec<u32>,
     results: VecDeque<DeviceOutput>,
@@ -87,10 +115,40 @@ impl CheckingDevice {
             kinds: setting.kinds.clone(),
             pages: vec![None; setting.n_blocks as usize],
             tables: vec![vec![Vec::new(); rows]; setting.kinds.len()],
-            contexts: vec![Vec::new(); rows],
+            contexts: vec![(None, Vec::new()); rows],
+            equal_bits: setting.caching.is_none_or(|caching| caching.equal_bits),
+            seen: HashMap::new(),
             n_written: 0,
             previous: Vec::new(),
             results: VecDeque::new(),
+        }
+    }
+
+    /// A row begins with a sequence of which the cache holds `found`.
+    fn admit(&mut self, row: TableRow, salt: Option<String>, found: &[u32]) {
+        let row = row.0 as usize;
+        let mut context: Vec<Write> = Vec::new();
+        for &token in found {
+            context.push(Write {
+                prefix: prefix(salt.as_deref(), context.last()),
+                token,
+                serial: 0,
+            });
+        }
+        self.contexts[row] = (salt, context);
+        self.tables
+            .iter_mut()
+            .for_each(|tables| tables[row].clear());
+        self.seen.retain(|(of, ..), _| *of != row);
+    }
+
+    fn copy(&mut self, copies: &[(BlockId, BlockId)]) {
+        let sources: HashSet<BlockId> = copies.iter().map(|copy| copy.0).collect();
+        let destinations: HashSet<BlockId> = copies.iter().map(|copy| copy.1).collect();
+        assert_eq!(destinations.len(), copies.len(), "no destination twice");
+        assert!(sources.is_disjoint(&destinations), "none is a source too");
+        for &(from, to) in copies {
+            self.pages[to.0 as usize] = self.pages[from.0 as usize].clone();
         }
     }
 
@@ -98,23 +156,17 @@ impl CheckingDevice {
         for update in &input.table_updates {
             let row = update.row.0 as usize;
             let table = &mut self.tables[update.group as usize][row];
-            if update.first == 0 {
-                table.clear();
-                self.contexts[row].clear();
-            }
-            assert_eq!(
-                table.len(),
-                update.first as usize,
-                "a table grows without gaps"
-            );
-            table.extend(&update.blocks);
+            let first = update.first as usize;
+            let end = first + update.blocks.len();
+            table.resize(table.len().max(end), NONE);
+            table[first..end].copy_from_slice(&update.blocks);
         }
     }
 
     /// Asserts that a query at `position` sees in every group what its row wrote.
-    fn read(&self, row: usize, position: usize) {
-        let context = &self.contexts[row];
-        for (kind, tables) in self.kinds.iter().zip(&self.tables) {
+    fn read(&mut self, row: usize, position: usize) {
+        let context = &self.contexts[row].1;
+        for (group, (kind, tables)) in self.kinds.iter().zip(&self.tables).enumerate() {
             let first = match kind {
                 GroupKind::Full => 0,
                 GroupKind::Window(window) => (position + 1).saturating_sub(window.get() as usize),
@@ -125,11 +177,16 @@ impl CheckingDevice {
                 let Some(Page::Tokens(slots)) = &self.pages[block.0 as usize] else {
                     panic!("{kind:?}: a block that holds no tokens is read");
                 };
-                let found = slots[seen % self.block_size];
-                assert_eq!(
-                    found.as_ref(),
-                    Some(written),
-                    "{kind:?}: position {seen} at {position}"
+                let found =
+                    slots[seen % self.block_size].expect("a slot that is not written is read");
+                assert!(
+                    found.is_like(written),
+                    "{kind:?}: position {seen} at {position}: {found:?}, not {written:?}"
+                );
+                let first_seen = self.seen.entry((row, group, seen)).or_insert(found.serial);
+                assert!(
+                    self.equal_bits || *first_seen == found.serial,
+                    "{kind:?}: position {seen} was replaced"
                 );
             }
         }
@@ -137,11 +194,13 @@ impl CheckingDevice {
 
     /// Writes a token in every group; a state is read before it is written.
     fn write(&mut self, row: usize, token: u32) {
-        let position = self.contexts[row].len();
+        let (salt, context) = &self.contexts[row];
+        let position = context.len();
         self.n_written += 1;
-        let written = Written {
-            serial: self.n_written,
+        let written = Write {
+            prefix: prefix(salt.as_deref(), context.last()),
             token,
+            serial: self.n_written,
         };
         for (kind, tables) in self.kinds.iter().zip(&self.tables) {
             if let GroupKind::State(n) = kind {
@@ -153,10 +212,9 @@ impl CheckingDevice {
                         Some(Page::State(state)) if position > 0 => state,
                         _ => Vec::new(),
                     };
-                    assert_eq!(
-                        state, self.contexts[row],
-                        "the state of another sequence, or none"
-                    );
+                    let is_own = state.len() == context.len()
+                        && state.iter().zip(context).all(|(a, b)| a.is_like(b));
+                    assert!(is_own, "the state of another sequence, or none");
                     state.push(written);
                     *page = Some(Page::State(state));
                 }
@@ -170,7 +228,7 @@ impl CheckingDevice {
                 slots[position % self.block_size] = Some(written);
             }
         }
-        self.contexts[row].push(written);
+        self.contexts[row].1.push(written);
     }
 
     fn submit(&mut self, schedule: &Schedule) {
@@ -181,6 +239,7 @@ impl CheckingDevice {
         assert!(input.spans.len() <= self.limits.max_sequences);
         assert!(input.logits.len() <= self.limits.max_logits_rows);
         assert!(input.logits.is_sorted() && input.logits.len() == requests.len());
+        self.copy(&input.copies);
         self.update_tables(input);
         let mut next = 0;
         let mut place = Vec::new();
@@ -190,7 +249,7 @@ impl CheckingDevice {
             let row = span.row.0 as usize;
             assert_eq!(
                 span.first_position as usize,
-                self.contexts[row].len(),
+                self.contexts[row].1.len(),
                 "each position is written once, in order"
             );
             for i in 0..span.n_tokens {
@@ -209,7 +268,7 @@ impl CheckingDevice {
         }
         let sampled = input.logits.iter().zip(requests).map(|(&token, request)| {
             let (row, last) = place[token as usize];
-            let context: Vec<u32> = self.contexts[row][..=last]
+            let context: Vec<u32> = self.contexts[row].1[..=last]
                 .iter()
                 .map(|w| w.token)
                 .collect();
@@ -238,6 +297,14 @@ struct Arrival {
     max_tokens: u32,
     stops: bool,
     scored: bool,
+    /// Which beginning it shares with others, how much of it, and their salt.
+    family: u32,
+    n_shared: u32,
+    salted: bool,
+    /// Sequences.
+    n: u32,
+    /// Steps after its arrival at which the client wants no more of one of them.
+    drops: Option<(u32, u32)>,
     /// Steps after its arrival at which the client leaves.
     leaves_after: Option<u32>,
 }
@@ -249,6 +316,7 @@ struct Setting {
     n_blocks: u32,
     limits: Limits,
     kinds: Vec<GroupKind>,
+    caching: Option<PrefixCaching>,
     arrivals: Vec<Arrival>,
 }
 
@@ -266,8 +334,8 @@ impl Setting {
 fn kind() -> impl Strategy<Value = GroupKind> {
     let positive = |n| NonZeroU32::new(n).unwrap();
     prop_oneof![
-        2 => Just(GroupKind::Full),
-        1 => (1..9u32).prop_map(move |n| GroupKind::Window(positive(n))),
+        4 => Just(GroupKind::Full),
+        3 => (1..9u32).prop_map(move |n| GroupKind::Window(positive(n))),
         1 => (1..3u32).prop_map(move |n| GroupKind::State(positive(n))),
     ]
 }
@@ -278,16 +346,28 @@ fn settings() -> impl Strategy<Value = Setting> {
         1..20u32,
         0..16u32,
         any::<bool>(),
-        any::<bool>(),
+        prop::bool::weighted(0.3),
+        (
+            0..2u32,
+            0..20u32,
+            prop::bool::weighted(0.2),
+            prop_oneof![Just(1u32), 1..5u32],
+            prop::option::weighted(0.2, (0..20u32, 0..4u32)),
+        ),
         prop::option::weighted(0.2, 0..20u32),
     )
         .prop_map(
-            |(step, n_prompt, max_tokens, stops, scored, leaves_after)| Arrival {
+            |(step, n_prompt, max_tokens, stops, scored, shares, leaves_after)| Arrival {
                 step,
                 n_prompt,
                 max_tokens,
                 stops,
                 scored,
+                family: shares.0,
+                n_shared: shares.1,
+                salted: shares.2,
+                n: shares.3,
+                drops: shares.4,
                 leaves_after,
             },
         );
@@ -300,8 +380,15 @@ fn settings() -> impl Strategy<Value = Setting> {
         0..6usize,
     );
     let kinds = prop::collection::vec(kind(), 1..4);
-    (sizes, kinds, prop::collection::vec(arrival, 1..16)).prop_map(|(sizes, kinds, arrivals)| {
+    let root = PrefixKey::of_fields(&[b"test"]);
+    let caching = any::<bool>().prop_map(move |equal_bits| PrefixCaching { root, equal_bits });
+    let caching = prop::option::weighted(0.8, caching);
+    let arrivals = prop::collection::vec(arrival, 1..16);
+    (sizes, kinds, caching, arrivals).prop_map(|(sizes, kinds, caching, mut arrivals)| {
         let (depth, block_size, spare_blocks, max_sequences, more_tokens, more_rows) = sizes;
+        arrivals
+            .iter_mut()
+            .for_each(|a| a.n = a.n.min(max_sequences as u32));
         let longest = arrivals
             .iter()
             .map(|a| a.n_prompt + a.max_tokens)
@@ -318,10 +405,16 @@ fn settings() -> impl Strategy<Value = Setting> {
                 max_blocks_per_sequence: longest.div_ceil(block_size) as usize,
             },
             kinds,
+            caching,
             arrivals,
         };
         let max_model_len = longest.div_ceil(block_size) * block_size;
-        setting.n_blocks = setting.groups().blocks_for(max_model_len) + spare_blocks;
+        let groups = setting.groups();
+        let alone = setting.arrivals.iter().map(|a| {
+            let own = groups.own_blocks_for(a.n_prompt, max_model_len);
+            groups.blocks_for(max_model_len) + (a.n - 1) * own
+        });
+        setting.n_blocks = alone.max().unwrap() + spare_blocks;
         setting
     })
 }
@@ -330,7 +423,10 @@ fn request(i: usize, arrival: &Arrival) -> Request {
     Request {
         id: RequestId(i as u64),
         prompt: (0..arrival.n_prompt)
-            .map(|p| (i as u32 * 5 + p * 3) % VOCABULARY)
+            .map(|p| match p < arrival.n_shared {
+                true => (arrival.family * 5 + p * 3) % VOCABULARY,
+                false => (i as u32 * 5 + p * 3) % VOCABULARY,
+            })
             .collect(),
         max_tokens: arrival.max_tokens,
         stop_token_ids: if arrival.stops {
@@ -344,9 +440,29 @@ fn request(i: usize, arrival: &Arrival) -> Request {
             top_k: None,
             seed: i as u64,
         },
+        n: NonZeroU32::new(arrival.n).unwrap(),
         logprobs: None,
         prompt_logprobs: arrival.scored.then_some(0),
+        cache_salt: arrival.salted.then(|| "salt".to_owned()),
     }
+}
+
+fn add(scheduler: &mut Scheduler, blocks: &BlockPool, setting: &Setting, request: Request) {
+    let chain = setting.caching.map(|caching| {
+        let size = NonZeroU32::new(setting.block_size).unwrap();
+        let mut chain = PrefixChain::new(caching.root, request.cache_salt.as_deref(), size);
+        chain.extend(&request.prompt);
+        chain
+    });
+    scheduler.add(blocks, request, chain);
+}
+
+/// What a run came to.
+#[derive(Default)]
+struct Totals {
+    n_preempted: usize,
+    /// Prompt tokens that the cache held, by request that asked it.
+    cached: BTreeMap<RequestId, u32>,
 }
 
 #[derive(Default)]
@@ -356,8 +472,8 @@ struct Received {
     finished: Option<FinishReason>,
 }
 
-/// Runs a setting to its end and returns the number of preemptions.
-fn run(setting: &Setting) -> usize {
+/// Runs a setting to its end.
+fn run(setting: &Setting) -> Totals {
     let Setting {
         depth,
         block_size,
@@ -367,17 +483,19 @@ fn run(setting: &Setting) -> usize {
         ..
     } = setting;
     let max_model_len = (limits.max_blocks_per_sequence as u32) * block_size;
-    let mut blocks = BlockPool::new(*n_blocks, setting.groups());
+    let mut blocks = BlockPool::new(*n_blocks, setting.groups(), setting.caching);
     let mut scheduler = Scheduler::new(*limits, max_model_len);
     let mut device = CheckingDevice::new(setting);
-    let mut received: BTreeMap<RequestId, Received> = BTreeMap::new();
-    let mut left: Vec<RequestId> = Vec::new();
-    let (mut n_arrived, mut n_preempted) = (0, 0);
+    let mut received: BTreeMap<(RequestId, u32), Received> = BTreeMap::new();
+    let mut left: HashSet<(RequestId, u32)> = HashSet::new();
+    // Who runs in each row, and since which step, once the row is complete.
+    let mut occupants: Vec<Option<(RequestId, u32, u64)>> = vec![None; limits.max_sequences];
+    let (mut n_arrived, mut totals) = (0, Totals::default());
     for step in 0.. {
         assert!(step < 20_000, "someone starves");
         for (i, arrival) in arrivals.iter().enumerate() {
             if arrival.step == step {
-                scheduler.add(request(i, arrival));
+                add(&mut scheduler, &blocks, setting, request(i, arrival));
                 n_arrived += 1;
             }
             if arrival
@@ -387,22 +505,51 @@ fn run(setting: &Setting) -> usize {
                 let active = blocks.counts().active;
                 scheduler.abort(&mut blocks, RequestId(i as u64));
                 assert!(blocks.counts().active <= active);
-                left.push(RequestId(i as u64));
+                left.extend((0..arrival.n).map(|index| (RequestId(i as u64), index)));
+            }
+            if let Some((after, index)) = arrival.drops
+                && arrival.step + after == step
+            {
+                let (id, index) = (RequestId(i as u64), index % arrival.n);
+                scheduler.abort_sequence(&mut blocks, id, index);
+                left.insert((id, index));
             }
         }
         // Some steps have no room for prompts beside decodes, some a little, some all.
         let prompt_tokens = [0, 1, 3, u32::MAX][step as usize % 4];
         let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
         let is_idle = schedule.input.tokens.is_empty();
+        for row in scheduler.rows_in_order() {
+            let running = scheduler.at(row);
+            let occupant = (running.group, running.sequence.index(), running.first_step);
+            let known = &mut occupants[row.0 as usize];
+            if running.fork == Fork::Waits || *known == Some(occupant) {
+                continue;
+            }
+            *known = Some(occupant);
+            let mut spans = schedule.input.spans.iter();
+            let span = spans.find(|span| span.row == row);
+            let found = span.map_or(running.n_scheduled, |span| span.first_position) as usize;
+            let salted = arrivals[running.group.0 as usize].salted;
+            let salt = salted.then(|| "salt".to_owned());
+            device.admit(row, salt, &running.sequence.tokens()[..found]);
+        }
+        for admitted in &schedule.admitted {
+            if let Some(n) = admitted.cached_tokens {
+                let counted = totals.cached.insert(admitted.id, n);
+                assert_eq!(counted, None, "counted once, preempted or not");
+            }
+        }
         if !is_idle {
             device.submit(&schedule);
         }
-        n_preempted += schedule.preempted.len();
+        totals.n_preempted += schedule.preempted.len();
         if is_idle || device.results.len() == *depth {
             if let Some(output) = device.results.pop_front() {
                 for output in scheduler.commit(&mut blocks, output) {
-                    assert!(!left.contains(&output.id), "no output after an abort");
-                    let received = received.entry(output.id).or_default();
+                    let sequence = (output.id, output.sequence);
+                    assert!(!left.contains(&sequence), "no output after an abort");
+                    let received = received.entry(sequence).or_default();
                     assert_eq!(received.finished, None, "no output after the last");
                     received
                         .scores
@@ -425,10 +572,10 @@ fn run(setting: &Setting) -> usize {
         let rows: Vec<TableRow> = scheduler.rows_in_order().collect();
         let held = rows
             .iter()
-            .map(|&row| scheduler.at(row).table.blocks().count());
+            .flat_map(|&row| scheduler.at(row).table.blocks());
         assert_eq!(
             blocks.counts().active as usize,
-            held.sum::<usize>(),
+            held.collect::<HashSet<_>>().len(),
             "every active block is in a table"
         );
         assert_eq!(scheduler.free_rows.len() + rows.len(), limits.max_sequences);
@@ -438,28 +585,31 @@ fn run(setting: &Setting) -> usize {
     assert_eq!(blocks.counts().active, 0, "all blocks come back");
     for (i, arrival) in arrivals.iter().enumerate() {
         let request = request(i, arrival);
-        let (tokens, reason) = oracle(&request, max_model_len);
-        let received = received.remove(&request.id).unwrap_or_default();
-        if left.contains(&request.id) && received.finished.is_none() {
-            assert!(
-                tokens.starts_with(&received.tokens),
-                "what came before the abort was right"
+        for sequence in 0..arrival.n {
+            let (tokens, reason) = oracle(&request, sequence, max_model_len);
+            let sequence = (request.id, sequence);
+            let received = received.remove(&sequence).unwrap_or_default();
+            if left.contains(&sequence) && received.finished.is_none() {
+                assert!(
+                    tokens.starts_with(&received.tokens),
+                    "what came before the abort was right"
+                );
+                continue;
+            }
+            assert_eq!(
+                (received.tokens, received.finished),
+                (tokens, Some(reason)),
+                "{sequence:?}"
             );
-            continue;
+            // The first reports the prompt for all.
+            let scores = match arrival.scored && sequence.1 == 0 {
+                true => &request.prompt[1..],
+                false => &[],
+            };
+            assert_eq!(received.scores, scores, "scores of {sequence:?}");
         }
-        assert_eq!(
-            (received.tokens, received.finished),
-            (tokens, Some(reason)),
-            "request {i}"
-        );
-        let scores = if arrival.scored {
-            &request.prompt[1..]
-        } else {
-            &[]
-        };
-        assert_eq!(received.scores, scores, "scores of request {i}");
     }
-    n_preempted
+    totals
 }
 
 proptest! {
@@ -478,6 +628,11 @@ fn the_newest_is_preempted_and_its_outputs_are_kept() {
         max_tokens: 14,
         stops: false,
         scored: true,
+        family: 0,
+        n_shared: 0,
+        salted: false,
+        n: 1,
+        drops: None,
         leaves_after: None,
     };
     for depth in [1, 2] {
@@ -492,9 +647,185 @@ fn the_newest_is_preempted_and_its_outputs_are_kept() {
                 max_blocks_per_sequence: 10,
             },
             kinds: vec![GroupKind::Full],
+            caching: None,
             arrivals: vec![arrival.clone(); 4],
         };
-        assert!(run(&setting) > 0, "the pool is too small for all at once");
+        assert!(
+            run(&setting).n_preempted > 0,
+            "the pool is too small for all at once"
+        );
+    }
+}
+
+#[test]
+fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
+    let limits = Limits {
+        max_tokens: 32,
+        max_sequences: 8,
+        max_logits_rows: 8,
+        max_blocks_per_sequence: 64,
+    };
+    let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 32, vec![GroupKind::Full]);
+    let caching = PrefixCaching {
+        root: PrefixKey::of_fields(&[b"test"]),
+        equal_bits: true,
+    };
+    let mut blocks = BlockPool::new(64, groups, Some(caching));
+    let mut scheduler = Scheduler::new(limits, 256);
+    let arrive = |scheduler: &mut Scheduler, blocks: &mut BlockPool, id| {
+        let request = Request {
+            id: RequestId(id),
+            prompt: (0..20).collect(),
+            max_tokens: 4,
+            stop_token_ids: Vec::new(),
+            sampling: SamplingParams {
+                temperature: 0.0,
+                top_p: 1.0,
+                top_k: None,
+                seed: 0,
+            },
+            n: NonZeroU32::MIN,
+            logprobs: None,
+            prompt_logprobs: None,
+            cache_salt: None,
+        };
+        let mut chain = PrefixChain::new(caching.root, None, NonZeroU32::new(4).unwrap());
+        chain.extend(&request.prompt);
+        scheduler.add(blocks, request, Some(chain));
+        let schedule = scheduler.schedule(blocks, u32::MAX);
+        let cached = schedule.admitted[0].cached_tokens.unwrap();
+        (cached, schedule.requests.len())
+    };
+    let collect = |scheduler: &mut Scheduler, blocks: &mut BlockPool, n_rows: usize| {
+        let one = Sampled {
+            token: 1,
+            ..Sampled::default()
+        };
+        let sampled = vec![one; n_rows];
+        scheduler.commit(blocks, DeviceOutput { sampled });
+    };
+    // The second comes while the step of the first is under way, the third when it was collected.
+    let (first, n_first) = arrive(&mut scheduler, &mut blocks, 0);
+    let (second, n_second) = arrive(&mut scheduler, &mut blocks, 1);
+    collect(&mut scheduler, &mut blocks, n_first);
+    let (third, _) = arrive(&mut scheduler, &mut blocks, 2);
+    assert_eq!((first, second, third), (0, 0, 16));
+    let active = blocks.counts().active;
+    collect(&mut scheduler, &mut blocks, n_second);
+    assert_eq!(
+        active - blocks.counts().active,
+        5,
+        "the second's five blocks are merged"
+    );
+}
+
+#[test]
+fn a_group_computes_its_prompt_once_and_shares_its_full_blocks() {
+    let limits = Limits {
+        max_tokens: 64,
+        max_sequences: 8,
+        max_logits_rows: 8,
+        max_blocks_per_sequence: 64,
+    };
+    let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 64, vec![GroupKind::Full]);
+    let mut blocks = BlockPool::new(64, groups, None);
+    let mut scheduler = Scheduler::new(limits, 256);
+    let arrival = Arrival {
+        step: 0,
+        n_prompt: 18,
+        max_tokens: 5,
+        stops: false,
+        scored: false,
+        family: 0,
+        n_shared: 0,
+        salted: false,
+        n: 4,
+        drops: None,
+        leaves_after: None,
+    };
+    scheduler.add(&blocks, request(0, &arrival), None);
+    let mut step = || {
+        let schedule = scheduler.schedule(&mut blocks, u32::MAX);
+        let sampled = schedule.requests.iter().map(|_| Sampled {
+            token: 1,
+            ..Sampled::default()
+        });
+        let sampled = sampled.collect();
+        scheduler.commit(&mut blocks, DeviceOutput { sampled });
+        (schedule.input, blocks.counts().active)
+    };
+    let (prompt, active) = step();
+    assert_eq!(prompt.tokens.len(), 18, "the prompt once");
+    assert_eq!(prompt.logits, [17; 4], "four samples after its last token");
+    assert_eq!(active, 5 + 3, "its blocks, and those that each will write");
+    let (decode, active) = step();
+    assert_eq!(decode.copies.len(), 3, "the last shared block, in one call");
+    assert!(
+        decode
+            .copies
+            .iter()
+            .all(|copy| copy.0 == decode.copies[0].0)
+    );
+    assert_eq!(decode.spans.len(), 4);
+    assert_eq!(active, 4 + 4, "four full blocks have four holders each");
+    let (decode, active) = step();
+    assert_eq!((decode.copies.len(), active), (0, 8));
+}
+
+#[test]
+fn a_prefix_is_found_once_it_is_written_and_only_by_its_salt() {
+    let arrival = |step, n_shared, salted| Arrival {
+        step,
+        n_prompt: 15,
+        max_tokens: 6,
+        stops: false,
+        scored: false,
+        family: 0,
+        n_shared,
+        salted,
+        n: 1,
+        drops: None,
+        leaves_after: None,
+    };
+    let arrivals = vec![
+        arrival(0, 15, false),
+        arrival(0, 15, false),
+        arrival(20, 15, false),
+        arrival(20, 15, true),
+        arrival(20, 8, false),
+        Arrival {
+            scored: true,
+            ..arrival(20, 15, false)
+        },
+    ];
+    let root = PrefixKey::of_fields(&[b"test"]);
+    for (depth, equal_bits) in [(1, true), (1, false), (2, true), (2, false)] {
+        let setting = Setting {
+            depth,
+            block_size: 4,
+            n_blocks: 64,
+            limits: Limits {
+                max_tokens: 64,
+                max_sequences: 8,
+                max_logits_rows: 64,
+                max_blocks_per_sequence: 6,
+            },
+            kinds: vec![
+                GroupKind::Full,
+                GroupKind::Window(NonZeroU32::new(5).unwrap()),
+            ],
+            caching: Some(PrefixCaching { root, equal_bits }),
+            arrivals: arrivals.clone(),
+        };
+        let cached = run(&setting).cached;
+        // The first two began before either had written anything; a scored prompt asks for nothing. The window behind the
+        // second block of the shared beginning is gone by the time that the others come, unless it was kept.
+        let found: Vec<u32> = (0..5).map(|i| cached[&RequestId(i)]).collect();
+        assert_eq!(found[..2], [0, 0]);
+        assert_eq!(found[2], 12, "all full blocks below the prompt's length");
+        assert_eq!(found[3], 0, "another salt");
+        assert_eq!(found[4], 8, "two blocks");
+        assert!(!cached.contains_key(&RequestId(5)));
     }
 }
 
@@ -507,7 +838,7 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         max_blocks_per_sequence: 64,
     };
     let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 8, vec![GroupKind::Full]);
-    let mut blocks = BlockPool::new(64, groups);
+    let mut blocks = BlockPool::new(64, groups, None);
     let mut scheduler = Scheduler::new(limits, 256);
     let arrival = |n_prompt| Arrival {
         step: 0,
@@ -515,10 +846,15 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         max_tokens: 9,
         stops: false,
         scored: false,
+        family: 0,
+        n_shared: 0,
+        salted: false,
+        n: 1,
+        drops: None,
         leaves_after: None,
     };
-    scheduler.add(request(0, &arrival(3)));
-    scheduler.add(request(1, &arrival(40)));
+    scheduler.add(&blocks, request(0, &arrival(3)), None);
+    scheduler.add(&blocks, request(1, &arrival(40)), None);
     let mut sizes = Vec::new();
     for _ in 0..4 {
         let input = scheduler.schedule(&mut blocks, u32::MAX).input;
@@ -544,7 +880,7 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         [[3, 5], [1, 7], [1, 7], [1, 7]],
         "the budget is always spent, and the decode never waits"
     );
-    let load = scheduler.load(&blocks);
+    let load = scheduler.load();
     assert_eq!(
         (load.n_running, load.prefill_backlog_tokens),
         (2, 40 - 5 - 7 * 3)
@@ -560,7 +896,7 @@ fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
         max_blocks_per_sequence: 64,
     };
     let groups = CacheGroups::new(NonZeroU32::new(4).unwrap(), 64, vec![GroupKind::Full]);
-    let mut blocks = BlockPool::new(1024, groups);
+    let mut blocks = BlockPool::new(1024, groups, None);
     let mut scheduler = Scheduler::new(limits, 256);
     let arrival = |n_prompt| Arrival {
         step: 0,
@@ -568,22 +904,27 @@ fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
         max_tokens: 30,
         stops: false,
         scored: false,
+        family: 0,
+        n_shared: 0,
+        salted: false,
+        n: 1,
+        drops: None,
         leaves_after: None,
     };
-    let mut step = |scheduler: &mut Scheduler, prompt_tokens| {
-        let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
+    let step = |scheduler: &mut Scheduler, blocks: &mut BlockPool, prompt_tokens| {
+        let schedule = scheduler.schedule(blocks, prompt_tokens);
         let sampled = schedule.requests.iter().map(|_| Sampled {
             token: 1,
             ..Sampled::default()
         });
         let sampled = sampled.collect();
-        scheduler.commit(&mut blocks, DeviceOutput { sampled });
+        scheduler.commit(blocks, DeviceOutput { sampled });
         schedule
     };
-    scheduler.add(request(0, &arrival(3)));
-    step(&mut scheduler, 8);
+    scheduler.add(&blocks, request(0, &arrival(3)), None);
+    step(&mut scheduler, &mut blocks, 8);
     for i in 1..4 {
-        scheduler.add(request(i, &arrival(200)));
+        scheduler.add(&blocks, request(i, &arrival(200)), None);
     }
     let sizes = |schedule: &Schedule| -> Vec<u32> {
         schedule
@@ -594,18 +935,19 @@ fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
             .collect()
     };
     assert_eq!(
-        sizes(&step(&mut scheduler, 8)),
+        sizes(&step(&mut scheduler, &mut blocks, 8)),
         [1, 8],
         "a decode and eight tokens of the first prompt"
     );
-    assert_eq!(sizes(&step(&mut scheduler, 0)), [1], "the decode alone");
-    scheduler.add(request(4, &arrival(2)));
-    let schedule = step(&mut scheduler, 8);
     assert_eq!(
-        schedule.admitted,
-        [RequestId(4)],
-        "before the second long one"
+        sizes(&step(&mut scheduler, &mut blocks, 0)),
+        [1],
+        "the decode alone"
     );
+    scheduler.add(&blocks, request(4, &arrival(2)), None);
+    let schedule = step(&mut scheduler, &mut blocks, 8);
+    let admitted: Vec<RequestId> = schedule.admitted.iter().map(|new| new.id).collect();
+    assert_eq!(admitted, [RequestId(4)], "before the second long one");
     assert_eq!(
         sizes(&schedule),
         [1, 2, 6],
