@@ -16,7 +16,7 @@ use std::time::Instant;
 use kvasir_kernels::cuda::driver::{Driver, Gemm, GemmOutput, GemmShape};
 use kvasir_kernels::cuda::gpu::Gpu;
 use kvasir_kernels::cuda::kernel::{
-    self, GatedActivationArgs, GroupByExpertArgs, GroupedGemmArgs, HeadDim, KvCache, NO_WINDOW,
+    self, GatedActivationArgs, GroupByExpertArgs, GroupedGemmArgs, HeadDim, In, KvCache, NO_WINDOW,
     PARTITION, PagedDecodeArgs, PagedPrefillArgs, PrefillKind, PrefillTile, RmsNormArgs, SILU,
     SampleArgs, SampleRow, SplitKvSequence, SplitKvTile,
 };
@@ -41,6 +41,7 @@ fn main() {
     for (batch, context) in [
         (1, 128),
         (1, 4096),
+        (1, 4200),
         (1, 32768),
         (8, 4096),
         (64, 512),
@@ -51,11 +52,25 @@ fn main() {
         decode(&mut gpu, cache, noise, batch, context, NO_WINDOW);
     }
     decode(&mut gpu, cache, noise, 64, 4096, 1024);
+    let mut chunk = |tokens, position, n_parts, window| {
+        let chunk = Chunk {
+            position,
+            tokens,
+            n_parts,
+            window,
+        };
+        prefill(&mut gpu, cache, noise, chunk);
+    };
     for tokens in [2048, 8192, 16384] {
-        prefill(&mut gpu, cache, noise, tokens, NO_WINDOW);
+        chunk(tokens, 0, 1, NO_WINDOW);
     }
-    prefill(&mut gpu, cache, noise, 8192, 1024);
-    for rows in [1, 8, 64, 256, 2048] {
+    chunk(8192, 0, 1, 1024);
+    for tokens in [64, 256, 512, 1024] {
+        for n_parts in [1, 2, 4, 16] {
+            chunk(tokens, 7168, n_parts, NO_WINDOW);
+        }
+    }
+    for rows in [1, 8, 64, 256, 384, 448, 512, 2048] {
         for (what, inner, cols) in [
             ("qkv", 4096, QKV),
             ("output", 4096, 4096),
@@ -262,52 +277,113 @@ fn decode(gpu: &mut Gpu, cache: u64, qkv: u64, batch: usize, context: usize, win
     );
 }
 
-fn prefill(gpu: &mut Gpu, cache: u64, qkv: u64, tokens: usize, window: u32) {
+/// A prefill chunk and how it is computed.
+#[derive(Clone, Copy)]
+struct Chunk {
+    /// Tokens before it.
+    position: usize,
+    tokens: usize,
+    /// Into which its keys are cut.
+    n_parts: u32,
+    window: u32,
+}
+
+fn prefill(gpu: &mut Gpu, cache: u64, qkv: u64, chunk: Chunk) {
+    let Chunk {
+        position,
+        tokens,
+        n_parts,
+        window,
+    } = chunk;
     let size = HeadDim::new(HEAD_DIM).unwrap();
-    let Pages { cache, .. } = pages(gpu, cache, 1, tokens);
+    let n_keys = (position + tokens) as u32;
+    let Pages { cache, .. } = pages(gpu, cache, 1, position + tokens);
     let rows = tokens as u32 * HEADS / KV_HEADS;
-    let tiles: Vec<PrefillTile> = (0..rows)
-        .step_by(size.prefill_rows() as usize)
-        .rev()
-        .map(|first_row| PrefillTile {
-            row: 0,
-            first_token: 0,
-            n_tokens: tokens as u32,
-            first_position: 0,
-            first_row,
-            unused: 0,
+    let length = n_keys / n_parts / size.prefill_keys() * size.prefill_keys();
+    let first_rows = (0..rows).step_by(size.prefill_rows() as usize).rev();
+    let tiles: Vec<PrefillTile> = first_rows
+        .flat_map(|first_row| {
+            (0..n_parts).map(move |part| PrefillTile {
+                row: 0,
+                first_token: 0,
+                n_tokens: tokens as u32,
+                first_position: position as u32,
+                first_row,
+                first_key: part * length,
+                end_key: match part + 1 {
+                    next if next < n_parts => next * length,
+                    _ => n_keys,
+                },
+                n_parts,
+                first_partial: part,
+            })
         })
         .collect();
     let n_tiles = tiles.len();
     let tiles = send(gpu, &tiles);
-    let out = gpu
-        .allocate("out", tokens * HEADS as usize * HEAD_DIM * 2)
-        .unwrap();
+    let sequences: Vec<SplitKvSequence> = (0..tokens as u32)
+        .map(|token| SplitKvSequence {
+            token,
+            first_tile: token * n_parts,
+            n_tiles: n_parts,
+            unused: 0,
+        })
+        .collect();
+    let sequences = send(gpu, &sequences);
+    let partials = tokens * n_parts as usize * HEADS as usize;
+    let mut allocate = |what, bytes| gpu.allocate(what, bytes).unwrap();
+    let partial_out = allocate("partial results", partials * HEAD_DIM * 4);
+    let partial_softmax = allocate("partial sums", partials * 8);
+    let out = allocate("out", tokens * HEADS as usize * HEAD_DIM * 2);
     let (what, kind) = match window {
         NO_WINDOW => ("prefill", PrefillKind::Causal),
         _ => ("prefill in a window", PrefillKind::Local),
     };
+    let args = PagedPrefillArgs {
+        cache,
+        out: out.into(),
+        qkv: qkv.into(),
+        tiles: tiles.into(),
+        partial_out: partial_out.into(),
+        partial_softmax: partial_softmax.into(),
+        out_stride: HEADS * HEAD_DIM as u32,
+        qkv_stride: QKV as u32,
+        n_heads: HEADS,
+        window,
+        scale_log2: 0.1275,
+        tanh_scale: 0.0,
+    };
+    let merged = PagedDecodeArgs {
+        cache,
+        out: args.out,
+        qkv: args.qkv,
+        tiles: In::NULL,
+        sequences: sequences.into(),
+        partial_out: args.partial_out,
+        partial_softmax: args.partial_softmax,
+        out_stride: args.out_stride,
+        qkv_stride: args.qkv_stride,
+        n_heads: HEADS,
+        window,
+        scale_log2: args.scale_log2,
+        tanh_scale: 0.0,
+    };
     let us = time(gpu, |gpu, _| {
-        let args = PagedPrefillArgs {
-            cache,
-            out: out.into(),
-            qkv: qkv.into(),
-            tiles: tiles.into(),
-            out_stride: HEADS * HEAD_DIM as u32,
-            qkv_stride: QKV as u32,
-            n_heads: HEADS,
-            window,
-            scale_log2: 0.1275,
-            tanh_scale: 0.0,
-        };
         let launch = kernel::paged_prefill(n_tiles, KV_HEADS, size, kind);
         // SAFETY: everything was allocated and filled above for these tokens.
-        unsafe { gpu.launch(launch, &args) }.unwrap();
+        unsafe {
+            gpu.launch(launch, &args).unwrap();
+            if n_parts > 1 {
+                let combine = kernel::combine_split_kv(tokens, n_parts as usize, HEADS, size);
+                gpu.launch(combine, &merged).unwrap();
+            }
+        }
     });
-    let pairs: u64 = (1..=tokens as u64).map(|n| n.min(u64::from(window))).sum();
+    let seen = (position + 1..=position + tokens).map(|n| n.min(window as usize));
+    let pairs: usize = seen.sum();
     let flop = 2.0 * 2.0 * HEADS as f64 * HEAD_DIM as f64 * pairs as f64;
     println!(
-        "{{\"what\": \"{what}\", \"tokens\": {tokens}, \"us\": {us:.2}, \"tflop_s\": {:.0}}}",
+        "{{\"what\": \"{what}\", \"tokens\": {tokens}, \"after\": {position}, \"parts\": {n_parts}, \"us\": {us:.2}, \"tflop_s\": {:.0}}}",
         flop / us / 1e6
     );
 }

@@ -21,6 +21,59 @@ static __device__ inline void load_prefill_tile(bf16* keys, const KvCache& cache
                                      first + mine, begin, end);
 }
 
+/// The query rows of a tile: one is a query head of a token of the span.
+struct TileRows {
+    PrefillTile tile;
+    uint32_t kv_head, group, n;
+
+    template <int D>
+    static __device__ inline TileRows of(const PagedPrefillArgs& args) {
+        const PrefillTile tile = args.tiles[blockIdx.x];
+        const uint32_t group = args.n_heads / args.cache.n_kv_heads;
+        return {tile, blockIdx.y, group, min(tile.n_tokens * group - tile.first_row, uint32_t(prefill_rows<D>))};
+    }
+
+    /// Of the span.
+    __device__ uint32_t token(uint32_t r) const { return (tile.first_row + r) / group; }
+    __device__ uint32_t head(uint32_t r) const { return kv_head * group + (tile.first_row + r) % group; }
+    __device__ uint32_t position(uint32_t r) const { return tile.first_position + token(r); }
+};
+
+/// Writes what the tile's rows gave, or what the keys of its part gave. It reads the tile anew: the loop before it has no
+/// registers to keep it in.
+template <int D, bool local>
+static __device__ inline void store_rows(const PagedPrefillArgs& args, const Accumulator<D, prefill_tiles<D>>& accumulator) {
+    const TileRows rows = TileRows::of<D>(args);
+    const uint32_t n_parts = local ? 1 : rows.tile.n_parts;
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < prefill_tiles<D>; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint32_t row = (threadIdx.x / 32 * prefill_tiles<D> + m) * 16 + r * 8 + lane / 4;
+            if (row >= rows.n) continue;
+            const float(&o)[D / 8][4] = accumulator.o[m];
+            if (n_parts == 1) {
+                const float inverse = 1.0f / accumulator.l[m][r];
+                const uint64_t token = rows.tile.first_token + rows.token(row);
+                uint32_t* out = reinterpret_cast<uint32_t*>(args.out + token * args.out_stride + rows.head(row) * D);
+#pragma unroll
+                for (int d = 0; d < D / 8; ++d)
+                    out[d * 4 + lane % 4] = pack_bf16(o[d][2 * r] * inverse, o[d][2 * r + 1] * inverse);
+                continue;
+            }
+            const uint64_t partial = rows.tile.first_partial + rows.token(row) * n_parts;
+            const uint64_t at = partial * args.n_heads + rows.head(row);
+            float2* out = reinterpret_cast<float2*>(args.partial_out + at * D);
+#pragma unroll
+            for (int d = 0; d < D / 8; ++d) out[d * 4 + lane % 4] = float2{o[d][2 * r], o[d][2 * r + 1]};
+            if (lane % 4 == 0) {
+                args.partial_softmax[2 * at] = accumulator.top[m][r] * args.scale_log2;
+                args.partial_softmax[2 * at + 1] = accumulator.l[m][r];
+            }
+        }
+}
+
 /// Shared memory: the tile's query rows, then two stages of (keys, values), then each row's limit.
 template <int D, bool local>
 static __device__ inline void paged_prefill(const PagedPrefillArgs& args) {
@@ -30,37 +83,33 @@ static __device__ inline void paged_prefill(const PagedPrefillArgs& args) {
                           prefill_rows<D> * sizeof(uint32_t) == prefill_shared_bytes<D>,
                   "what a launch brings holds all of it");
     const KvCache& cache = args.cache;
-    const PrefillTile tile = args.tiles[blockIdx.x];
-    const uint32_t kv_head = blockIdx.y;
-    const uint32_t group = args.n_heads / cache.n_kv_heads;
-    const uint32_t n_rows = min(tile.n_tokens * group - tile.first_row, uint32_t(prefill_rows<D>));
+    const TileRows rows = TileRows::of<D>(args);
+    const PrefillTile& tile = rows.tile;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     bf16* shared_queries = reinterpret_cast<bf16*>(shared_memory());
     bf16* ring = shared_queries + prefill_rows<D> * row_stride<D>;
 
-    // Where a row of the tile lies in qkv and out, and its position.
-    const auto token_of = [&](uint32_t r) { return (tile.first_row + r) / group; };
-    const auto head_of = [&](uint32_t r) { return kv_head * group + (tile.first_row + r) % group; };
-    const uint32_t length = tile.first_position + token_of(n_rows - 1) + 1;  // keys that the last row sees
+    // Past the last key of the part that the last row sees.
+    const uint32_t length = min(rows.position(rows.n - 1) + 1, tile.end_key);
     const uint32_t n_tiles = (length + n_keys - 1) / n_keys;
-    // The first key that the first row sees, and its tile.
-    const uint32_t begin = local ? first_visible(tile.first_position + token_of(0), args.window) : 0;
-    const uint32_t first_tile = begin / n_keys;
+    // Keys before it are not looked at: no row sees them. (A part begins with a whole tile.)
+    const uint32_t begin = local ? first_visible(rows.position(0), args.window) : 0;
+    const uint32_t first_tile = (local ? begin : tile.first_key) / n_keys;
 
-    load_prefill_tile<D>(ring + first_tile % 2 * stage_elements, cache, tile.row, kv_head, first_tile * n_keys, begin, length);
+    load_prefill_tile<D>(ring + first_tile % 2 * stage_elements, cache, tile.row, rows.kv_head, first_tile * n_keys, begin, length);
     copy_async_commit();
     for (uint32_t chunk = threadIdx.x; chunk < prefill_rows<D> * D / 8; chunk += blockDim.x) {
         const uint32_t r = chunk / (D / 8), c = chunk % (D / 8);
         uint4 query{0, 0, 0, 0};
-        if (r < n_rows)
-            query = *reinterpret_cast<const uint4*>(args.qkv + uint64_t(tile.first_token + token_of(r)) * args.qkv_stride +
-                                                    head_of(r) * D + c * 8);
+        if (r < rows.n)
+            query = *reinterpret_cast<const uint4*>(args.qkv + uint64_t(tile.first_token + rows.token(r)) * args.qkv_stride +
+                                                    rows.head(r) * D + c * 8);
         *reinterpret_cast<uint4*>(shared_queries + r * row_stride<D> + c * 8) = query;
     }
     // The last position that each row sees; rows past the end see what the last one sees, and are not written.
     uint32_t* limits = reinterpret_cast<uint32_t*>(ring + 2 * stage_elements);
     for (uint32_t r = threadIdx.x; r < uint32_t(prefill_rows<D>); r += blockDim.x)
-        limits[r] = tile.first_position + token_of(min(r, n_rows - 1));
+        limits[r] = rows.position(min(r, rows.n - 1));
     __syncthreads();
     const uint32_t warp_row = warp * 16 * M;
     const Queries<D, M> queries(shared_queries + warp_row * row_stride<D>);
@@ -72,7 +121,7 @@ static __device__ inline void paged_prefill(const PagedPrefillArgs& args) {
         copy_async_wait<0>();
         __syncthreads();  // Tile j is there for all, and all are done with tile j - 1.
         if (j + 1 < n_tiles)
-            load_prefill_tile<D>(ring + (j + 1) % 2 * stage_elements, cache, tile.row, kv_head, (j + 1) * n_keys, begin,
+            load_prefill_tile<D>(ring + (j + 1) % 2 * stage_elements, cache, tile.row, rows.kv_head, (j + 1) * n_keys, begin,
                                  length);
         copy_async_commit();
         const uint32_t first = j * n_keys;
@@ -105,21 +154,7 @@ static __device__ inline void paged_prefill(const PagedPrefillArgs& args) {
         accumulator.add(s, keys + n_keys * row_stride<D>, args.scale_log2);
     }
     accumulator.finish();
-
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint32_t row = my_row(m, r);
-            if (row >= n_rows) continue;
-            const float inverse = 1.0f / accumulator.l[m][r];
-            uint32_t* out = reinterpret_cast<uint32_t*>(
-                args.out + uint64_t(tile.first_token + token_of(row)) * args.out_stride + head_of(row) * D);
-#pragma unroll
-            for (int d = 0; d < D / 8; ++d)
-                out[d * 4 + lane % 4] =
-                    pack_bf16(accumulator.o[m][d][2 * r] * inverse, accumulator.o[m][d][2 * r + 1] * inverse);
-        }
+    store_rows<D, local>(args, accumulator);
 }
 
 KERNEL(paged_prefill_64) { paged_prefill<64, false>(args); }

@@ -29,6 +29,10 @@ struct uint4 {
     uint32_t x, y, z, w;
 };
 
+struct float2 {
+    float x, y;
+};
+
 namespace shim {
 
 struct Index {

@@ -281,7 +281,7 @@ structs! {
         start: u32,
     }
 
-    /// The partitions of one decoded token's keys, for `combine_split_kv`.
+    /// The partitions of one decoded token's keys, or the parts of a prefill chunk's, for `combine_split_kv`.
     SplitKvSequence {
         /// Row of out.
         token: u32,
@@ -335,8 +335,14 @@ structs! {
         first_position: u32,
         /// Of the tile, in rows of (token of the span, head of the group).
         first_row: u32,
-        /// Zero.
-        unused: u32,
+        /// The first key of this part of the keys; a multiple of `prefill_keys`.
+        first_key: u32,
+        /// Past its last one; of the last part at least what the span's last token sees.
+        end_key: u32,
+        /// Parts into which the keys are cut; 1: the results go to `out`.
+        n_parts: u32,
+        /// Where the partial results of this part of the span's first token lie; those of the next token `n_parts` further.
+        first_partial: u32,
     }
 
     /// `paged_prefill_*` and `paged_prefill_local_*`.
@@ -349,6 +355,10 @@ structs! {
         qkv: In<Bf16>,
         /// `[grid x]`
         tiles: In<PrefillTile>,
+        /// As in [`PagedDecodeArgs`], `[token and part][head][head_dim]`.
+        partial_out: Out<f32>,
+        /// As in [`PagedDecodeArgs`], `[token and part][head][2]`.
+        partial_softmax: Out<f32>,
         /// Of `out`.
         out_stride: u32,
         /// Of `qkv`.

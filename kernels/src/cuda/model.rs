@@ -46,7 +46,7 @@ pub(super) struct StepBuffers {
     pub(super) tables: u64,
     /// By [`crate::shape::RopeId`].
     pub(super) ropes: Vec<DeviceRope>,
-    /// What the kernels of a decode hand to each other.
+    /// What the kernels of attention over cut keys hand to each other.
     pub(super) partial_out: u64,
     pub(super) partial_softmax: u64,
     /// `[L]`: what is wanted of each row of logits.
@@ -209,7 +209,7 @@ impl ModelState {
         workspace_bytes: &mut u64,
     ) -> Result<Self, DeviceError> {
         check(shape)?;
-        let plan = Plan::new(shape);
+        let plan = Plan::new(shape, driver.n_multiprocessors());
         let sizes = Sizes::new(shape, &plan)?;
         let mut buffers = StepBuffers::allocate(driver, &plan, &sizes, workspace_bytes)?;
         for rope in &shape.ropes {

@@ -3,17 +3,22 @@
 //! A step has a [`StepShape`], padded so that few different ones occur: a shape fixes where every array lies, so a graph
 //! captured for it holds good for every step of that shape. Padding rows are inert. Each attention layer uses one list of
 //! split-KV tiles, that of its window, and one of prefill tiles. It knows no addresses and no driver.
+//!
+//! - [`prefill`]: how prefill chunks are cut.
+
+mod prefill;
 
 use std::num::NonZeroU32;
 use std::ops::Range;
 
 use crate::shape::{Limits, ModelShape};
-use crate::step::{LogitsRequest, LogitsRow, MAX_DECODE_TOKENS, Span, Step};
+use crate::step::{LogitsRequest, LogitsRow, MAX_DECODE_TOKENS, Step};
 
 use super::kernel::{
     COMBINE_TOGETHER, HeadDim, INERT, NO_SCORE, NO_WINDOW, PARTITION, PrefillTile, SampleRow,
     SplitKvSequence, SplitKvTile,
 };
+use prefill::{PrefillList, Tiling};
 
 /// Partial results that have room at once, unless one sequence alone has more: 2M tokens of context.
 const WORKSPACE_TILES: usize = 8192;
@@ -29,8 +34,8 @@ pub(super) struct StepShape {
     pub(super) decodes: usize,
     /// By window.
     pub(super) splits: Vec<SplitShape>,
-    /// Tiles of prefill chunks, by tiling; exact, for steps with some are not captured.
-    pub(super) prefills: Vec<usize>,
+    /// By tiling; exact, for steps with prefill chunks are not captured.
+    pub(super) prefills: Vec<PrefillShape>,
 }
 
 /// How many there are of a window's split-KV tiles.
@@ -40,6 +45,17 @@ pub(super) struct SplitShape {
     pub(super) tiles: usize,
     /// Those of one token, at most: 1, [`COMBINE_TOGETHER`], or as many as the longest sequence has. With 1 there is
     /// nothing to combine.
+    pub(super) most: usize,
+}
+
+/// How much there is of prefill chunks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct PrefillShape {
+    /// Tiles, of all parts of the keys.
+    pub(super) tiles: usize,
+    /// Tokens whose keys are cut into parts.
+    pub(super) sequences: usize,
+    /// Parts of one of them, at most.
     pub(super) most: usize,
 }
 
@@ -60,7 +76,7 @@ impl StepShape {
             splits: self
                 .splits
                 .iter()
-                .map(|split| SplitLayout {
+                .map(|split| AttentionLayout {
                     tiles: take(split.tiles, size_of::<SplitKvTile>()),
                     sequences: take(self.decodes, size_of::<SplitKvSequence>()),
                 })
@@ -68,7 +84,10 @@ impl StepShape {
             prefills: self
                 .prefills
                 .iter()
-                .map(|&tiles| take(tiles, size_of::<PrefillTile>()))
+                .map(|prefill| AttentionLayout {
+                    tiles: take(prefill.tiles, size_of::<PrefillTile>()),
+                    sequences: take(prefill.sequences, size_of::<SplitKvSequence>()),
+                })
                 .collect(),
             end,
         }
@@ -83,24 +102,17 @@ pub(super) struct Layout {
     pub(super) rows: usize,
     pub(super) index: usize,
     /// By window.
-    pub(super) splits: Vec<SplitLayout>,
+    pub(super) splits: Vec<AttentionLayout>,
     /// By tiling.
-    pub(super) prefills: Vec<usize>,
+    pub(super) prefills: Vec<AttentionLayout>,
     pub(super) end: usize,
 }
 
-/// The same of a window's arrays.
+/// The same of the arrays of a window's decodes, or of a tiling's prefill chunks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct SplitLayout {
+pub(super) struct AttentionLayout {
     pub(super) tiles: usize,
     pub(super) sequences: usize,
-}
-
-/// How prefill chunks are cut for a layer: its query heads a KV head, and the rows of its kernel's tile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tiling {
-    group: u32,
-    rows: u32,
 }
 
 /// Which lists an attention layer uses.
@@ -129,7 +141,9 @@ impl Lists {
             let head_dim = HeadDim::new(cache.head_dim).expect("check() allowed this head size");
             let tiling = Tiling {
                 group: (layer.n_heads / cache.n_kv_heads) as u32,
-                rows: head_dim.prefill_rows(),
+                n_kv_heads: cache.n_kv_heads as u32,
+                head_dim,
+                is_local: cache.window.is_some() || layer.soft_cap.is_some(),
             };
             lists.layers.push(LayerLists {
                 split: place(&mut lists.windows, window),
@@ -241,12 +255,13 @@ pub(super) struct Plan {
     shape: StepShape,
     layout: Layout,
     splits: Vec<SplitList>,
-    prefills: Vec<Vec<PrefillTile>>,
+    prefills: Vec<PrefillList>,
+    n_multiprocessors: u32,
 }
 
 impl Plan {
-    /// No step yet.
-    pub(super) fn new(shape: &ModelShape) -> Self {
+    /// No step yet, for a device of so many multiprocessors.
+    pub(super) fn new(shape: &ModelShape, n_multiprocessors: u32) -> Self {
         let longest = shape.limits.max_blocks_per_sequence * shape.block_size;
         let max_partitions = longest.div_ceil(PARTITION as usize).max(1);
         let lists = Lists::new(shape);
@@ -257,7 +272,12 @@ impl Plan {
             shape: StepShape::default(),
             layout: Layout::default(),
             splits: lists.windows.iter().map(|_| SplitList::default()).collect(),
-            prefills: lists.tilings.iter().map(|_| Vec::new()).collect(),
+            prefills: lists
+                .tilings
+                .iter()
+                .map(|_| PrefillList::default())
+                .collect(),
+            n_multiprocessors,
             lists,
         }
     }
@@ -275,8 +295,10 @@ impl Plan {
                 most: self.max_partitions,
             }
         };
-        let prefill = |tiling: &Tiling| {
-            limits.max_tokens * tiling.group as usize / tiling.rows as usize + limits.max_sequences
+        let prefill = |tiling: &Tiling| PrefillShape {
+            tiles: tiling.most_tiles(limits, self.room),
+            sequences: limits.max_tokens,
+            most: prefill::MOST_PARTS as usize,
         };
         StepShape {
             tokens: bucket_rows(limits.max_tokens),
@@ -295,11 +317,13 @@ impl Plan {
     /// Plans a step.
     pub(super) fn make(&mut self, step: &Step) {
         self.splits.iter_mut().for_each(SplitList::clear);
-        self.prefills.iter_mut().for_each(Vec::clear);
+        self.prefills.iter_mut().for_each(PrefillList::clear);
         let mut n_decodes = 0;
         for span in &step.spans {
             if span.n_tokens > MAX_DECODE_TOKENS {
-                self.cut(span);
+                for (list, &tiling) in self.prefills.iter_mut().zip(&self.lists.tilings) {
+                    list.push(span, tiling, self.n_multiprocessors, self.room);
+                }
                 continue;
             }
             n_decodes += span.n_tokens as usize;
@@ -315,7 +339,7 @@ impl Plan {
             logits: bucket_rows(step.logits.len()),
             decodes: bucket_rows(n_decodes),
             splits: Vec::new(),
-            prefills: self.prefills.iter().map(Vec::len).collect(),
+            prefills: self.prefills.iter().map(PrefillList::shape).collect(),
         };
         for list in &mut self.splits {
             let split = SplitShape {
@@ -339,22 +363,6 @@ impl Plan {
         self.layout = self.shape.layout();
     }
 
-    /// Cuts a prefill chunk into tiles.
-    fn cut(&mut self, span: &Span) {
-        for (tiles, tiling) in self.prefills.iter_mut().zip(&self.lists.tilings) {
-            // The last tiles see the most keys: they start first, so that the short ones fill the end.
-            let starts = (0..span.n_tokens * tiling.group).step_by(tiling.rows as usize);
-            tiles.extend(starts.rev().map(|first_row| PrefillTile {
-                row: span.row.0,
-                first_token: span.first_token,
-                n_tokens: span.n_tokens,
-                first_position: span.first_position,
-                first_row,
-                unused: 0,
-            }));
-        }
-    }
-
     /// How large the step is.
     pub(super) fn shape(&self) -> &StepShape {
         &self.shape
@@ -368,7 +376,7 @@ impl Plan {
     /// Whether the step's pass may be a graph: it only decodes, and all at once.
     pub(super) fn can_be_captured(&self) -> bool {
         self.shape.decodes > 0
-            && self.shape.prefills.iter().all(|&tiles| tiles == 0)
+            && self.shape.prefills.iter().all(|prefill| prefill.tiles == 0)
             && self.splits.iter().all(|list| list.chunks.len() == 1)
     }
 
@@ -401,9 +409,23 @@ impl Plan {
             let sequences = list.sequences.iter().copied();
             put(to, at.sequences, shape.decodes, sequences, no_sequence);
         }
-        for (tiles, &at) in self.prefills.iter().zip(&layout.prefills) {
-            let bytes: &[u8] = bytemuck::cast_slice(tiles);
-            to[at..][..bytes.len()].copy_from_slice(bytes);
+        for (list, at) in self.prefills.iter().zip(&layout.prefills) {
+            let tiles = list.tiles.iter().copied();
+            put(
+                to,
+                at.tiles,
+                list.tiles.len(),
+                tiles,
+                bytemuck::Zeroable::zeroed(),
+            );
+            let sequences = list.sequences.iter().copied();
+            put(
+                to,
+                at.sequences,
+                list.sequences.len(),
+                sequences,
+                no_sequence,
+            );
         }
     }
 }

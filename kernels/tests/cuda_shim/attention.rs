@@ -237,6 +237,18 @@ impl PagedSequences {
         local: Option<Local>,
         seed: u64,
     ) -> Vec<u16> {
+        self.prefill_in_parts(spans, &[], qkv, local, seed)
+    }
+
+    /// The same, the keys of each span cut at some positions before it.
+    fn prefill_in_parts(
+        &mut self,
+        spans: &[[usize; 4]],
+        cuts: &[u32],
+        qkv: &[u16],
+        local: Option<Local>,
+        seed: u64,
+    ) -> Vec<u16> {
         let Shape {
             n_heads,
             n_kv_heads,
@@ -249,26 +261,44 @@ impl PagedSequences {
         let mut out = vec![0xffff_u16; qkv.len() / qkv_stride * n_heads * head_dim];
         let (scale_log2, tanh_scale) = local.unwrap_or(GLOBAL).scales();
         let kind = local.map_or(PrefillKind::Causal, |_| PrefillKind::Local);
-        let tiles: Vec<PrefillTile> = spans
-            .iter()
-            .flat_map(|&[row, first_token, n_tokens, first_position]| {
-                (0..n_tokens * group)
-                    .step_by(size.prefill_rows() as usize)
-                    .map(move |first_row| PrefillTile {
-                        row: row as u32,
-                        first_token: first_token as u32,
-                        n_tokens: n_tokens as u32,
-                        first_position: first_position as u32,
-                        first_row: first_row as u32,
-                        unused: 0,
-                    })
-            })
-            .collect();
+        let n_parts = cuts.len() + 1;
+        let (mut tiles, mut combined) = (Vec::new(), Vec::new());
+        for &[row, first_token, n_tokens, first_position] in spans {
+            let first_partial = (combined.len() * n_parts) as u32;
+            combined.extend((0..n_tokens as u32).map(|i| SplitKvSequence {
+                token: first_token as u32 + i,
+                first_tile: first_partial + i * n_parts as u32,
+                n_tiles: n_parts as u32,
+                unused: 0,
+            }));
+            let rows = (0..n_tokens * group).step_by(size.prefill_rows() as usize);
+            tiles.extend(rows.flat_map(|first_row| {
+                (0..n_parts).map(move |part| PrefillTile {
+                    row: row as u32,
+                    first_token: first_token as u32,
+                    n_tokens: n_tokens as u32,
+                    first_position: first_position as u32,
+                    first_row: first_row as u32,
+                    first_key: part.checked_sub(1).map_or(0, |before| cuts[before]),
+                    end_key: match cuts.get(part) {
+                        Some(&cut) => cut,
+                        None => (first_position + n_tokens) as u32,
+                    },
+                    n_parts: n_parts as u32,
+                    first_partial: first_partial + part as u32,
+                })
+            }));
+        }
+        let n_partials = combined.len() * n_parts * n_heads;
+        let mut partial_out = vec![f32::NAN; n_partials * head_dim];
+        let mut partial_softmax = vec![f32::NAN; n_partials * 2];
         let args = PagedPrefillArgs {
             cache: self.argument(),
             out: address(out.as_mut_ptr()),
             qkv: address(qkv.as_ptr()),
             tiles: address(tiles.as_ptr()),
+            partial_out: address(partial_out.as_mut_ptr()),
+            partial_softmax: address(partial_softmax.as_mut_ptr()),
             out_stride: (n_heads * head_dim) as u32,
             qkv_stride: qkv_stride as u32,
             n_heads: n_heads as u32,
@@ -277,8 +307,27 @@ impl PagedSequences {
             tanh_scale,
         };
         let grid = kernel::paged_prefill(tiles.len(), n_kv_heads as u32, size, kind);
+        let merged = PagedDecodeArgs {
+            cache: args.cache,
+            out: args.out,
+            qkv: args.qkv,
+            tiles: In::NULL,
+            sequences: address(combined.as_ptr()),
+            partial_out: args.partial_out,
+            partial_softmax: args.partial_softmax,
+            out_stride: args.out_stride,
+            qkv_stride: args.qkv_stride,
+            n_heads: args.n_heads,
+            window: args.window,
+            scale_log2,
+            tanh_scale,
+        };
+        let combine = kernel::combine_split_kv(combined.len(), n_parts, args.n_heads, size);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.
-        unsafe { launch(grid, seed, &args) };
+        unsafe {
+            launch(grid, seed, &args);
+            launch(combine, seed, &merged);
+        }
         out
     }
 }
@@ -384,6 +433,36 @@ fn prefill_is_close_and_the_same_in_chunks() {
             "head size {}: chunks",
             shape.head_dim
         );
+    }
+}
+
+#[test]
+fn keys_in_parts_are_close_to_f64() {
+    let mut noise = Noise(15);
+    for shape in shapes() {
+        // Two spans: the parts of the one lie behind those of the other.
+        let mut world = PagedSequences::new(shape, &[300, 275], &mut noise);
+        let stride = (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim;
+        let qkv = noise.bf16s(60 * stride);
+        let width = shape.n_heads * shape.head_dim;
+        let spans = [[0, 0, 40, 260], [1, 40, 20, 255]];
+        let whole = world.prefill(&spans, &qkv, None, 1);
+        let out = world.prefill_in_parts(&spans, &[64, 192], &qkv, None, 2);
+        assert_ne!(out, whole, "the sums are of another order");
+        for [row, first_token, n_tokens, first_position] in spans {
+            for i in [0, 1, 5, n_tokens - 1] {
+                let token = first_token + i;
+                let want = world.attend(row, first_position + i, &qkv[token * stride..], GLOBAL);
+                let why = format!("head size {}, token {token}", shape.head_dim);
+                assert_near(&why, &out[token * width..][..width], &want, |_| TOLERANCE);
+            }
+        }
+        // What decodes give too: the same keys, cut elsewhere.
+        let sequences: Vec<[usize; 3]> = (0..40).map(|i| [0, i, 261 + i]).collect();
+        let decoded = world.decode(&sequences, &qkv, GLOBAL, 1, 3);
+        for (got, want) in out[..40 * width].iter().zip(&decoded) {
+            assert!((value(*got) - value(*want)).abs() < 2.0 * TOLERANCE);
+        }
     }
 }
 

@@ -26,6 +26,11 @@ impl HeadDim {
     pub fn prefill_rows(self) -> u32 {
         prefill_rows(self.elements())
     }
+
+    /// Keys of one tile of `paged_prefill`.
+    pub fn prefill_keys(self) -> u32 {
+        prefill_keys(self.elements())
+    }
 }
 
 /// A block each token.
@@ -151,6 +156,9 @@ impl Arguments for PagedPrefillArgs {
         bounds.writes(self.out, u64::from(width));
         bounds.reads(self.qkv, u64::from(width));
         bounds.reads(self.tiles, launch.x());
+        // How many there are is a matter of indices.
+        bounds.writes(self.partial_out, u64::from(width));
+        bounds.writes(self.partial_softmax, 2 * u64::from(self.n_heads));
         self.cache.check(bounds);
     }
 }

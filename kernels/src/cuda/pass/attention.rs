@@ -101,7 +101,7 @@ impl<D: Driver> Pass<'_, D> {
         );
     }
 
-    /// Prefill chunks, then decoded tokens, chunk of the workspace after chunk.
+    /// Prefill chunks, then decoded tokens: both use the workspace.
     pub(super) fn attend(&mut self, out: ActivationBuffer, qkv: ActivationBuffer, layer: LayerId) {
         let lists = self.model.plan.lists_of(layer.0 as usize);
         let layer = self.layer(layer);
@@ -116,11 +116,15 @@ impl<D: Driver> Pass<'_, D> {
             Some(cap) => (cap * LOG2_E, scale / cap),
             None => (scale * LOG2_E, 0.0),
         };
+        let at = self.model.plan.layout().prefills[lists.prefill];
+        let shape = self.model.plan.shape().prefills[lists.prefill];
         let prefill = PagedPrefillArgs {
             cache: layer.pages,
             out: out.address.into(),
             qkv: qkv.address.into(),
-            tiles: self.input(self.model.plan.layout().prefills[lists.prefill]),
+            tiles: self.input(at.tiles),
+            partial_out: self.model.buffers.partial_out.into(),
+            partial_softmax: self.model.buffers.partial_softmax.into(),
             out_stride: out.stride as u32,
             qkv_stride: qkv.stride as u32,
             n_heads: layer.attention.n_heads as u32,
@@ -128,42 +132,49 @@ impl<D: Driver> Pass<'_, D> {
             scale_log2,
             tanh_scale,
         };
-        let n_tiles = self.model.plan.shape().prefills[lists.prefill];
         let kind = match (layer.cache.window, layer.attention.soft_cap) {
             (None, None) => PrefillKind::Causal,
             _ => PrefillKind::Local,
         };
         let n_kv_heads = layer.cache.n_kv_heads as u32;
         self.launch(
-            kernel::paged_prefill(n_tiles, n_kv_heads, layer.head_dim, kind),
+            kernel::paged_prefill(shape.tiles, n_kv_heads, layer.head_dim, kind),
             &prefill,
         );
-        self.decode(&layer, lists, &prefill);
+        let decode = PagedDecodeArgs {
+            cache: prefill.cache,
+            out: prefill.out,
+            qkv: prefill.qkv,
+            tiles: In::NULL,
+            sequences: self.input(at.sequences),
+            partial_out: prefill.partial_out,
+            partial_softmax: prefill.partial_softmax,
+            out_stride: prefill.out_stride,
+            qkv_stride: prefill.qkv_stride,
+            n_heads: prefill.n_heads,
+            window: prefill.window,
+            scale_log2,
+            tanh_scale,
+        };
+        let combine =
+            kernel::combine_split_kv(shape.sequences, shape.most, prefill.n_heads, layer.head_dim);
+        self.launch(combine, &decode);
+        self.decode(&layer, lists, decode);
     }
 
-    /// The decoded tokens of a layer, with the arguments of its prefill chunks.
-    fn decode(&mut self, layer: &Layer, lists: LayerLists, like: &PagedPrefillArgs) {
+    /// The decoded tokens of a layer, chunk of the workspace after chunk; `args` lacks what belongs to a chunk.
+    fn decode(&mut self, layer: &Layer, lists: LayerLists, args: PagedDecodeArgs) {
         let model = self.model;
         let at = model.plan.layout().splits[lists.split];
         let most = model.plan.shape().splits[lists.split].most;
-        let (n_heads, n_kv_heads) = (like.n_heads, layer.pages.n_kv_heads);
+        let (n_heads, n_kv_heads) = (args.n_heads, layer.pages.n_kv_heads);
         for chunk in model.plan.chunks(lists.split) {
             let tiles = at.tiles + chunk.tiles.start * size_of::<SplitKvTile>();
             let sequences = at.sequences + chunk.sequences.start * size_of::<SplitKvSequence>();
             let args = PagedDecodeArgs {
-                cache: like.cache,
-                out: like.out,
-                qkv: like.qkv,
                 tiles: self.input(tiles),
                 sequences: self.input(sequences),
-                partial_out: model.buffers.partial_out.into(),
-                partial_softmax: model.buffers.partial_softmax.into(),
-                out_stride: like.out_stride,
-                qkv_stride: like.qkv_stride,
-                n_heads,
-                window: like.window,
-                scale_log2: like.scale_log2,
-                tanh_scale: like.tanh_scale,
+                ..args
             };
             let n_multiprocessors = self.driver.n_multiprocessors();
             let n_tiles = chunk.tiles.len();

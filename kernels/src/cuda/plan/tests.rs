@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::shape::{AttentionShape, CacheId, CacheShape, cache_groups};
+use crate::step::Span;
 use crate::step::{StepInput, TableRow, TokenInput};
 
 #[test]
@@ -81,7 +82,7 @@ fn step(shape: &ModelShape, spans: &[(u32, u32)]) -> Step {
 
 fn planned(windows: &[Option<u32>], spans: &[(u32, u32)]) -> Plan {
     let shape = shape(windows);
-    let mut plan = Plan::new(&shape);
+    let mut plan = Plan::new(&shape, 1);
     plan.make(&step(&shape, spans));
     plan
 }
@@ -101,7 +102,7 @@ fn decodes_are_cut_into_partitions_and_chunks_into_tiles() {
     let sequences = plan.splits[0].sequences.iter();
     let combined: Vec<_> = sequences.map(|s| (s.first_tile, s.n_tiles)).collect();
     assert_eq!(combined, [(0, 1), (1, 1), (2, 2)]);
-    let prefills = plan.prefills[0].iter();
+    let prefills = plan.prefills[0].tiles.iter();
     let cut: Vec<_> = prefills.map(|t| (t.first_token, t.first_row)).collect();
     assert_eq!(cut, [(3, 128), (3, 0)], "160 rows, the later ones first");
     assert!(plan.shape.splits[0].most == COMBINE_TOGETHER as usize && !plan.can_be_captured());
@@ -110,13 +111,82 @@ fn decodes_are_cut_into_partitions_and_chunks_into_tiles() {
 #[test]
 fn a_span_of_a_few_tokens_is_as_many_decodes() {
     let plan = planned(&[None], &[(254, MAX_DECODE_TOKENS), (0, 1)]);
-    assert!(plan.can_be_captured() && plan.prefills[0].is_empty());
+    assert!(plan.can_be_captured() && plan.prefills[0].tiles.is_empty());
     let sequences = plan.splits[0].sequences.iter();
     let tokens: Vec<_> = sequences.map(|s| (s.token, s.n_tiles)).collect();
     let want = [1, 1, 2, 2, 2, 2, 2, 2, 1];
     assert!(tokens.iter().copied().eq((0..).zip(want)), "{tokens:?}");
     let plan = planned(&[None], &[(254, MAX_DECODE_TOKENS + 1)]);
-    assert!(!plan.can_be_captured() && plan.prefills[0].len() == 1);
+    assert!(!plan.can_be_captured() && plan.prefills[0].tiles.len() == 1);
+}
+
+/// Parts of each token of a chunk of `n` tokens at a position, of 8 query heads over 2, on 132 multiprocessors.
+fn parts_of(position: u32, n: u32, room: usize) -> u32 {
+    let mut shape = shape(&[None]);
+    shape.max_positions = 16_384 + 1;
+    shape.limits.max_tokens = 8192 + 1;
+    shape.limits.max_blocks_per_sequence = 1025;
+    let mut plan = Plan::new(&shape, 132);
+    plan.room = room;
+    plan.make(&step(&shape, &[(position, n), (position, 1)]));
+    let list = &plan.prefills[0];
+    let n_parts = list.tiles[0].n_parts;
+    // Each tile's parts follow each other from the first key to the last.
+    for parts in list.tiles.chunks(n_parts as usize) {
+        let mut end = 0;
+        for (index, tile) in (0..).zip(parts) {
+            assert_eq!((tile.first_row, tile.first_key), (parts[0].first_row, end));
+            assert!(tile.end_key > end && tile.first_partial == index);
+            assert!(index == 0 || (end.is_multiple_of(64) && end <= position));
+            end = tile.end_key;
+        }
+        assert_eq!(end, position + n);
+    }
+    // Every token of the chunk, and no other, is combined from parts of its own.
+    let mut partials = 0;
+    for (token, sequence) in (0..).zip(&list.sequences) {
+        assert_eq!((sequence.token, sequence.first_tile), (token, partials));
+        partials += sequence.n_tiles;
+    }
+    assert_eq!(partials, if n_parts > 1 { n * n_parts } else { 0 });
+    assert!(
+        partials as usize <= room && plan.layout.end <= plan.largest(&shape.limits).layout().end
+    );
+    n_parts
+}
+
+#[test]
+fn the_keys_of_a_small_chunk_are_cut_where_multiprocessors_would_wait() {
+    // 64 tokens are 2 tiles, and 4 blocks: many parts, but no more than are combined at once.
+    assert!((12..=prefill::MOST_PARTS).contains(&parts_of(8000, 64, 8192)));
+    // The chunk's own keys are in the last part.
+    assert_eq!(parts_of(640, 64, 8192), 11);
+    assert!(parts_of(64, 64, 8192) <= 2);
+    assert_eq!(parts_of(0, 64, 8192), 1);
+    assert_eq!(
+        parts_of(63, 64, 8192),
+        1,
+        "no part is smaller than a tile of keys"
+    );
+    // 8,192 tokens are 512 blocks: enough.
+    assert_eq!(parts_of(8192, 8192, 65536), 1);
+    // As many parts as have room.
+    assert_eq!(parts_of(8000, 64, 200), 3);
+    assert_eq!(parts_of(8000, 64, 63), 1);
+}
+
+#[test]
+fn a_layer_with_a_window_has_tiles_of_its_own_that_are_not_cut() {
+    let shape = shape(&[None, Some(300), None]);
+    let mut plan = Plan::new(&shape, 132);
+    plan.make(&step(&shape, &[(3000, 64)]));
+    let lists: Vec<usize> = (0..3).map(|layer| plan.lists_of(layer).prefill).collect();
+    assert_eq!(lists, [0, 1, 0]);
+    let most: Vec<usize> = plan.prefills.iter().map(|list| list.most).collect();
+    assert!(
+        most[0] > 1 && most[1] == 1 && plan.prefills[1].sequences.is_empty(),
+        "{most:?}"
+    );
 }
 
 #[test]
@@ -138,7 +208,7 @@ fn a_window_leaves_out_what_is_wholly_before_it() {
 #[test]
 fn what_has_no_room_together_goes_in_chunks() {
     let shape = shape(&[None]);
-    let mut plan = Plan::new(&shape);
+    let mut plan = Plan::new(&shape, 1);
     plan.room = 5;
     plan.make(&step(&shape, &[(511, 1), (1023, 1), (0, 1), (700, 1)]));
     let chunks = plan.chunks(0).iter();
@@ -156,7 +226,7 @@ fn what_has_no_room_together_goes_in_chunks() {
 fn no_step_is_larger_than_the_largest() {
     let windows = [None, Some(300)];
     let shape = shape(&windows);
-    let mut plan = Plan::new(&shape);
+    let mut plan = Plan::new(&shape, 1);
     let largest = plan.largest(&shape.limits).layout().end;
     for spans in [
         vec![(4088, 8); 16],
@@ -175,7 +245,10 @@ fn no_step_is_larger_than_the_largest() {
 #[test]
 fn padding_is_inert() {
     let shape = shape(&[None]);
-    let (mut plan, step) = (Plan::new(&shape), step(&shape, &[(5, 1), (6, 1), (7, 1)]));
+    let (mut plan, step) = (
+        Plan::new(&shape, 1),
+        step(&shape, &[(5, 1), (6, 1), (7, 1)]),
+    );
     plan.make(&step);
     let layout = plan.layout();
     let mut bytes = vec![0xaa; layout.end];
