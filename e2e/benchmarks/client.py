@@ -3,6 +3,7 @@ out, in threads of one process each, so that many answers cost the client little
 
 import concurrent.futures
 import http.client
+import itertools
 import json
 import signal
 import socket
@@ -65,6 +66,14 @@ def get(path):
 def prompt(seed, n, n_ids=120000):
     """Token ids below `n_ids` + 300."""
     return [(seed * 7919 + 31 * i + i * i % 977) % n_ids + 300 for i in range(n)]
+
+
+_seeds = itertools.count(1000)
+
+
+def fresh_prompt(n, n_ids=120000):
+    """One that begins as no other before it: nothing of it is in a prefix cache."""
+    return prompt(next(_seeds), n, n_ids)
 
 
 def post(body, timeout=600):

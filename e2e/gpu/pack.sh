@@ -11,19 +11,19 @@ cargo build --release --locked -p kvasir-kernels --features cuda --bench cuda
 target="${CARGO_TARGET_DIR:-target}"
 cp "$target/release/kvasir-server" "$out/kvasir-server"
 
-# Where cargo put a test's or a benchmark's binary.
-binary() { # package, kind, name, flags
-    cargo test --locked -p "$1" --no-run --message-format json "${@:4}" "--$2" "$3" |
+# Where cargo put a test's or a benchmark's binary; the tests' are those of the test command.
+binary() { # kind, name, flags
+    cargo test --locked --no-run --message-format json "${@:3}" "--$1" "$2" |
         python3 -c 'import json, sys
 for line in sys.stdin:
     found = json.loads(line)
-    if found.get("executable") and found["target"]["name"] == sys.argv[1]: print(found["executable"])' "$3" | tail -n 1
+    if found.get("executable") and found["target"]["name"] == sys.argv[1]: print(found["executable"])' "$2" | tail -n 1
 }
-cp "$(binary kvasir-kernels test cuda_shim --all-features)" "$out/cuda_shim"
+cp "$(binary test cuda_shim --workspace --all-features)" "$out/cuda_shim"
 for name in golden golden_engine; do
-    cp "$(binary kvasir-server test "$name" --all-features)" "$out/${name/%golden/golden_tests}"
+    cp "$(binary test "$name" --workspace --all-features)" "$out/${name/%golden/golden_tests}"
 done
-cp "$(binary kvasir-kernels bench cuda --release --features cuda)" "$out/cuda_bench"
+cp "$(binary bench cuda --release -p kvasir-kernels --features cuda)" "$out/cuda_bench"
 strip "$out"/{kvasir-server,cuda_shim,golden_tests,golden_engine,cuda_bench}
 
 cp -r server/tests/golden/*/ "$out/golden/"

@@ -109,7 +109,7 @@ def median(values):
 def throughput(client, pairs, runs):
     rates = []
     for run in range(runs):
-        jobs = [(client.prompt(1000 * run + i, n), m) for i, (n, m) in enumerate(pairs)]
+        jobs = [(client.fresh_prompt(n), m) for n, m in pairs]
         seconds = client.all_at_once(jobs)
         rates.append(sum(m for _, m in pairs) / seconds)
         print(f"{len(pairs)} requests: {rates[-1]:.0f} output tokens/s", flush=True)
@@ -128,25 +128,31 @@ def serving():
     results["ready_s"] = round(server.ready_s, 2)
     print("ready", results["first_ready_s"], results["ready_s"], flush=True)
     print(open("server.log").read()[-600:], flush=True)
-    client.whole(client.prompt(0, 100), 64)
+    client.whole(client.fresh_prompt(100), 64)
     results["itl_ms"] = {}
     for context in (128, 4096, 32768):
         streams = []
         for run in range(3):
-            times = client.streamed(client.prompt(run, context), 160)
+            times = client.streamed(client.fresh_prompt(context), 160)
             streams.append(median(b - a for a, b in zip(times[20:], times[21:])) * 1e3)
         results["itl_ms"][context] = round(median(streams), 3)
         print("inter-token latency", context, streams, flush=True)
     results["ttft_ms"] = {}
     for n in (128, 512, 2048, 8192):
-        firsts = [client.streamed(client.prompt(50 + run, n), 2)[0] * 1e3 for run in range(7)]
+        firsts = [client.streamed(client.fresh_prompt(n), 2)[0] * 1e3 for _ in range(7)]
         results["ttft_ms"][n] = round(median(firsts), 2)
         print("time to first token", n, firsts, flush=True)
+    # The same prompt again, and one that goes on after it: what the prefix cache saves.
+    ids = client.fresh_prompt(8192)
+    cold, *again = [client.streamed(ids, 2)[0] * 1e3 for _ in range(5)]
+    longer = [client.streamed(ids + client.fresh_prompt(64), 2)[0] * 1e3 for _ in range(5)]
+    results["ttft_cached_ms"] = {"cold": round(cold, 2), "again": round(median(again), 2), "longer": round(median(longer), 2)}
+    print("time to first token with a cached prefix", results["ttft_cached_ms"], flush=True)
     results["decode_tokens_s"] = {}
     for batch in (8, 32, 64, 128, 256):
         rates = []
         for run in range(3):
-            short, long = (client.all_at_once([(client.prompt(run * 999 + i, 128), m) for i in range(batch)])
+            short, long = (client.all_at_once([(client.fresh_prompt(128), m) for _ in range(batch)])
                            for m in (32, 224))  # fmt: skip
             rates.append(batch * 192 / (long - short))
         results["decode_tokens_s"][batch] = round(median(rates))

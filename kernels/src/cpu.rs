@@ -243,6 +243,10 @@ impl Device for CpuDevice {
         1
     }
 
+    fn row_tile(&self) -> usize {
+        16
+    }
+
     fn is_batch_invariant(&self) -> bool {
         true
     }

@@ -127,6 +127,10 @@ impl<D: Driver> Device for CudaDevice<D> {
         2
     }
 
+    fn row_tile(&self) -> usize {
+        128
+    }
+
     fn add_model(&mut self, shape: &ModelShape) -> Result<Model, DeviceError> {
         assert_eq!(
             self.cache_bytes, 0,

@@ -203,6 +203,8 @@ pub trait Device: Send {
     fn describe(&self) -> String;
     /// Steps that may be under way at once: 1, or 2 where the device runs ahead of the host.
     fn depth(&self) -> usize;
+    /// Rows that large products are computed in at once: a part of so many costs as much as all of them.
+    fn row_tile(&self) -> usize;
     /// The same tokens at the same positions leave the same bits in the KV cache, whatever else ran with them and in
     /// whatever chunks: of two blocks that hold the same tokens after the same ones, either may stand for both.
     fn is_batch_invariant(&self) -> bool {

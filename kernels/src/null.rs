@@ -173,6 +173,10 @@ impl Device for NullDevice {
         1
     }
 
+    fn row_tile(&self) -> usize {
+        1
+    }
+
     fn is_batch_invariant(&self) -> bool {
         true
     }

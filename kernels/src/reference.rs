@@ -427,6 +427,10 @@ impl Device for ReferenceDevice {
         1
     }
 
+    fn row_tile(&self) -> usize {
+        1
+    }
+
     fn is_batch_invariant(&self) -> bool {
         true
     }

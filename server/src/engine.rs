@@ -166,10 +166,10 @@ impl EngineLoop {
         Self {
             blocks: BlockPool::new(info.n_blocks, info.groups.clone(), info.prefix_caching),
             scheduler: Scheduler::new(info.limits, info.max_model_len),
+            pacer: PrefillPacer::new(info.limits.max_tokens as u32, executor.row_tile() as u32),
             executor,
             outputs,
             in_flight: VecDeque::new(),
-            pacer: PrefillPacer::new(info.limits.max_tokens as u32),
             collected: None,
             arrived: HashMap::new(),
             admitted: Vec::new(),
@@ -200,7 +200,7 @@ impl EngineLoop {
     /// One step: schedules a batch, starts it, and takes the results of the oldest under way when the device has as
     /// many as it can run at once.
     fn step(&mut self) -> Result<(), EngineError> {
-        let prompt_tokens = self.pacer.budget();
+        let prompt_tokens = self.pacer.budget(self.scheduler.next_step());
         let schedule = self.scheduler.schedule(&mut self.blocks, prompt_tokens);
         self.count(&schedule);
         // A step may take long: who reads the load meanwhile sees what runs in it.
@@ -208,14 +208,12 @@ impl EngineLoop {
         let n_tokens = schedule.input.tokens.len() as u32;
         if n_tokens > 0 {
             self.counters.computed_tokens += u64::from(n_tokens);
+            let size = schedule.size();
             let submitted = Instant::now();
             let ticket = self.executor.submit(schedule.input, &schedule.requests);
             self.in_flight.push_back(InFlight {
                 ticket: ticket.map_err(EngineError::Device)?,
-                size: StepSize {
-                    n_decodes: schedule.n_decodes,
-                    n_prompt: n_tokens - schedule.n_decodes,
-                },
+                size,
                 submitted,
             });
         }
@@ -234,8 +232,9 @@ impl EngineLoop {
         let began = self
             .collected
             .map_or(step.submitted, |at| at.max(step.submitted));
-        self.pacer
-            .observe(step.size, now.saturating_duration_since(began));
+        let took = now.saturating_duration_since(began);
+        tracing::trace!(size = ?step.size, ?took, "step");
+        self.pacer.observe(step.size, took);
         self.collected = Some(now);
         let outputs = self.scheduler.commit(&mut self.blocks, sampled);
         self.counters.steps += 1;

@@ -354,6 +354,10 @@ impl Executor for ModelExecutor {
         self.device.depth()
     }
 
+    fn row_tile(&self) -> usize {
+        self.device.row_tile()
+    }
+
     fn submit(
         &mut self,
         mut input: StepInput,

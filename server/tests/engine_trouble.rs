@@ -53,6 +53,10 @@ impl Executor for Scripted {
         1
     }
 
+    fn row_tile(&self) -> usize {
+        1
+    }
+
     fn submit(&mut self, input: StepInput, _: &[LogitsRow]) -> Result<Ticket, DeviceError> {
         self.n_rows = input.logits.len();
         let _ = self.begins.send(());

@@ -11,6 +11,8 @@ use kvasir_kernels::step::{DeviceOutput, LogitsRow, StepInput};
 pub trait Executor: Send {
     /// Steps that may be under way at once: 1 or 2.
     fn depth(&self) -> usize;
+    /// Rows that large products are computed in at once, as [`Device`](kvasir_kernels::device::Device) says it.
+    fn row_tile(&self) -> usize;
     /// Starts a step, whose model is the executor's to fill in, and what is wanted of each of its rows of logits.
     fn submit(&mut self, input: StepInput, requests: &[LogitsRow]) -> Result<Ticket, DeviceError>;
     /// Waits for the oldest step under way.

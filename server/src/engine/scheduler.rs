@@ -26,6 +26,7 @@ use kvasir_kernels::shape::Limits;
 use kvasir_kernels::step::{DeviceOutput, LogitsRow, Span, StepInput, TableRow, TableUpdate};
 
 use super::blocks::{Allocation, Appended, BlockPool, BlockTable, Written};
+use super::pacer::{NextStep, StepSize};
 use super::prefix::{PrefixChain, PrefixHit};
 use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
 use fork::Fork;
@@ -96,6 +97,23 @@ pub struct Schedule {
     pub admitted: Vec<Admitted>,
     /// Requests that wait again.
     pub preempted: Vec<RequestId>,
+}
+
+impl Schedule {
+    /// What the step is made of. Decodes come first.
+    pub fn size(&self) -> StepSize {
+        let prompts = self.input.spans.iter();
+        let prompts = prompts.filter(|span| span.first_token >= self.n_decodes);
+        let pairs = |span: &Span| {
+            let (n, first) = (u64::from(span.n_tokens), u64::from(span.first_position));
+            n * first + n * n / 2
+        };
+        StepSize {
+            n_decodes: self.n_decodes,
+            n_prompt: self.input.tokens.len() as u32 - self.n_decodes,
+            n_pairs: prompts.map(pairs).sum(),
+        }
+    }
 }
 
 /// A request that starts to run.
@@ -254,6 +272,19 @@ impl Scheduler {
     /// Some sequence of the request has not ended.
     pub fn is_live(&self, id: RequestId) -> bool {
         self.keys.contains_key(&id)
+    }
+
+    /// What the next step is about to be made of, before it is decided how many prompt tokens it has.
+    pub fn next_step(&self) -> NextStep {
+        let running = || self.rows_in_order().map(|row| self.at(row));
+        let short_tokens = self.short_tokens();
+        let is_long = |running: &&RunningSequence| running.n_ready() as usize > short_tokens;
+        NextStep {
+            n_decodes: running().filter(|running| running.n_ready() == 1).count() as u32,
+            position: running()
+                .find(is_long)
+                .map_or(0, |running| running.n_scheduled),
+        }
     }
 
     /// Decides the next batch, who is admitted to it and who is preempted for it. Where sequences decode, at most
@@ -466,7 +497,7 @@ impl Scheduler {
         let room = most_tokens.saturating_sub(batch.n_tokens());
         batch.most_tokens = batch.n_tokens() + room / 4;
         let left = |row: &TableRow| self.at(*row).n_ready() as usize;
-        let short_tokens = SHORT_TOKENS.min(self.limits.max_tokens / 4);
+        let short_tokens = self.short_tokens();
         let is_short = |row: &TableRow| (2..=short_tokens).contains(&left(row));
         let mut rows: Vec<TableRow> = self.rows_in_order().filter(is_short).collect();
         rows.sort_by_key(left);
@@ -487,6 +518,11 @@ impl Scheduler {
             }
         }
         batch.most_tokens = most_tokens;
+    }
+
+    /// A prompt of which at most so many tokens are left is short.
+    fn short_tokens(&self) -> usize {
+        SHORT_TOKENS.min(self.limits.max_tokens / 4)
     }
 
     /// Looks up what the group at the head of the queue needs, and one more, each in its turn: what the cache holds for
