@@ -22,10 +22,10 @@ mod weights;
 
 use crate::device::{
     Buffer, Device, DeviceError, DeviceOptions, Experts, ExpertsShape, Finished, Forward, Logits,
-    Memory, Model, Rows, Ticket, Vector, Weight,
+    Memory, Rows, Ticket, Vector, Weight,
 };
 use crate::sampling;
-use crate::shape::{Capabilities, ModelShape, Numerics};
+use crate::shape::{Capabilities, Model, ModelShape, Numerics};
 use crate::step::{DeviceOutput, LogitsRow, StepInput};
 use crate::stored::{StoredMatrix, TensorView};
 use attention::Scratch;

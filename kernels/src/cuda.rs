@@ -7,13 +7,14 @@
 //! Attention, norms, experts and sampling give the same bits in every batch; other products are cuBLASLt's, whose order
 //! of sums depends on the number of rows: a crowd is equal to each request alone within their rounding, not to the bit.
 //!
-//! - [`driver`]: what is needed of a GPU.
+//! - [`driver`]: what is needed of a GPU; [`bounds`]: what it may touch.
 //! - [`interface`]: what Rust and the kernels' sources have in common; [`kernel`]: the kernels' launches.
 //! - `plan`: pure: what of a step goes up, and where it lies.
 //! - `pass`: the operations of a forward pass as launches.
 //! - `buffers`: where everything lies; `model`: what there is once a model; `graphs`: the shapes that came again.
 //! - `prepare`: weights and buffers; `submit`: the life of a step.
 
+pub mod bounds;
 mod buffers;
 pub mod driver;
 #[cfg(feature = "cuda")]
@@ -33,9 +34,9 @@ use std::collections::VecDeque;
 
 use crate::device::{
     Buffer, Device, DeviceError, DeviceOptions, Experts, ExpertsShape, Forward, Logits, Memory,
-    Model, Rows, Ticket, Vector, Weight,
+    Rows, Ticket, Vector, Weight,
 };
-use crate::shape::ModelShape;
+use crate::shape::{Model, ModelShape};
 use crate::step::{DeviceOutput, LogitsRow, StepInput};
 use crate::stored::{Dtype, StoredMatrix, TensorView};
 use buffers::{DeviceBuffers, PageLayout};

@@ -10,7 +10,8 @@
 //! so that a request gives exactly the same tokens alone and in a crowd; a device whose products come from a library
 //! that decides otherwise says so. *Inert rows*: padding changes nothing.
 
-use crate::shape::{LayerId, ModelShape, Numerics};
+pub use crate::error::DeviceError;
+use crate::shape::{LayerId, Model, ModelShape, Numerics};
 use crate::step::{DeviceOutput, LogitsRow, StepInput};
 use crate::stored::{StoredMatrix, TensorView};
 
@@ -22,10 +23,6 @@ pub struct DeviceOptions {
     /// Memory in bytes that the device may use in all, where it is less than what the device finds.
     pub memory_limit: Option<u64>,
 }
-
-/// A model on the device, in the order in which they were added.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Model(pub u32);
 
 /// A prepared matrix `[out, in]`, in whatever layout and precision the device prefers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,45 +106,6 @@ pub struct Memory {
     pub workspace: u64,
     /// Taken by others and not available to the KV cache (the process itself, other processes on a GPU).
     pub other: u64,
-}
-
-/// Why a device can't do what is asked.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// Not enough memory.
-    #[error("{what} needs {needed_bytes} bytes, {available_bytes} are available")]
-    OutOfMemory {
-        /// What was to be allocated.
-        what: &'static str,
-        /// Its size.
-        needed_bytes: u64,
-        /// What is left.
-        available_bytes: u64,
-    },
-    /// The device has no operation for this shape or dtype.
-    #[error("the {device} device does not support {what}")]
-    Unsupported {
-        /// The device's name.
-        device: &'static str,
-        /// What was asked.
-        what: String,
-    },
-    /// There is no such device here, or it can't be used.
-    #[error("no {device} device can be used: {why}")]
-    Unavailable {
-        /// The device's name.
-        device: &'static str,
-        /// What is missing, with the numbers.
-        why: String,
-    },
-    /// The device itself failed; nothing that it holds can be trusted any more.
-    #[error("the {device} device failed: {message}")]
-    Failed {
-        /// The device's name.
-        device: &'static str,
-        /// Its own words.
-        message: String,
-    },
 }
 
 /// The operations of a forward pass. Shapes below: `T` tokens of the step, `L` rows of logits.

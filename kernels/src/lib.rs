@@ -18,6 +18,7 @@ pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-shim"))]
 pub mod cuda;
 pub mod device;
+mod error;
 pub mod mapped;
 pub mod null;
 pub mod reference;

@@ -6,9 +6,9 @@
 
 use crate::device::{
     Activation, Buffer, Device, DeviceError, Experts, ExpertsShape, Finished, Forward, HeadNorms,
-    Logits, Memory, Model, Ops, Rows, Ticket, Vector, Weight,
+    Logits, Memory, Ops, Rows, Ticket, Vector, Weight,
 };
-use crate::shape::{Capabilities, LayerId, ModelShape};
+use crate::shape::{Capabilities, LayerId, Model, ModelShape};
 use crate::step::{DeviceOutput, LogitsRequest, LogitsRow, Sampled, Step, StepInput};
 use crate::stored::{StoredMatrix, TensorView};
 

@@ -5,10 +5,10 @@
 
 use crate::device::{
     Activation, Buffer, Device, DeviceError, Experts, ExpertsShape, Finished, Forward, HeadNorms,
-    Logits, Memory, Model, Ops, Rows, Ticket, Vector, Weight,
+    Logits, Memory, Ops, Rows, Ticket, Vector, Weight,
 };
 use crate::sampling::{self, Scratch};
-use crate::shape::{CacheId, Capabilities, LayerId, ModelShape, Rope};
+use crate::shape::{CacheId, Capabilities, LayerId, Model, ModelShape, Rope};
 use crate::step::{BlockId, DeviceOutput, LogitsRow, Step, StepInput};
 use crate::stored::{StoredMatrix, TensorView};
 

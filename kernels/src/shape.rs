@@ -5,7 +5,11 @@
 
 use std::num::NonZeroU32;
 
-use crate::device::DeviceError;
+use crate::error::DeviceError;
+
+/// A model on the device, in the order in which they were added.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Model(pub u32);
 
 /// What a number is kept in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

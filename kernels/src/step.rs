@@ -5,8 +5,7 @@
 
 use std::num::NonZeroU32;
 
-use crate::device::Model;
-use crate::shape::{CacheShape, ModelShape};
+use crate::shape::{CacheShape, Model, ModelShape};
 
 /// A block of the KV cache: one page, which holds [`ModelShape::block_size`] tokens of every layer of one cache group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -14,8 +14,8 @@ use kvasir_crds::llmdeployment::{LLMDeploymentStatus, Reason};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::cache::key_of;
 use crate::error::{Error, in_time};
+use crate::key::key_of;
 use crate::observe::Sources;
 use crate::observed::{Child, ObservedChildren};
 use crate::plan::children::{Children, FIELD_MANAGER};

@@ -12,7 +12,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::sync::watch;
 
-use crate::cache::Key;
+use crate::key::Key;
 
 /// How long the answers of one deployment are waited for.
 const PATIENCE: Duration = Duration::from_millis(250);

@@ -21,12 +21,10 @@ use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
 use tokio::sync::{OnceCell, watch};
 
+use crate::key::{Key, key_of};
 use crate::last_writes::{LastRefusals, LastWrites};
 use crate::pod::deployment_of;
 use crate::stored::Stored;
-
-/// Namespace and name.
-pub type Key = (String, String);
 
 /// The reading side.
 #[derive(Debug)]
@@ -308,11 +306,6 @@ pub fn strip_warning(event: &mut CoreEvent) {
         last_timestamp: event.last_timestamp.take(),
         ..CoreEvent::default()
     };
-}
-
-/// Namespace and name of an object.
-pub fn key_of<K: Resource>(object: &K) -> Key {
-    (object.namespace().unwrap_or_default(), object.name_any())
 }
 
 fn get<K>(store: &Store<K>, (namespace, name): &Key) -> Option<Arc<K>>

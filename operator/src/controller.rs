@@ -22,9 +22,10 @@ use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 use serde::de::DeserializeOwned;
 
 use crate::apply::{apply, publish, write_status};
-use crate::cache::{Cache, Key, Pods, Warnings, Writers, key_of, strip_warning};
+use crate::cache::{Cache, Pods, Warnings, Writers, strip_warning};
 use crate::error::Error;
 use crate::health::{Health, WATCH_SECONDS};
+use crate::key::{Key, key_of};
 use crate::metrics::{Figures, Metrics};
 use crate::observe::{LoadReader, LogReader, Sources, observe};
 use crate::observed::{Child, Observed};

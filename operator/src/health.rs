@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::http::{Request, Response};
 use tokio::time::Instant;
 
-use crate::cache::Key;
+use crate::key::Key;
 
 /// The API server ends a watch after this long, and it is begun again: so each tells once a minute that it moves.
 pub const WATCH_SECONDS: u32 = 60;

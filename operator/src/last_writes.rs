@@ -12,7 +12,7 @@ use kube::Resource;
 use kube::core::Status;
 use serde_json::Value;
 
-use crate::cache::{Key, key_of};
+use crate::key::{Key, key_of};
 
 /// A request that was refused is made again after this long: a quota may have been raised, a right granted.
 const REFUSAL_STANDS: Duration = Duration::from_secs(20);

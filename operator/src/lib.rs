@@ -10,6 +10,7 @@ pub mod cache;
 pub mod controller;
 pub mod error;
 pub mod health;
+pub mod key;
 pub mod last_writes;
 pub mod lease;
 pub mod metrics;

@@ -20,8 +20,9 @@ use kube::{Api, Client, ResourceExt};
 use kvasir_crds::LoadReport;
 
 use crate::asked::{Asked, Worth};
-use crate::cache::{Cache, Key};
+use crate::cache::Cache;
 use crate::error::{Error, in_time};
+use crate::key::Key;
 use crate::observed::{Child, LastLine, Observed, ObservedChildren, ReplicaLoad};
 use crate::plan::status::MAX_NOT_READY;
 use crate::pod::{

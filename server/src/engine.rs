@@ -3,6 +3,7 @@
 //! Requests go in through a bounded inbox ([`EngineHandle`]); each step sends one message, who was admitted and the
 //! outputs of all its sequences, to the output thread. It knows token ids, never text, and no clock but for ages and the heartbeat.
 //!
+//! - [`groups`]: pure: which blocks a sequence holds when, by kind of layer.
 //! - [`blocks`]: pure: the block pool and block tables.
 //! - [`prefix`]: pure: which blocks hold which tokens. `eviction`: which of them go first.
 //! - [`scheduler`]: pure: continuous batching, preemption.
@@ -12,6 +13,7 @@
 pub mod blocks;
 mod eviction;
 pub mod executor;
+pub mod groups;
 mod handle;
 pub mod pacer;
 pub mod prefix;
@@ -27,8 +29,9 @@ use kvasir_kernels::device::{DeviceError, Ticket};
 use kvasir_kernels::shape::Limits;
 use kvasir_kernels::stored::Dtype;
 
-use blocks::{BlockPool, CacheGroups};
+use blocks::BlockPool;
 use executor::Executor;
+use groups::CacheGroups;
 use handle::{Command, Snapshot};
 pub use handle::{Counters, EngineHandle};
 use pacer::{PrefillPacer, StepSize};

@@ -21,15 +21,15 @@ pub mod weights;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
-use kvasir_kernels::device::{Device, DeviceError, DeviceOptions, Memory, Model, Ticket};
+use kvasir_kernels::device::{Device, DeviceError, DeviceOptions, Memory, Ticket};
 use kvasir_kernels::null::NullDevice;
-use kvasir_kernels::shape::{Limits, ModelShape, Numerics, Precision};
+use kvasir_kernels::shape::{Limits, Model, ModelShape, Numerics, Precision};
 use kvasir_kernels::step::{DeviceOutput, LogitsRow, StepInput};
 use kvasir_kernels::stored::Dtype;
 
 use crate::engine::ModelInfo;
-use crate::engine::blocks::{CacheGroups, GroupKind};
 use crate::engine::executor::Executor;
+use crate::engine::groups::{CacheGroups, GroupKind};
 use crate::engine::prefix::{PrefixCaching, PrefixKey};
 use config::ModelConfig;
 use decoder::Decoder;

@@ -10,16 +10,33 @@ mod scratch;
 
 pub(crate) use scratch::{AttentionPlan, Scratch, ThreadScratch};
 
-use super::kv_cache::KvCache;
-use super::model::LayerPlan;
+use super::kv_cache::{CacheLayout, KvCache};
 use super::pool::Pool;
 use super::rows::RowsView;
 use super::simd::SimdOps;
 use super::tile::{LANES, Tile, TileFn, elements_per_pair};
 use crate::sampling::exp;
-use crate::shape::Precision;
+use crate::shape::{AttentionShape, CacheShape, Precision};
 use crate::step::Step;
 use std::ops::Range;
+
+/// An attention layer with everything that follows from its shape.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LayerPlan {
+    pub(crate) shape: AttentionShape,
+    pub(crate) cache: CacheShape,
+    /// Index of the cache's group.
+    pub(crate) group: usize,
+    pub(crate) layout: CacheLayout,
+    pub(crate) attention: AttentionPlan,
+}
+
+impl LayerPlan {
+    /// Columns of the layer's queries, keys and values.
+    pub(crate) fn qkv_cols(&self) -> usize {
+        (self.shape.n_heads + 2 * self.cache.n_kv_heads) * self.cache.head_dim
+    }
+}
 
 /// Consecutive tokens of one span whose queries pass the cache together.
 #[derive(Clone, Copy, Debug)]

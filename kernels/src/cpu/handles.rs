@@ -1,6 +1,6 @@
 //! What the models on the device own, by handle: a handle serves only the model that it was made for.
 
-use crate::device::Model;
+use crate::shape::Model;
 
 /// Items of one kind, of all models.
 #[derive(Debug)]

@@ -1,10 +1,10 @@
 //! What the device keeps of a model beside its weights: its shape and block tables, the plan of each attention layer,
 //! and what is worked out once for a step and used by all layers.
 
-use super::attention::{AttentionPlan, QueryTile, cut_tiles};
+use super::attention::{AttentionPlan, LayerPlan, QueryTile, cut_tiles};
 use super::kv_cache::CacheLayout;
 use crate::device::Rows;
-use crate::shape::{AttentionShape, CacheShape, LayerId, ModelShape, Precision, Rope};
+use crate::shape::{AttentionShape, LayerId, ModelShape, Precision, Rope};
 use crate::step::{Step, StepInput};
 
 /// A model on the device.
@@ -15,24 +15,6 @@ pub(crate) struct ModelState {
     pub(crate) layers: Vec<LayerPlan>,
     pub(crate) rope_tables: Vec<RopeTable>,
     query_tiles: Vec<QueryTiles>,
-}
-
-/// An attention layer with everything that follows from its shape.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct LayerPlan {
-    pub(crate) shape: AttentionShape,
-    pub(crate) cache: CacheShape,
-    /// Index of the cache's group.
-    pub(crate) group: usize,
-    pub(crate) layout: CacheLayout,
-    pub(crate) attention: AttentionPlan,
-}
-
-impl LayerPlan {
-    /// Columns of the layer's queries, keys and values.
-    pub(crate) fn qkv_cols(&self) -> usize {
-        (self.shape.n_heads + 2 * self.cache.n_kv_heads) * self.cache.head_dim
-    }
 }
 
 /// Cosines and sines of the step's tokens for one rotary embedding, `[tokens][frequencies]`.

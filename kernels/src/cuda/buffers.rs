@@ -1,8 +1,8 @@
 //! Where everything lies on the device that operations name: addresses and shapes only, which never change once the models
 //! are built.
 
-use crate::device::{Activation, Model, Rows};
-use crate::shape::{CacheId, ModelShape};
+use crate::device::{Activation, Rows};
+use crate::shape::{CacheId, Model, ModelShape};
 
 /// What handles name, of all models, and the cache.
 #[derive(Debug, Default)]

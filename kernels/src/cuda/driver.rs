@@ -3,55 +3,10 @@
 //! [`super::gpu::Gpu`] is the real one; `super::shim::Shim` runs the kernels' own source on the CPU, so that everything
 //! above this trait is proved without a GPU. It knows no model and no step.
 
-use std::collections::BTreeMap;
-
 use crate::device::DeviceError;
 
-use super::interface::{In, Out};
+use super::bounds::Allocations;
 use super::kernel::{Arguments, Launch};
-
-/// The memory that a driver has allocated: what kernels, products and copies may touch.
-#[derive(Debug, Default)]
-pub struct Allocations(BTreeMap<u64, u64>);
-
-impl Allocations {
-    /// Takes a new one in. It lives as long as its driver.
-    pub fn add(&mut self, address: u64, bytes: u64) {
-        self.0.insert(address, bytes);
-    }
-
-    /// Asserts that all of `address..address + bytes` is in one allocation. No bytes are anywhere.
-    pub fn assert_within(&self, what: &str, address: u64, bytes: u64) {
-        let within = |(&start, &size): (&u64, &u64)| address - start + bytes <= size;
-        let found = self.0.range(..=address).next_back();
-        assert!(
-            bytes == 0 || found.is_some_and(within),
-            "{what}: {bytes} bytes at {address:#x} are not in the device's memory"
-        );
-    }
-}
-
-/// What the arguments of a launch are held against, for [`Arguments::check`].
-#[derive(Debug)]
-pub struct Bounds<'a> {
-    /// The kernel's name.
-    pub(super) what: &'static str,
-    pub(super) memory: &'a Allocations,
-}
-
-impl Bounds<'_> {
-    /// The kernel reads `n` elements.
-    pub fn reads<T>(&self, from: In<T>, n: u64) {
-        self.memory
-            .assert_within(self.what, from.address(), n * size_of::<T>() as u64);
-    }
-
-    /// The kernel writes (and may read) `n` elements.
-    pub fn writes<T>(&self, to: Out<T>, n: u64) {
-        self.memory
-            .assert_within(self.what, to.address(), n * size_of::<T>() as u64);
-    }
-}
 
 /// Host memory that the device copies from and to without a detour. It lives as long as its driver.
 #[derive(Debug)]

@@ -18,7 +18,8 @@ use cudarc::driver::sys::{self, CUfunction_attribute_enum as FunctionAttribute};
 
 use crate::device::DeviceError;
 
-use super::driver::{Allocations, DeviceMemory, Driver, FillRow, Gemm, Pinned};
+use super::bounds::Allocations;
+use super::driver::{DeviceMemory, Driver, FillRow, Gemm, Pinned};
 use super::kernel::{Arguments, Launch};
 use context::{Context, failed};
 pub use context::{Event, Graph};

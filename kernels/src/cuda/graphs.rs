@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use crate::device::Model;
+use crate::shape::Model;
 
 use super::plan::StepShape;
 

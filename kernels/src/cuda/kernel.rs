@@ -8,7 +8,7 @@ mod experts;
 
 use std::marker::PhantomData;
 
-use super::driver::{Allocations, Bounds};
+use super::bounds::{Allocations, Bounds};
 pub use super::interface::*;
 pub use attention::{
     HeadDim, PrefillKind, combine_split_kv, paged_decode, paged_prefill, rope_append,

@@ -1,7 +1,7 @@
 //! What the device keeps of one model: its shape and step, and where what a step brings and gives lies.
 
-use crate::device::{DeviceError, DeviceOptions, Model, Rows};
-use crate::shape::{Capabilities, ModelShape, Precision, Rope};
+use crate::device::{DeviceError, DeviceOptions, Rows};
+use crate::shape::{Capabilities, Model, ModelShape, Precision, Rope};
 use crate::step::Step;
 
 use super::driver::{Driver, Pinned};

@@ -6,9 +6,9 @@ mod attention;
 mod experts;
 
 use crate::device::{
-    Activation, Buffer, DeviceError, Experts, HeadNorms, Logits, Model, Ops, Rows, Vector, Weight,
+    Activation, Buffer, DeviceError, Experts, HeadNorms, Logits, Ops, Rows, Vector, Weight,
 };
-use crate::shape::LayerId;
+use crate::shape::{LayerId, Model};
 
 use super::buffers::{ActivationBuffer, DeviceBuffers, Matrix};
 use super::driver::{Driver, Gemm, GemmOutput, GemmShape};

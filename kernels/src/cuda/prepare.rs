@@ -1,8 +1,7 @@
 //! Weights on their way to the device, and the workspace of the model that is being built.
 
-use crate::device::{
-    Buffer, DeviceError, Experts, ExpertsShape, Logits, Model, Rows, Vector, Weight,
-};
+use crate::device::{Buffer, DeviceError, Experts, ExpertsShape, Logits, Rows, Vector, Weight};
+use crate::shape::Model;
 use crate::stored::{Dtype, StoredMatrix, TensorView};
 
 use super::buffers::{

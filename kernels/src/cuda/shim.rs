@@ -11,7 +11,8 @@ use std::sync::{Arc, OnceLock};
 
 use crate::device::DeviceError;
 
-use super::driver::{Allocations, DeviceMemory, Driver, FillRow, Gemm, GemmOutput, Pinned};
+use super::bounds::Allocations;
+use super::driver::{DeviceMemory, Driver, FillRow, Gemm, GemmOutput, Pinned};
 use super::kernel::{Arguments, Launch};
 
 /// What the driver says the GPU has.

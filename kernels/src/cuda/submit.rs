@@ -1,7 +1,8 @@
 //! The life of a step: what it brings goes up, the pass runs or is replayed, rows of logits are sampled, and what was
 //! sampled comes down.
 
-use crate::device::{DeviceError, Forward, Logits, Model, Ticket};
+use crate::device::{DeviceError, Forward, Logits, Ticket};
+use crate::shape::Model;
 use crate::step::{DeviceOutput, LogitsRow, Sampled, StepInput};
 
 use super::CudaDevice;

@@ -1,7 +1,7 @@
 //! Fills blocks with NaN through the contract: what is read though nobody wrote it shows in every result.
 
 use kvasir_kernels::device::*;
-use kvasir_kernels::shape::LayerId;
+use kvasir_kernels::shape::{LayerId, Model};
 use kvasir_kernels::step::*;
 use kvasir_kernels::stored::*;
 

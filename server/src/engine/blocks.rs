@@ -13,8 +13,6 @@
 //! When no block is free, tails are evicted before full blocks, and those that were let go first before others. A table
 //! lets its last block go first, so that the beginning of a sequence, which more others share, stays longest.
 
-mod groups;
-
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,8 +20,8 @@ use std::sync::Arc;
 use kvasir_kernels::step::BlockId;
 
 use super::eviction::EvictionList;
+use super::groups::{CacheGroups, GroupKind};
 use super::prefix::{Findable, PrefixCaching, PrefixChain, PrefixHit, PrefixIndex};
-pub use groups::{CacheGroups, GroupKind};
 
 /// The blocks of one group, in the order of the tokens that they hold: block `i` of the sequence is `blocks[i - first]`.
 #[derive(Debug, Default)]

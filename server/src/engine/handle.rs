@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use kvasir_crds::LoadReport;
 use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA, SlotCounts};
 
-use super::blocks::{CacheGroups, PoolCounts};
+use super::blocks::PoolCounts;
+use super::groups::CacheGroups;
 use super::prefix::PrefixChain;
 use super::scheduler::Load;
 use super::{ModelInfo, Request, RequestId, SubmitError};

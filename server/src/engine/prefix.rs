@@ -13,7 +13,7 @@ use std::sync::Arc;
 use kvasir_kernels::step::BlockId;
 use sha2::{Digest, Sha256};
 
-use super::blocks::GroupKind;
+use super::groups::GroupKind;
 
 /// Names some tokens and all before them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,6 +1,6 @@
 //! Launches of the kernels that know the paged cache.
 
-use super::super::driver::Bounds;
+use super::super::bounds::Bounds;
 use super::*;
 
 /// A head size that the attention kernels are compiled for.

@@ -1,6 +1,6 @@
 //! Launches of the kernels of a mixture of experts.
 
-use super::super::driver::Bounds;
+use super::super::bounds::Bounds;
 use super::*;
 
 /// A warp each token.

@@ -12,7 +12,7 @@ use kvasir_kernels::step::{BlockId, LogitsRequest, Sampled, SamplingParams, Toke
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::blocks::{CacheGroups, GroupKind};
+use crate::engine::groups::{CacheGroups, GroupKind};
 use crate::engine::prefix::{PrefixCaching, PrefixKey};
 
 const VOCABULARY: u32 = 11;
