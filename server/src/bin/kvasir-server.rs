@@ -355,6 +355,8 @@ fn start_log(format: LogFormat) {
         tracing_subscriber::EnvFilter::try_from_env("KVASIR_LOG").unwrap_or_else(|_| "info".into());
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would panic where standard error is closed, and the task that logs, such as that of the drain, with it.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
