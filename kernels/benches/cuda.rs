@@ -16,7 +16,7 @@ use std::time::Instant;
 use kvasir_kernels::cuda::driver::{Driver, Gemm, GemmOutput, GemmShape};
 use kvasir_kernels::cuda::gpu::Gpu;
 use kvasir_kernels::cuda::kernel::{
-    self, GatedActivationArgs, GroupByExpertArgs, GroupedGemmArgs, HeadDim, In, KvCache, NO_WINDOW,
+    self, GatedActivationArgs, GroupByExpertArgs, GroupedGemmArgs, HeadDim, KvCache, NO_WINDOW,
     PARTITION, PagedDecodeArgs, PagedPrefillArgs, PrefillKind, PrefillTile, RmsNormArgs, SILU,
     SampleArgs, SampleRow, SplitKvSequence, SplitKvTile,
 };
@@ -354,19 +354,8 @@ fn prefill(gpu: &mut Gpu, cache: u64, qkv: u64, chunk: Chunk) {
         tanh_scale: 0.0,
     };
     let merged = PagedDecodeArgs {
-        cache,
-        out: args.out,
-        qkv: args.qkv,
-        tiles: In::NULL,
         sequences: sequences.into(),
-        partial_out: args.partial_out,
-        partial_softmax: args.partial_softmax,
-        out_stride: args.out_stride,
-        qkv_stride: args.qkv_stride,
-        n_heads: HEADS,
-        window,
-        scale_log2: args.scale_log2,
-        tanh_scale: 0.0,
+        ..PagedDecodeArgs::like(&args)
     };
     let us = time(gpu, |gpu, _| {
         let launch = kernel::paged_prefill(n_tiles, KV_HEADS, size, kind);

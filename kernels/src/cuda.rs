@@ -132,6 +132,10 @@ impl<D: Driver> Device for CudaDevice<D> {
         128
     }
 
+    fn is_batch_invariant(&self) -> bool {
+        false
+    }
+
     fn add_model(&mut self, shape: &ModelShape) -> Result<Model, DeviceError> {
         assert_eq!(
             self.cache_bytes, 0,

@@ -165,9 +165,7 @@ pub trait Device: Send {
     fn row_tile(&self) -> usize;
     /// The same tokens at the same positions leave the same bits in the KV cache, whatever else ran with them and in
     /// whatever chunks: of two blocks that hold the same tokens after the same ones, either may stand for both.
-    fn is_batch_invariant(&self) -> bool {
-        false
-    }
+    fn is_batch_invariant(&self) -> bool;
 
     /// Adds a model; what is prepared and planned from now on is its own. `Err` where the device can't run it.
     fn add_model(&mut self, shape: &ModelShape) -> Result<Model, DeviceError>;

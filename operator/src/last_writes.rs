@@ -72,7 +72,10 @@ impl<K: Resource, W> LastWrites<K, W> {
 
 /// What the API server refused of late: the same request is not made again at each look.
 #[derive(Debug, Default)]
-pub struct LastRefusals(Mutex<HashMap<Key, HashMap<Cow<'static, str>, LastRefusal>>>);
+pub struct LastRefusals(Mutex<HashMap<Key, Refusals>>);
+
+/// By kind.
+type Refusals = HashMap<Cow<'static, str>, LastRefusal>;
 
 #[derive(Debug)]
 struct LastRefusal {
@@ -90,7 +93,7 @@ impl LastRefusals {
         wanted: &Value,
         now: Instant,
     ) -> Option<Box<Status>> {
-        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = self.lock();
         let refusal = held.get(key)?.get(kind)?;
         let stands = refusal.wanted == *wanted && now.duration_since(refusal.at) < REFUSAL_STANDS;
         stands.then(|| refusal.said.clone())
@@ -110,14 +113,17 @@ impl LastRefusals {
             at: now,
             said,
         };
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.lock();
         held.entry(key).or_default().insert(kind, refusal);
     }
 
     /// Forgets a deployment that is gone.
     pub fn remove(&self, key: &Key) {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        held.remove(key);
+        self.lock().remove(key);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Refusals>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -9,6 +9,8 @@ pub mod asked;
 pub mod cache;
 pub mod controller;
 pub mod error;
+#[cfg(test)]
+mod fake_api;
 pub mod health;
 pub mod key;
 pub mod last_writes;

@@ -308,19 +308,8 @@ impl PagedSequences {
         };
         let grid = kernel::paged_prefill(tiles.len(), n_kv_heads as u32, size, kind);
         let merged = PagedDecodeArgs {
-            cache: args.cache,
-            out: args.out,
-            qkv: args.qkv,
-            tiles: In::NULL,
             sequences: address(combined.as_ptr()),
-            partial_out: args.partial_out,
-            partial_softmax: args.partial_softmax,
-            out_stride: args.out_stride,
-            qkv_stride: args.qkv_stride,
-            n_heads: args.n_heads,
-            window: args.window,
-            scale_log2,
-            tanh_scale,
+            ..PagedDecodeArgs::like(&args)
         };
         let combine = kernel::combine_split_kv(combined.len(), n_parts, args.n_heads, size);
         // SAFETY: every vector holds what the fields above say, and tables and positions stay inside the cache.

@@ -1,12 +1,9 @@
 //! A reconcile against an API server that fails or refuses one request: what may pass is an error that names the step, a
 //! refusal is told, and neither keeps the rest from being written.
 
-use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use axum::http::{Method, Request, Response};
-use http_body_util::{BodyExt as _, Full};
-use kube::client::Body;
+use axum::http::Method;
 use kube::runtime::watcher::Event;
 use serde_json::{Value, json};
 
@@ -65,20 +62,9 @@ struct Server {
 impl Server {
     fn client(&self) -> Client {
         let server = self.clone();
-        let service = tower::service_fn(move |request: Request<Body>| {
-            let server = server.clone();
-            async move {
-                let (head, body) = request.into_parts();
-                let body = body.collect().await.expect("a body").to_bytes();
-                let (code, said) = server.take(&head.method, head.uri.path(), &body);
-                let response = Response::builder()
-                    .status(code)
-                    .body(Full::new(bytes::Bytes::from(said.to_string())))
-                    .expect("a response");
-                Ok::<_, Infallible>(response)
-            }
-        });
-        Client::new(service, "n")
+        crate::fake_api::client(move |head, body| {
+            std::future::ready(server.take(&head.method, head.uri.path(), &body))
+        })
     }
 
     fn take(&self, method: &Method, path: &str, body: &[u8]) -> (u16, Value) {

@@ -1,12 +1,9 @@
 //! Candidates against one API server in a function, in paused time.
 
-use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use axum::http::{Method, Request, Response};
-use http_body_util::{BodyExt as _, Full};
-use kube::client::Body;
+use axum::http::Method;
 use serde_json::{Value, json};
 
 use super::*;
@@ -61,24 +58,16 @@ impl Server {
 /// A client of that server, whose packets are lost while `cut` is set.
 fn client(server: &Arc<Server>, cut: &Arc<AtomicBool>) -> Client {
     let (server, cut) = (Arc::clone(server), Arc::clone(cut));
-    let service = tower::service_fn(move |request: Request<Body>| {
+    crate::fake_api::client(move |head, body| {
         let (server, cut) = (Arc::clone(&server), Arc::clone(&cut));
         async move {
             if cut.load(Ordering::SeqCst) {
                 std::future::pending::<()>().await;
             }
-            let (head, body) = request.into_parts();
-            let body = body.collect().await.expect("a body").to_bytes();
             let sent = serde_json::from_slice(&body).unwrap_or_default();
-            let (code, said) = server.answer(&head.method, sent);
-            let response = Response::builder()
-                .status(code)
-                .body(Full::new(bytes::Bytes::from(said.to_string())))
-                .expect("a response");
-            Ok::<_, Infallible>(response)
+            server.answer(&head.method, sent)
         }
-    });
-    Client::new(service, "n")
+    })
 }
 
 /// A candidate at work: whether it acts, whether it is cut off, and how to end it.

@@ -108,6 +108,41 @@ pub fn combine_split_kv(
     }
 }
 
+impl PagedDecodeArgs {
+    /// Those of the layer and step that `prefill` is of; tiles and sequences are yet to be named.
+    pub fn like(prefill: &PagedPrefillArgs) -> Self {
+        let &PagedPrefillArgs {
+            cache,
+            out,
+            qkv,
+            tiles: _,
+            partial_out,
+            partial_softmax,
+            out_stride,
+            qkv_stride,
+            n_heads,
+            window,
+            scale_log2,
+            tanh_scale,
+        } = prefill;
+        Self {
+            cache,
+            out,
+            qkv,
+            tiles: In::NULL,
+            sequences: In::NULL,
+            partial_out,
+            partial_softmax,
+            out_stride,
+            qkv_stride,
+            n_heads,
+            window,
+            scale_log2,
+            tanh_scale,
+        }
+    }
+}
+
 impl Arguments for PagedDecodeArgs {
     fn check(&self, launch: &Launch<Self>, bounds: &Bounds<'_>) {
         let width = self.n_heads * self.cache.head_dim;

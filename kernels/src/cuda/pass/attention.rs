@@ -142,19 +142,8 @@ impl<D: Driver> Pass<'_, D> {
             &prefill,
         );
         let decode = PagedDecodeArgs {
-            cache: prefill.cache,
-            out: prefill.out,
-            qkv: prefill.qkv,
-            tiles: In::NULL,
             sequences: self.input(at.sequences),
-            partial_out: prefill.partial_out,
-            partial_softmax: prefill.partial_softmax,
-            out_stride: prefill.out_stride,
-            qkv_stride: prefill.qkv_stride,
-            n_heads: prefill.n_heads,
-            window: prefill.window,
-            scale_log2,
-            tanh_scale,
+            ..PagedDecodeArgs::like(&prefill)
         };
         let combine =
             kernel::combine_split_kv(shape.sequences, shape.most, prefill.n_heads, layer.head_dim);

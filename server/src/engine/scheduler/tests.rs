@@ -309,6 +309,32 @@ struct Arrival {
     leaves_after: Option<u32>,
 }
 
+/// One that comes first, asks for nothing particular, and stays.
+const PLAIN: Arrival = Arrival {
+    step: 0,
+    n_prompt: 1,
+    max_tokens: 1,
+    stops: false,
+    scored: false,
+    family: 0,
+    n_shared: 0,
+    salted: false,
+    n: 1,
+    drops: None,
+    leaves_after: None,
+};
+
+/// What a device gives that samples token 1 from each row of logits.
+fn ones(n_rows: usize) -> DeviceOutput {
+    let one = Sampled {
+        token: 1,
+        ..Sampled::default()
+    };
+    DeviceOutput {
+        sampled: vec![one; n_rows],
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Setting {
     depth: usize,
@@ -623,17 +649,10 @@ proptest! {
 #[test]
 fn the_newest_is_preempted_and_its_outputs_are_kept() {
     let arrival = Arrival {
-        step: 0,
         n_prompt: 5,
         max_tokens: 14,
-        stops: false,
         scored: true,
-        family: 0,
-        n_shared: 0,
-        salted: false,
-        n: 1,
-        drops: None,
-        leaves_after: None,
+        ..PLAIN
     };
     for depth in [1, 2] {
         let setting = Setting {
@@ -697,12 +716,7 @@ fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
         (cached, schedule.requests.len())
     };
     let collect = |scheduler: &mut Scheduler, blocks: &mut BlockPool, n_rows: usize| {
-        let one = Sampled {
-            token: 1,
-            ..Sampled::default()
-        };
-        let sampled = vec![one; n_rows];
-        scheduler.commit(blocks, DeviceOutput { sampled });
+        scheduler.commit(blocks, ones(n_rows));
     };
     // The second comes while the step of the first is under way, the third when it was collected.
     let (first, n_first) = arrive(&mut scheduler, &mut blocks, 0);
@@ -731,27 +745,15 @@ fn a_group_computes_its_prompt_once_and_shares_its_full_blocks() {
     let mut blocks = BlockPool::new(64, groups, None);
     let mut scheduler = Scheduler::new(limits, 256);
     let arrival = Arrival {
-        step: 0,
         n_prompt: 18,
         max_tokens: 5,
-        stops: false,
-        scored: false,
-        family: 0,
-        n_shared: 0,
-        salted: false,
         n: 4,
-        drops: None,
-        leaves_after: None,
+        ..PLAIN
     };
     scheduler.add(&blocks, request(0, &arrival), None);
     let mut step = || {
         let schedule = scheduler.schedule(&mut blocks, u32::MAX);
-        let sampled = schedule.requests.iter().map(|_| Sampled {
-            token: 1,
-            ..Sampled::default()
-        });
-        let sampled = sampled.collect();
-        scheduler.commit(&mut blocks, DeviceOutput { sampled });
+        scheduler.commit(&mut blocks, ones(schedule.requests.len()));
         (schedule.input, blocks.counts().active)
     };
     let (prompt, active) = step();
@@ -778,14 +780,9 @@ fn a_prefix_is_found_once_it_is_written_and_only_by_its_salt() {
         step,
         n_prompt: 15,
         max_tokens: 6,
-        stops: false,
-        scored: false,
-        family: 0,
         n_shared,
         salted,
-        n: 1,
-        drops: None,
-        leaves_after: None,
+        ..PLAIN
     };
     let arrivals = vec![
         arrival(0, 15, false),
@@ -841,17 +838,9 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
     let mut blocks = BlockPool::new(64, groups, None);
     let mut scheduler = Scheduler::new(limits, 256);
     let arrival = |n_prompt| Arrival {
-        step: 0,
         n_prompt,
         max_tokens: 9,
-        stops: false,
-        scored: false,
-        family: 0,
-        n_shared: 0,
-        salted: false,
-        n: 1,
-        drops: None,
-        leaves_after: None,
+        ..PLAIN
     };
     scheduler.add(&blocks, request(0, &arrival(3)), None);
     scheduler.add(&blocks, request(1, &arrival(40)), None);
@@ -865,15 +854,7 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
                 .map(|span| span.n_tokens)
                 .collect::<Vec<_>>(),
         );
-        let sampled = input
-            .logits
-            .iter()
-            .map(|_| Sampled {
-                token: 1,
-                ..Sampled::default()
-            })
-            .collect();
-        scheduler.commit(&mut blocks, DeviceOutput { sampled });
+        scheduler.commit(&mut blocks, ones(input.logits.len()));
     }
     assert_eq!(
         sizes,
@@ -899,26 +880,13 @@ fn prompts_are_paced_beside_decodes_and_short_ones_overtake() {
     let mut blocks = BlockPool::new(1024, groups, None);
     let mut scheduler = Scheduler::new(limits, 256);
     let arrival = |n_prompt| Arrival {
-        step: 0,
         n_prompt,
         max_tokens: 30,
-        stops: false,
-        scored: false,
-        family: 0,
-        n_shared: 0,
-        salted: false,
-        n: 1,
-        drops: None,
-        leaves_after: None,
+        ..PLAIN
     };
     let step = |scheduler: &mut Scheduler, blocks: &mut BlockPool, prompt_tokens| {
         let schedule = scheduler.schedule(blocks, prompt_tokens);
-        let sampled = schedule.requests.iter().map(|_| Sampled {
-            token: 1,
-            ..Sampled::default()
-        });
-        let sampled = sampled.collect();
-        scheduler.commit(blocks, DeviceOutput { sampled });
+        scheduler.commit(blocks, ones(schedule.requests.len()));
         schedule
     };
     scheduler.add(&blocks, request(0, &arrival(3)), None);
