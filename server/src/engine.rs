@@ -6,10 +6,11 @@
 //! - [`groups`]: pure: which blocks a sequence holds when, by kind of layer.
 //! - [`blocks`]: pure: the block pool and block tables.
 //! - [`prefix`]: pure: which blocks hold which tokens. `eviction`: which of them go first.
-//! - [`scheduler`]: pure: continuous batching, preemption.
+//! - [`scheduler`]: pure: continuous batching, preemption. `beam`: pure: which beams go on.
 //! - [`pacer`]: pure: how many prompt tokens may run beside decodes.
 //! - [`executor`]: what it needs of a model on a device.
 
+mod beam;
 pub mod blocks;
 mod eviction;
 pub mod executor;
@@ -37,8 +38,8 @@ pub use handle::{Counters, EngineHandle};
 use pacer::{PrefillPacer, StepSize};
 use prefix::PrefixCaching;
 pub use request::{
-    Admission, EngineOutputs, FinishReason, Request, RequestId, RequestOutput, SamplingParams,
-    SubmitError, TokenLogprobs,
+    Admission, BeamParams, EarlyStopping, EngineOutputs, FinishReason, Request, RequestId,
+    RequestOutput, SamplingParams, SubmitError, TokenLogprobs,
 };
 use scheduler::{Schedule, Scheduler};
 
@@ -209,8 +210,14 @@ impl EngineLoop {
         // A step may take long: who reads the load meanwhile sees what runs in it.
         self.publish();
         let n_tokens = schedule.input.tokens.len() as u32;
+        // With beams in the batch, collect comes before schedule: the host chooses how they go on.
+        let depth = match schedule.has_beams {
+            true => 1,
+            false => self.executor.depth(),
+        };
         if n_tokens > 0 {
             self.counters.computed_tokens += u64::from(n_tokens);
+            self.counters.slots += schedule.slots;
             let size = schedule.size();
             let submitted = Instant::now();
             let ticket = self.executor.submit(schedule.input, &schedule.requests);
@@ -220,12 +227,21 @@ impl EngineLoop {
                 submitted,
             });
         }
-        if n_tokens > 0 && self.in_flight.len() < self.executor.depth() {
-            return Ok(());
-        }
-        let Some(step) = self.in_flight.pop_front() else {
-            return Ok(());
+        // Where nothing was scheduled, something must be collected first.
+        let n_left = match n_tokens {
+            0 => self.in_flight.len().saturating_sub(1),
+            _ => depth - 1,
         };
+        while self.in_flight.len() > n_left
+            && let Some(step) = self.in_flight.pop_front()
+        {
+            self.collect(step)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the oldest step, and sends what it gave.
+    fn collect(&mut self, step: InFlight) -> Result<(), EngineError> {
         let sampled = self
             .executor
             .collect(step.ticket)
@@ -322,6 +338,7 @@ impl EngineLoop {
                     prompt_logprobs: Vec::new(),
                     tokens: Vec::new(),
                     finished: finished.clone(),
+                    beam_score: None,
                 })
                 .collect(),
         )

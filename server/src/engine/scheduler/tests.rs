@@ -12,8 +12,14 @@ use kvasir_kernels::step::{BlockId, LogitsRequest, Sampled, SamplingParams, Toke
 use proptest::prelude::*;
 
 use super::*;
+use crate::engine::beam::BeamSearch;
+use crate::engine::beam::tests::{logprobs, most_likely, run as run_search};
 use crate::engine::groups::{CacheGroups, GroupKind};
 use crate::engine::prefix::{PrefixCaching, PrefixKey};
+use crate::engine::{BeamParams, EarlyStopping};
+
+mod beams;
+mod memory;
 
 const VOCABULARY: u32 = 11;
 const STOP: u32 = 7;
@@ -31,21 +37,45 @@ fn next_token(tokens: &[u32], seed: u64, index: u32) -> u32 {
 }
 
 /// What a sequence of a request must give: its outputs and how it ends.
-fn oracle(request: &Request, sequence: u32, max_model_len: u32) -> (Vec<u32>, FinishReason) {
+fn oracle(request: &Request, sequence: u32, max_model_len: u32) -> Received {
     let mut tokens = request.prompt.clone();
     let n_outputs = request.max_tokens.min(max_model_len - tokens.len() as u32);
+    if let Some(beams) = request.beams.filter(|_| n_outputs > 0) {
+        return beam_oracle(request, beams, n_outputs).swap_remove(sequence as usize);
+    }
+    let mut finished = FinishReason::Length;
     for index in 0..n_outputs {
         let seed = request.sampling.seed + u64::from(sequence);
         let token = next_token(&tokens, seed, index);
         tokens.push(token);
         if request.stop_token_ids.contains(&token) {
-            return (
-                tokens.split_off(request.prompt.len()),
-                FinishReason::Stop(token),
-            );
+            finished = FinishReason::Stop(token);
+            break;
         }
     }
-    (tokens.split_off(request.prompt.len()), FinishReason::Length)
+    Received {
+        tokens: tokens.split_off(request.prompt.len()),
+        finished: Some(finished),
+        ..Received::default()
+    }
+}
+
+/// What a search over whole rows of logits gives, without a scheduler.
+fn beam_oracle(request: &Request, beams: BeamParams, n_outputs: u32) -> Vec<Received> {
+    let stops = request.stop_token_ids.clone();
+    let search = BeamSearch::new(beams, stops, n_outputs, request.logprobs);
+    let expand = |outputs: &[u32]| {
+        let context = [&request.prompt, outputs].concat();
+        most_likely(&logprobs(0, &context, VOCABULARY), VOCABULARY as usize)
+    };
+    let answers = run_search(search, request.n.get() as usize, expand).into_iter();
+    let received = answers.map(|answer| Received {
+        scores: Vec::new(),
+        tokens: answer.tokens.iter().map(|token| token.token).collect(),
+        finished: Some(answer.finished),
+        beam_score: Some(answer.score),
+    });
+    received.collect()
 }
 
 /// What a slot or a state of the cache holds: what was written, after what, and when. No two writes are at one time.
@@ -279,8 +309,13 @@ impl CheckingDevice {
                 } => next_token(&context, params.seed, output_index),
                 LogitsRequest::Score { token } => token,
             };
+            let top = match request.n_logprobs {
+                Some(n) if n > 0 => most_likely(&logprobs(0, &context, VOCABULARY), n.into()),
+                _ => Vec::new(),
+            };
             Sampled {
                 token,
+                top,
                 ..Sampled::default()
             }
         });
@@ -301,8 +336,9 @@ struct Arrival {
     family: u32,
     n_shared: u32,
     salted: bool,
-    /// Sequences.
+    /// Answers: sequences, or the best hypotheses of beams.
     n: u32,
+    beams: Option<BeamParams>,
     /// Steps after its arrival at which the client wants no more of one of them.
     drops: Option<(u32, u32)>,
     /// Steps after its arrival at which the client leaves.
@@ -320,6 +356,7 @@ const PLAIN: Arrival = Arrival {
     n_shared: 0,
     salted: false,
     n: 1,
+    beams: None,
     drops: None,
     leaves_after: None,
 };
@@ -366,6 +403,21 @@ fn kind() -> impl Strategy<Value = GroupKind> {
     ]
 }
 
+fn beams() -> impl Strategy<Value = BeamParams> {
+    let early_stopping = prop_oneof![
+        Just(EarlyStopping::WhenFull),
+        Just(EarlyStopping::WhenUnlikely),
+        Just(EarlyStopping::WhenImpossible),
+    ];
+    (1..6u32, -1.0..2.0, early_stopping).prop_map(|(width, length_penalty, early_stopping)| {
+        BeamParams {
+            width: NonZeroU32::new(width).unwrap(),
+            length_penalty,
+            early_stopping,
+        }
+    })
+}
+
 fn settings() -> impl Strategy<Value = Setting> {
     let arrival = (
         0..30u32,
@@ -379,6 +431,7 @@ fn settings() -> impl Strategy<Value = Setting> {
             prop::bool::weighted(0.2),
             prop_oneof![Just(1u32), 1..5u32],
             prop::option::weighted(0.2, (0..20u32, 0..4u32)),
+            prop::option::weighted(0.3, beams()),
         ),
         prop::option::weighted(0.2, 0..20u32),
     )
@@ -394,6 +447,7 @@ fn settings() -> impl Strategy<Value = Setting> {
                 salted: shares.2,
                 n: shares.3,
                 drops: shares.4,
+                beams: shares.5,
                 leaves_after,
             },
         );
@@ -412,9 +466,15 @@ fn settings() -> impl Strategy<Value = Setting> {
     let arrivals = prop::collection::vec(arrival, 1..16);
     (sizes, kinds, caching, arrivals).prop_map(|(sizes, kinds, caching, mut arrivals)| {
         let (depth, block_size, spare_blocks, max_sequences, more_tokens, more_rows) = sizes;
-        arrivals
-            .iter_mut()
-            .for_each(|a| a.n = a.n.min(max_sequences as u32));
+        for arrival in &mut arrivals {
+            arrival.n = arrival.n.min(max_sequences as u32);
+            if let Some(beams) = &mut arrival.beams {
+                beams.width = NonZeroU32::new(max_sequences as u32)
+                    .unwrap()
+                    .min(beams.width);
+                arrival.n = arrival.n.min(beams.width.get());
+            }
+        }
         let longest = arrivals
             .iter()
             .map(|a| a.n_prompt + a.max_tokens)
@@ -438,7 +498,8 @@ fn settings() -> impl Strategy<Value = Setting> {
         let groups = setting.groups();
         let alone = setting.arrivals.iter().map(|a| {
             let own = groups.own_blocks_for(a.n_prompt, max_model_len);
-            groups.blocks_for(max_model_len) + (a.n - 1) * own
+            let n = request(0, a).n_sequences().get();
+            groups.blocks_for(max_model_len) + (n - 1) * own
         });
         setting.n_blocks = alone.max().unwrap() + spare_blocks;
         setting
@@ -467,6 +528,7 @@ fn request(i: usize, arrival: &Arrival) -> Request {
             seed: i as u64,
         },
         n: NonZeroU32::new(arrival.n).unwrap(),
+        beams: arrival.beams,
         logprobs: None,
         prompt_logprobs: arrival.scored.then_some(0),
         cache_salt: arrival.salted.then(|| "salt".to_owned()),
@@ -487,15 +549,19 @@ fn add(scheduler: &mut Scheduler, blocks: &BlockPool, setting: &Setting, request
 #[derive(Default)]
 struct Totals {
     n_preempted: usize,
+    /// Blocks that were active, and that would have been without sharing: when these were most, and summed over the steps.
+    most: (u64, u64),
+    sum: (u64, u64),
     /// Prompt tokens that the cache held, by request that asked it.
     cached: BTreeMap<RequestId, u32>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default, PartialEq)]
 struct Received {
     scores: Vec<u32>,
     tokens: Vec<u32>,
     finished: Option<FinishReason>,
+    beam_score: Option<f32>,
 }
 
 /// Runs a setting to its end.
@@ -570,38 +636,57 @@ fn run(setting: &Setting) -> Totals {
             device.submit(&schedule);
         }
         totals.n_preempted += schedule.preempted.len();
-        if is_idle || device.results.len() == *depth {
-            if let Some(output) = device.results.pop_front() {
-                for output in scheduler.commit(&mut blocks, output) {
-                    let sequence = (output.id, output.sequence);
-                    assert!(!left.contains(&sequence), "no output after an abort");
-                    let received = received.entry(sequence).or_default();
-                    assert_eq!(received.finished, None, "no output after the last");
-                    received
-                        .scores
-                        .extend(output.prompt_logprobs.iter().map(|s| s.token));
-                    received
-                        .tokens
-                        .extend(output.tokens.iter().map(|s| s.token));
-                    received.finished = output.finished;
-                }
-            } else if n_arrived < arrivals.len() {
+        let counts = blocks.counts();
+        let counts = (u64::from(counts.active), u64::from(counts.unshared));
+        if counts.1 > totals.most.1 {
+            totals.most = counts;
+        }
+        totals.sum = (totals.sum.0 + counts.0, totals.sum.1 + counts.1);
+        if is_idle && device.results.is_empty() {
+            if n_arrived < arrivals.len() {
                 continue;
-            } else {
-                assert!(
-                    scheduler.is_idle(),
-                    "nothing runs and nothing is under way, but requests are left"
-                );
-                break;
+            }
+            assert!(
+                scheduler.is_idle(),
+                "nothing runs and nothing is under way, but requests are left"
+            );
+            break;
+        }
+        let n_left = match (is_idle, schedule.has_beams) {
+            (true, _) => device.results.len() - 1,
+            (false, true) => 0,
+            (false, false) => depth - 1,
+        };
+        while device.results.len() > n_left
+            && let Some(output) = device.results.pop_front()
+        {
+            for output in scheduler.commit(&mut blocks, output) {
+                let sequence = (output.id, output.sequence);
+                assert!(!left.contains(&sequence), "no output after an abort");
+                let received = received.entry(sequence).or_default();
+                assert_eq!(received.finished, None, "no output after the last");
+                let scores = output.prompt_logprobs.iter().map(|s| s.token);
+                received.scores.extend(scores);
+                received
+                    .tokens
+                    .extend(output.tokens.iter().map(|s| s.token));
+                received.finished = output.finished;
+                received.beam_score = output.beam_score;
             }
         }
         let rows: Vec<TableRow> = scheduler.rows_in_order().collect();
         let held = rows
             .iter()
             .flat_map(|&row| scheduler.at(row).table.blocks());
+        let held: Vec<BlockId> = held.collect();
+        assert_eq!(
+            blocks.counts().unshared as usize,
+            held.len(),
+            "every reference is a table's"
+        );
         assert_eq!(
             blocks.counts().active as usize,
-            held.collect::<HashSet<_>>().len(),
+            held.into_iter().collect::<HashSet<_>>().len(),
             "every active block is in a table"
         );
         assert_eq!(scheduler.free_rows.len() + rows.len(), limits.max_sequences);
@@ -612,27 +697,21 @@ fn run(setting: &Setting) -> Totals {
     for (i, arrival) in arrivals.iter().enumerate() {
         let request = request(i, arrival);
         for sequence in 0..arrival.n {
-            let (tokens, reason) = oracle(&request, sequence, max_model_len);
+            let mut want = oracle(&request, sequence, max_model_len);
             let sequence = (request.id, sequence);
             let received = received.remove(&sequence).unwrap_or_default();
             if left.contains(&sequence) && received.finished.is_none() {
                 assert!(
-                    tokens.starts_with(&received.tokens),
+                    want.tokens.starts_with(&received.tokens),
                     "what came before the abort was right"
                 );
                 continue;
             }
-            assert_eq!(
-                (received.tokens, received.finished),
-                (tokens, Some(reason)),
-                "{sequence:?}"
-            );
             // The first reports the prompt for all.
-            let scores = match arrival.scored && sequence.1 == 0 {
-                true => &request.prompt[1..],
-                false => &[],
-            };
-            assert_eq!(received.scores, scores, "scores of {sequence:?}");
+            if arrival.scored && sequence.1 == 0 {
+                want.scores = request.prompt[1..].to_vec();
+            }
+            assert_eq!(received, want, "{sequence:?}");
         }
     }
     totals
@@ -704,6 +783,7 @@ fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
                 seed: 0,
             },
             n: NonZeroU32::MIN,
+            beams: None,
             logprobs: None,
             prompt_logprobs: None,
             cache_salt: None,
