@@ -47,7 +47,7 @@ use scheduler::{Schedule, Scheduler};
 const UNREAD_OUTPUTS: usize = 64;
 
 /// What is served, and its limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ModelInfo {
     /// Token ids are below this.
     pub vocab_size: u32,
@@ -65,6 +65,9 @@ pub struct ModelInfo {
     pub groups: CacheGroups,
     /// Blocks are kept for what they hold, and found again by it.
     pub prefix_caching: Option<PrefixCaching>,
+    /// A step with prompt tokens takes at most so many times as long as one that only decodes; `None`: prompts get all
+    /// the tokens of a step.
+    pub max_decode_stretch: Option<f64>,
 }
 
 /// Why the engine ended before it was told to.
@@ -169,7 +172,11 @@ impl EngineLoop {
         Self {
             blocks: BlockPool::new(info.n_blocks, info.groups.clone(), info.prefix_caching),
             scheduler: Scheduler::new(info.limits, info.max_model_len),
-            pacer: PrefillPacer::new(info.limits.max_tokens as u32, executor.row_tile() as u32),
+            pacer: PrefillPacer::new(
+                info.limits.max_tokens as u32,
+                executor.row_tile() as u32,
+                info.max_decode_stretch,
+            ),
             executor,
             outputs,
             in_flight: VecDeque::new(),
