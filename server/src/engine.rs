@@ -1,4 +1,6 @@
-//! The engine: a thread of its own that makes steps, schedule -> submit -> collect -> commit.
+//! The engine: a thread of its own that makes steps, schedule -> submit -> sample -> collect -> commit. Where what changes
+//! a row's logits depends on a token of the step before, a step is sampled only after that one's commit, while its own pass
+//! runs.
 //!
 //! Requests go in through a bounded inbox ([`EngineHandle`]); each step sends one message, who was admitted and the
 //! outputs of all its sequences, to the output thread. It knows token ids, never text, and no clock but for ages and the heartbeat.
@@ -7,14 +9,17 @@
 //! - [`blocks`]: pure: the block pool and block tables.
 //! - [`prefix`]: pure: which blocks hold which tokens. `eviction`: which of them go first.
 //! - [`scheduler`]: pure: continuous batching, preemption.
+//! - [`logits`]: pure: what a request changes in its logits. [`constraint`]: what else may restrict its tokens.
 //! - [`pacer`]: pure: how many prompt tokens may run beside decodes.
 //! - [`executor`]: what it needs of a model on a device.
 
 pub mod blocks;
+pub mod constraint;
 mod eviction;
 pub mod executor;
 pub mod groups;
 mod handle;
+pub mod logits;
 pub mod pacer;
 pub mod prefix;
 mod request;
@@ -27,6 +32,7 @@ use std::time::Instant;
 
 use kvasir_kernels::device::{DeviceError, Ticket};
 use kvasir_kernels::shape::Limits;
+use kvasir_kernels::step::LogitsRow;
 use kvasir_kernels::stored::Dtype;
 
 use blocks::BlockPool;
@@ -34,6 +40,7 @@ use executor::Executor;
 use groups::CacheGroups;
 use handle::{Command, Snapshot};
 pub use handle::{Counters, EngineHandle};
+use logits::Edits;
 use pacer::{PrefillPacer, StepSize};
 use prefix::PrefixCaching;
 pub use request::{
@@ -215,23 +222,52 @@ impl EngineLoop {
         self.count(&schedule);
         // A step may take long: who reads the load meanwhile sees what runs in it.
         self.publish();
-        let n_tokens = schedule.input.tokens.len() as u32;
-        if n_tokens > 0 {
-            self.counters.computed_tokens += u64::from(n_tokens);
-            let size = schedule.size();
-            let submitted = Instant::now();
-            let ticket = self.executor.submit(schedule.input, &schedule.requests);
-            self.in_flight.push_back(InFlight {
-                ticket: ticket.map_err(EngineError::Device)?,
-                size,
-                submitted,
-            });
+        if schedule.input.tokens.is_empty() {
+            let outputs = self.collect()?;
+            return self.send(outputs);
         }
-        if n_tokens > 0 && self.in_flight.len() < self.executor.depth() {
-            return Ok(());
+        let size = schedule.size();
+        self.counters.computed_tokens += schedule.input.tokens.len() as u64;
+        let submitted = Instant::now();
+        let ticket = self.executor.submit(schedule.input);
+        self.in_flight.push_back(InFlight {
+            ticket: ticket.map_err(EngineError::Device)?,
+            size,
+            submitted,
+        });
+        let outputs = match schedule.edits {
+            Edits::AfterCommit => {
+                assert!(self.in_flight.len() > 1, "the step before is under way");
+                let outputs = self.collect()?;
+                self.sample(schedule.requests, schedule.edits)?;
+                outputs
+            }
+            Edits::None | Edits::Ready => {
+                self.sample(schedule.requests, schedule.edits)?;
+                if self.in_flight.len() < self.executor.depth() {
+                    return Ok(());
+                }
+                self.collect()?
+            }
+        };
+        self.send(outputs)
+    }
+
+    /// Samples from the newest step, its rows edited. What they share with the scheduler is let go of here: it changes with
+    /// the next commit.
+    fn sample(&mut self, mut requests: Vec<LogitsRow>, edits: Edits) -> Result<(), EngineError> {
+        if edits != Edits::None {
+            self.scheduler.edit_logits(&mut requests);
         }
+        let newest = self.in_flight.back().expect("a step was submitted");
+        let sampled = self.executor.sample(&newest.ticket, &requests);
+        sampled.map_err(EngineError::Device)
+    }
+
+    /// Waits for the oldest step under way, and commits it; nothing where there is none.
+    fn collect(&mut self) -> Result<Vec<RequestOutput>, EngineError> {
         let Some(step) = self.in_flight.pop_front() else {
-            return Ok(());
+            return Ok(Vec::new());
         };
         let sampled = self
             .executor
@@ -255,7 +291,7 @@ impl EngineLoop {
         for ended in outputs.iter().filter(|output| output.finished.is_some()) {
             self.forget_arrival(ended.id);
         }
-        self.send(outputs)
+        Ok(outputs)
     }
 
     /// Counts preemptions, and keeps when requests were admitted until it is sent.

@@ -359,16 +359,14 @@ impl Executor for ModelExecutor {
         self.device.row_tile()
     }
 
-    fn submit(
-        &mut self,
-        mut input: StepInput,
-        requests: &[LogitsRow],
-    ) -> Result<Ticket, DeviceError> {
+    fn submit(&mut self, mut input: StepInput) -> Result<Ticket, DeviceError> {
         input.model = self.model;
         let decoder = &self.decoder;
-        let ticket = self.device.submit(&input, &|ops| decoder.forward(ops))?;
-        self.device.sample(&ticket, decoder.logits(), requests)?;
-        Ok(ticket)
+        self.device.submit(&input, &|ops| decoder.forward(ops))
+    }
+
+    fn sample(&mut self, ticket: &Ticket, requests: &[LogitsRow]) -> Result<(), DeviceError> {
+        self.device.sample(ticket, self.decoder.logits(), requests)
     }
 
     fn collect(&mut self, ticket: Ticket) -> Result<DeviceOutput, DeviceError> {

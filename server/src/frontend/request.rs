@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use super::budget::ByteBudget;
 use super::outputs::{Prompt, RequestState};
 use super::stream::RequestEvent;
+use crate::engine::logits::LogitsProcessors;
 use crate::engine::{Request, RequestId, SamplingParams};
 use crate::text::Detokenizer;
 use crate::text::stop::StopStrings;
@@ -21,6 +22,8 @@ pub struct GenerationRequest {
     pub max_tokens: u32,
     /// How tokens are sampled.
     pub sampling: SamplingParams,
+    /// What changes the logits before.
+    pub logits: Option<Box<LogitsProcessors>>,
     /// Sequences that continue the prompt, with the seeds that follow that of `sampling`.
     pub n: NonZeroU32,
     /// Tokens that end the text, the model's own included unless they are ignored.
@@ -74,6 +77,7 @@ impl GenerationRequest {
             max_tokens: self.max_tokens,
             stop_token_ids: self.stop_token_ids,
             sampling: self.sampling,
+            logits: self.logits,
             n: self.n,
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,

@@ -110,6 +110,7 @@ impl Serving {
                 prompt: one.prompt,
                 max_tokens: one.max_tokens,
                 sampling: params.sampling(|| self.ids.seed()),
+                logits: None,
                 n: params.n,
                 stop_token_ids: stop_token_ids.clone(),
                 stop: params.stop.clone(),

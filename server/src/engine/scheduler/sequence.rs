@@ -4,8 +4,9 @@
 
 use std::ops::Range;
 
-use kvasir_kernels::step::{LogitsRequest, LogitsRow, SamplingParams, TokenInput};
+use kvasir_kernels::step::{LogitsEdit, LogitsRequest, LogitsRow, SamplingParams, TokenInput};
 
+use crate::engine::logits::{Edits, LogitsProcessors};
 use crate::engine::prefix::PrefixChain;
 use crate::engine::{FinishReason, Request};
 
@@ -28,6 +29,8 @@ pub(super) struct Sequence {
     max_outputs: u32,
     stop_token_ids: Vec<u32>,
     sampling: SamplingParams,
+    /// What changes its logits.
+    logits: Option<Box<LogitsProcessors>>,
     logprobs: Option<u8>,
     prompt_logprobs: Option<u8>,
     /// Outputs that were asked for and haven't been committed; 1 at most whenever a step is scheduled.
@@ -53,6 +56,7 @@ impl Sequence {
                 .min(max_model_len.saturating_sub(n_prompt)),
             stop_token_ids: request.stop_token_ids,
             sampling: request.sampling,
+            logits: request.logits,
             logprobs: request.logprobs,
             prompt_logprobs: request.prompt_logprobs,
             n_pending: 0,
@@ -233,9 +237,23 @@ impl Sequence {
             request: LogitsRequest::Sample {
                 params: self.sampling,
                 output_index,
+                edit: LogitsEdit::default(),
             },
             n_logprobs: self.logprobs,
         })
+    }
+
+    /// When the edit of the output that was asked for last can be made.
+    pub(super) fn edits(&self) -> Edits {
+        let processors = self.logits.as_deref();
+        processors.map_or(Edits::None, |logits| logits.edits(self.n_pending > 1))
+    }
+
+    /// What changes the logits of output `index`, the one that was asked for last.
+    pub(super) fn edit(&mut self, index: u32) -> LogitsEdit {
+        let outputs = &self.tokens[self.n_prompt as usize..];
+        let processors = self.logits.as_deref_mut();
+        processors.map_or_else(LogitsEdit::default, |logits| logits.edit(outputs, index))
     }
 
     /// Nothing is to be generated: the request ends when its prompt is computed.
@@ -251,11 +269,14 @@ impl Sequence {
             .expect("an output is committed once");
         self.tokens.push(token);
         if self.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop(token))
-        } else if self.n_known() - self.n_prompt == self.max_outputs {
-            Some(FinishReason::Length)
-        } else {
-            None
+            return Some(FinishReason::Stop(token));
         }
+        if self.n_known() - self.n_prompt == self.max_outputs {
+            return Some(FinishReason::Length);
+        }
+        if let Some(logits) = &mut self.logits {
+            logits.advance(token);
+        }
+        None
     }
 }
