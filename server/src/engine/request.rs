@@ -9,12 +9,14 @@ use std::time::Instant;
 use kvasir_kernels::step::Sampled;
 pub use kvasir_kernels::step::SamplingParams;
 
+use super::logits::LogitsProcessors;
+
 /// Names a request for its whole life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
 
 /// A request, in tokens. Built by the HTTP side, which has checked every field.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Request {
     /// Unique for the life of the process.
     pub id: RequestId,
@@ -26,6 +28,8 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// How tokens are sampled.
     pub sampling: SamplingParams,
+    /// What changes the logits before.
+    pub logits: Option<Box<LogitsProcessors>>,
     /// Answers: sequences that continue the prompt; sequence `i` is what a request for one with the seed `seed + i` gets. Of
     /// beams, the best hypotheses, best first, all at the end; no more than beams.
     pub n: NonZeroU32,

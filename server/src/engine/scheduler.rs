@@ -24,9 +24,12 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Bound;
 
 use kvasir_kernels::shape::Limits;
-use kvasir_kernels::step::{DeviceOutput, LogitsRow, Span, StepInput, TableRow, TableUpdate};
+use kvasir_kernels::step::{
+    DeviceOutput, LogitsRequest, LogitsRow, Span, StepInput, TableRow, TableUpdate,
+};
 
 use super::blocks::{Allocation, Appended, BlockPool, BlockTable, SlotUse, Written};
+use super::logits::Edits;
 use super::pacer::{NextStep, StepSize};
 use super::prefix::{PrefixChain, PrefixHit};
 use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
@@ -97,6 +100,8 @@ pub struct Schedule {
     pub input: StepInput,
     /// What is wanted of each of its rows of logits.
     pub requests: Vec<LogitsRow>,
+    /// When [`Scheduler::edit_logits`] is to be called for them.
+    pub edits: Edits,
     /// Its tokens that are decodes; the others are prompts'.
     pub n_decodes: u32,
     /// Some rows are beams': the step is to be collected before another is scheduled.
@@ -366,6 +371,29 @@ impl Scheduler {
             (self.replaced).retain(|update| rows[update.row.0 as usize].is_some());
         }
         batch.schedule
+    }
+
+    /// Fills in what changes the rows of logits of the step that was scheduled last.
+    pub fn edit_logits(&mut self, requests: &mut [LogitsRow]) {
+        let newest = self.in_flight.pop_back().expect("a step was scheduled");
+        let mut rows = requests.iter_mut();
+        for expected in &newest.expected {
+            let &Expected {
+                id, sequence, row, ..
+            } = expected;
+            let n_rows = expected.n_scores as usize + usize::from(expected.samples);
+            let last = rows.by_ref().take(n_rows).last();
+            // One that has ended meanwhile is sampled for nothing.
+            if let Some(sampled) = last.filter(|_| expected.samples)
+                && let Some(sequence) = self.find(id, sequence, row)
+                && let LogitsRequest::Sample {
+                    output_index, edit, ..
+                } = &mut sampled.request
+            {
+                *edit = sequence.edit(*output_index);
+            }
+        }
+        self.in_flight.push_back(newest);
     }
 
     /// Takes what the oldest step under way gave: appends outputs, ends sequences and requests, frees their blocks.
@@ -772,6 +800,7 @@ impl Scheduler {
             let samples = output.is_some();
             batch.schedule.has_beams |= samples && sequence.is_beam();
             if let Some(request) = output {
+                batch.schedule.edits = batch.schedule.edits.max(sequence.edits());
                 batch.schedule.input.logits.push(token_at(chunk.end - 1));
                 batch.schedule.requests.push(request);
             }

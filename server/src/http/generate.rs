@@ -115,6 +115,7 @@ impl Serving {
                 prompt: one.prompt,
                 max_tokens: one.max_tokens,
                 sampling: params.sampling(|| self.ids.seed()),
+                logits: None,
                 n: params.choices.n_answers(),
                 beams: params.choices.beams(),
                 stop_token_ids: stop_token_ids.clone(),

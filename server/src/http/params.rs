@@ -83,6 +83,7 @@ impl Params {
                 temperature: take_temperature(fields, defaults)?,
                 top_p: take_top_p(fields, defaults)?,
                 top_k: take_top_k(fields, defaults)?,
+                min_p: 0.0,
                 seed: seed.unwrap_or(0).cast_unsigned(),
             },
             has_seed: seed.is_some(),

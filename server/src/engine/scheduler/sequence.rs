@@ -4,8 +4,9 @@
 
 use std::ops::Range;
 
-use kvasir_kernels::step::{LogitsRequest, LogitsRow, SamplingParams, TokenInput};
+use kvasir_kernels::step::{LogitsEdit, LogitsRequest, LogitsRow, SamplingParams, TokenInput};
 
+use crate::engine::logits::{Edits, LogitsProcessors};
 use crate::engine::prefix::PrefixChain;
 use crate::engine::{FinishReason, Request};
 
@@ -14,6 +15,7 @@ const GREEDY: SamplingParams = SamplingParams {
     temperature: 0.0,
     top_p: 1.0,
     top_k: None,
+    min_p: 0.0,
     seed: 0,
 };
 
@@ -44,6 +46,8 @@ pub(super) struct Sequence {
     max_outputs: u32,
     stop_token_ids: Vec<u32>,
     sampling: SamplingParams,
+    /// What changes its logits.
+    logits: Option<Box<LogitsProcessors>>,
     logprobs: Option<u8>,
     /// Of a beam: so many of the most likely next tokens are asked for, and the search chooses among those of all beams.
     n_candidates: Option<u8>,
@@ -74,6 +78,8 @@ impl Sequence {
             n_prompt,
             stop_token_ids: request.stop_token_ids,
             sampling: request.sampling,
+            // Beams are searched in the model's own.
+            logits: request.logits.filter(|_| n_candidates.is_none()),
             logprobs: request.logprobs,
             n_candidates,
             prompt_logprobs: request.prompt_logprobs,
@@ -272,6 +278,7 @@ impl Sequence {
                 request: LogitsRequest::Sample {
                     params: GREEDY,
                     output_index: self.n_outputs(),
+                    edit: LogitsEdit::default(),
                 },
                 n_logprobs: Some(n_candidates.max(self.logprobs.unwrap_or(0))),
             });
@@ -283,9 +290,23 @@ impl Sequence {
             request: LogitsRequest::Sample {
                 params: self.sampling,
                 output_index,
+                edit: LogitsEdit::default(),
             },
             n_logprobs: self.logprobs,
         })
+    }
+
+    /// When the edit of the output that was asked for last can be made.
+    pub(super) fn edits(&self) -> Edits {
+        let processors = self.logits.as_deref();
+        processors.map_or(Edits::None, |logits| logits.edits(self.n_pending > 1))
+    }
+
+    /// What changes the logits of output `index`, the one that was asked for last.
+    pub(super) fn edit(&mut self, index: u32) -> LogitsEdit {
+        let outputs = &self.tokens[self.n_prompt as usize..];
+        let processors = self.logits.as_deref_mut();
+        processors.map_or_else(LogitsEdit::default, |logits| logits.edit(outputs, index))
     }
 
     /// Nothing is to be generated: the request ends when its prompt is computed.
@@ -301,11 +322,14 @@ impl Sequence {
             .expect("an output is committed once");
         self.tokens.push(token);
         if self.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop(token))
-        } else if self.n_known() - self.n_prompt == self.max_outputs {
-            Some(FinishReason::Length)
-        } else {
-            None
+            return Some(FinishReason::Stop(token));
         }
+        if self.n_known() - self.n_prompt == self.max_outputs {
+            return Some(FinishReason::Length);
+        }
+        if let Some(logits) = &mut self.logits {
+            logits.advance(token);
+        }
+        None
     }
 }

@@ -8,13 +8,17 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
 
-use kvasir_kernels::step::{BlockId, LogitsRequest, Sampled, SamplingParams, TokenInput};
+use kvasir_kernels::step::{
+    BlockId, LogitsEdit, LogitsRequest, Sampled, SamplingParams, TokenInput,
+};
 use proptest::prelude::*;
 
 use super::*;
 use crate::engine::beam::BeamSearch;
 use crate::engine::beam::tests::{logprobs, most_likely, run as run_search};
+use crate::engine::constraint::Constraint;
 use crate::engine::groups::{CacheGroups, GroupKind};
+use crate::engine::logits::{LogitsOptions, LogitsProcessors};
 use crate::engine::prefix::{PrefixCaching, PrefixKey};
 use crate::engine::{BeamParams, EarlyStopping};
 
@@ -24,29 +28,133 @@ mod memory;
 const VOCABULARY: u32 = 11;
 const STOP: u32 = 7;
 
-/// The token after `tokens`, as output `index` of a request with this seed.
-fn next_token(tokens: &[u32], seed: u64, index: u32) -> u32 {
+/// The token after `tokens`, as output `index` of a request with this seed: of those that `may` come the first from a place
+/// that depends on all that was, and on what stands for the arithmetic of edits.
+fn next_token(
+    tokens: &[u32],
+    (seed, index): (u64, u32),
+    digest: u64,
+    may: impl Fn(u32) -> bool,
+) -> u32 {
     let hash = tokens
         .iter()
-        .fold(seed ^ u64::from(index) << 32, |hash, &token| {
+        .fold(seed ^ u64::from(index) << 32 ^ digest, |hash, &token| {
             (hash ^ u64::from(token))
                 .wrapping_mul(0x9E37_79B9_7F4A_7C15)
                 .rotate_left(23)
         });
-    (hash >> 17) as u32 % VOCABULARY
+    let first = (hash >> 17) as u32 % VOCABULARY;
+    let mut tokens = (0..VOCABULARY).map(|i| (first + i) % VOCABULARY);
+    tokens.find(|&token| may(token)).unwrap()
+}
+
+/// Stands for penalties: each token seen and its count.
+fn digest(seen: impl Iterator<Item = (u32, u32)>) -> u64 {
+    let each = seen.map(|(token, n)| {
+        (u64::from(token) << 32 | u64::from(n) << 8 | 1).wrapping_mul(0xD1B5_4A32_D192_ED03)
+    });
+    each.fold(0, u64::wrapping_add)
+}
+
+/// What a request changes in its logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Changes {
+    Nothing,
+    Penalties,
+    /// And no stop token among the first three.
+    BadWords,
+    Allowed,
+    /// Even and odd tokens by turns.
+    Constraint,
+}
+
+const BAD_WORDS: [&[u32]; 3] = [&[1], &[2, 3], &[4, 4, 0]];
+const ALLOWED: [u32; 5] = [0, 3, 5, 7, 9];
+
+/// Even and odd tokens by turns; counts for itself what it was told.
+#[derive(Clone, Debug)]
+struct Alternating(u32);
+
+impl Constraint for Alternating {
+    fn advance(&mut self, token: u32) {
+        assert_eq!(token % 2, self.0 % 2);
+        self.0 += 1;
+    }
+
+    fn fill_mask(&mut self, mask: &mut [u32]) {
+        mask[0] = 0b101_0101_0101 << (self.0 % 2);
+    }
+
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}
+
+impl Changes {
+    fn options(self) -> LogitsOptions {
+        let options = LogitsOptions::default();
+        match self {
+            Self::Nothing => options,
+            Self::Penalties => LogitsOptions {
+                repetition_penalty: 1.1,
+                ..options
+            },
+            Self::BadWords => LogitsOptions {
+                bad_words: BAD_WORDS.map(<[u32]>::to_vec).to_vec(),
+                min_tokens: 3,
+                ..options
+            },
+            Self::Allowed => LogitsOptions {
+                allowed_token_ids: ALLOWED.to_vec(),
+                ..options
+            },
+            Self::Constraint => LogitsOptions {
+                constraint: Some(Box::new(Alternating(0))),
+                ..options
+            },
+        }
+    }
+
+    /// By definition, from all that was.
+    fn oracle(self, prompt: &[u32], outputs: &[u32], stops: &[u32], token: u32) -> bool {
+        let longer = [outputs, &[token]].concat();
+        assert!(!prompt.is_empty());
+        match self {
+            Self::Nothing | Self::Penalties => true,
+            Self::BadWords => {
+                !BAD_WORDS.iter().any(|word| longer.ends_with(word))
+                    && (outputs.len() >= 3 || !stops.contains(&token))
+            }
+            Self::Allowed => ALLOWED.contains(&token),
+            Self::Constraint => token % 2 == outputs.len() as u32 % 2,
+        }
+    }
+
+    fn oracle_digest(self, prompt: &[u32], outputs: &[u32]) -> u64 {
+        if self != Self::Penalties {
+            return 0;
+        }
+        let count = |of: &[u32], token| of.iter().filter(|t| **t == token).count() as u32;
+        let seen = (0..VOCABULARY).filter(|t| prompt.contains(t) || outputs.contains(t));
+        digest(seen.map(|token| (token, count(outputs, token))))
+    }
 }
 
 /// What a sequence of a request must give: its outputs and how it ends.
-fn oracle(request: &Request, sequence: u32, max_model_len: u32) -> Received {
+fn oracle(request: &Request, changes: Changes, sequence: u32, max_model_len: u32) -> Received {
     let mut tokens = request.prompt.clone();
-    let n_outputs = request.max_tokens.min(max_model_len - tokens.len() as u32);
+    let n_prompt = tokens.len();
+    let n_outputs = request.max_tokens.min(max_model_len - n_prompt as u32);
     if let Some(beams) = request.beams.filter(|_| n_outputs > 0) {
         return beam_oracle(request, beams, n_outputs).swap_remove(sequence as usize);
     }
     let mut finished = FinishReason::Length;
     for index in 0..n_outputs {
         let seed = request.sampling.seed + u64::from(sequence);
-        let token = next_token(&tokens, seed, index);
+        let (prompt, outputs) = tokens.split_at(n_prompt);
+        let digest = changes.oracle_digest(prompt, outputs);
+        let may = |token| changes.oracle(prompt, outputs, &request.stop_token_ids, token);
+        let token = next_token(&tokens, (seed, index), digest, may);
         tokens.push(token);
         if request.stop_token_ids.contains(&token) {
             finished = FinishReason::Stop(token);
@@ -54,7 +162,7 @@ fn oracle(request: &Request, sequence: u32, max_model_len: u32) -> Received {
         }
     }
     Received {
-        tokens: tokens.split_off(request.prompt.len()),
+        tokens: tokens.split_off(n_prompt),
         finished: Some(finished),
         ..Received::default()
     }
@@ -76,6 +184,17 @@ fn beam_oracle(request: &Request, beams: BeamParams, n_outputs: u32) -> Vec<Rece
         beam_score: Some(answer.score),
     });
     received.collect()
+}
+
+/// What a device makes of an edit.
+fn sample_edited(context: &[u32], of: (u64, u32), edit: &LogitsEdit) -> u32 {
+    let may = |token: u32| {
+        let allowed = edit.allowed.as_ref().is_none_or(|m| m[0] >> token & 1 == 1);
+        allowed && edit.biases.iter().all(|bias| bias.token != token)
+    };
+    let seen = edit.penalties.iter().flat_map(|p| p.seen.iter());
+    let digest = digest(seen.map(|seen| (seen.token, seen.n_outputs)));
+    next_token(context, of, digest, may)
 }
 
 /// What a slot or a state of the cache holds: what was written, after what, and when. No two writes are at one time.
@@ -133,6 +252,8 @@ struct CheckingDevice {
     seen: HashMap<(usize, usize, usize), u64>,
     n_written: u64,
     previous: Vec<u32>,
+    /// Row and position of each row of logits of the step that was submitted and not sampled.
+    unsampled: Option<Vec<(usize, usize)>>,
     results: VecDeque<DeviceOutput>,
 }
 
@@ -150,6 +271,7 @@ impl CheckingDevice {
             seen: HashMap::new(),
             n_written: 0,
             previous: Vec::new(),
+            unsampled: None,
             results: VecDeque::new(),
         }
     }
@@ -265,6 +387,10 @@ impl CheckingDevice {
         let Schedule {
             input, requests, ..
         } = schedule;
+        assert!(
+            self.unsampled.is_none(),
+            "the step before was sampled first"
+        );
         assert!(!input.tokens.is_empty() && input.tokens.len() <= self.limits.max_tokens);
         assert!(input.spans.len() <= self.limits.max_sequences);
         assert!(input.logits.len() <= self.limits.max_logits_rows);
@@ -296,18 +422,24 @@ impl CheckingDevice {
         for &(row, position) in &place {
             self.read(row, position);
         }
-        let sampled = input.logits.iter().zip(requests).map(|(&token, request)| {
-            let (row, last) = place[token as usize];
+        let rows = input.logits.iter().map(|&token| place[token as usize]);
+        self.unsampled = Some(rows.collect());
+    }
+
+    fn sample(&mut self, requests: &[LogitsRow]) {
+        let rows = self.unsampled.take().expect("a step was submitted");
+        let sampled = rows.iter().zip(requests).map(|(&(row, last), request)| {
             let context: Vec<u32> = self.contexts[row].1[..=last]
                 .iter()
                 .map(|w| w.token)
                 .collect();
-            let token = match request.request {
+            let token = match &request.request {
                 LogitsRequest::Sample {
                     params,
                     output_index,
-                } => next_token(&context, params.seed, output_index),
-                LogitsRequest::Score { token } => token,
+                    edit,
+                } => sample_edited(&context, (params.seed, *output_index), edit),
+                LogitsRequest::Score { token } => *token,
             };
             let top = match request.n_logprobs {
                 Some(n) if n > 0 => most_likely(&logprobs(0, &context, VOCABULARY), n.into()),
@@ -339,6 +471,7 @@ struct Arrival {
     /// Answers: sequences, or the best hypotheses of beams.
     n: u32,
     beams: Option<BeamParams>,
+    changes: Changes,
     /// Steps after its arrival at which the client wants no more of one of them.
     drops: Option<(u32, u32)>,
     /// Steps after its arrival at which the client leaves.
@@ -357,6 +490,7 @@ const PLAIN: Arrival = Arrival {
     salted: false,
     n: 1,
     beams: None,
+    changes: Changes::Nothing,
     drops: None,
     leaves_after: None,
 };
@@ -430,6 +564,13 @@ fn settings() -> impl Strategy<Value = Setting> {
             0..20u32,
             prop::bool::weighted(0.2),
             prop_oneof![Just(1u32), 1..5u32],
+            prop_oneof![
+                3 => Just(Changes::Nothing),
+                1 => Just(Changes::Penalties),
+                1 => Just(Changes::BadWords),
+                1 => Just(Changes::Allowed),
+                1 => Just(Changes::Constraint),
+            ],
             prop::option::weighted(0.2, (0..20u32, 0..4u32)),
             prop::option::weighted(0.3, beams()),
         ),
@@ -446,8 +587,9 @@ fn settings() -> impl Strategy<Value = Setting> {
                 n_shared: shares.1,
                 salted: shares.2,
                 n: shares.3,
-                drops: shares.4,
-                beams: shares.5,
+                changes: shares.4,
+                drops: shares.5,
+                beams: shares.6,
                 leaves_after,
             },
         );
@@ -473,6 +615,8 @@ fn settings() -> impl Strategy<Value = Setting> {
                     .unwrap()
                     .min(beams.width);
                 arrival.n = arrival.n.min(beams.width.get());
+                // They are searched in the logits as they are.
+                arrival.changes = Changes::Nothing;
             }
         }
         let longest = arrivals
@@ -507,24 +651,29 @@ fn settings() -> impl Strategy<Value = Setting> {
 }
 
 fn request(i: usize, arrival: &Arrival) -> Request {
+    let prompt: Vec<u32> = (0..arrival.n_prompt)
+        .map(|p| match p < arrival.n_shared {
+            true => (arrival.family * 5 + p * 3) % VOCABULARY,
+            false => (i as u32 * 5 + p * 3) % VOCABULARY,
+        })
+        .collect();
+    let stop_token_ids = if arrival.stops {
+        vec![STOP]
+    } else {
+        Vec::new()
+    };
+    let options = arrival.changes.options();
     Request {
         id: RequestId(i as u64),
-        prompt: (0..arrival.n_prompt)
-            .map(|p| match p < arrival.n_shared {
-                true => (arrival.family * 5 + p * 3) % VOCABULARY,
-                false => (i as u32 * 5 + p * 3) % VOCABULARY,
-            })
-            .collect(),
+        logits: LogitsProcessors::new(options, &prompt, &stop_token_ids, VOCABULARY).map(Box::new),
+        prompt,
         max_tokens: arrival.max_tokens,
-        stop_token_ids: if arrival.stops {
-            vec![STOP]
-        } else {
-            Vec::new()
-        },
+        stop_token_ids,
         sampling: SamplingParams {
             temperature: 1.0,
             top_p: 1.0,
             top_k: None,
+            min_p: 0.0,
             seed: i as u64,
         },
         n: NonZeroU32::new(arrival.n).unwrap(),
@@ -552,6 +701,8 @@ struct Totals {
     /// Blocks that were active, and that would have been without sharing: when these were most, and summed over the steps.
     most: (u64, u64),
     sum: (u64, u64),
+    /// Steps that were sampled after the commit of the one before.
+    n_waited: usize,
     /// Prompt tokens that the cache held, by request that asked it.
     cached: BTreeMap<RequestId, u32>,
 }
@@ -609,7 +760,7 @@ fn run(setting: &Setting) -> Totals {
         }
         // Some steps have no room for prompts beside decodes, some a little, some all.
         let prompt_tokens = [0, 1, 3, u32::MAX][step as usize % 4];
-        let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
+        let mut schedule = scheduler.schedule(&mut blocks, prompt_tokens);
         let is_idle = schedule.input.tokens.is_empty();
         for row in scheduler.rows_in_order() {
             let running = scheduler.at(row);
@@ -632,46 +783,58 @@ fn run(setting: &Setting) -> Totals {
                 assert_eq!(counted, None, "counted once, preempted or not");
             }
         }
-        if !is_idle {
-            device.submit(&schedule);
-        }
         totals.n_preempted += schedule.preempted.len();
+        totals.n_waited += usize::from(schedule.edits == Edits::AfterCommit);
         let counts = blocks.counts();
         let counts = (u64::from(counts.active), u64::from(counts.unshared));
         if counts.1 > totals.most.1 {
             totals.most = counts;
         }
         totals.sum = (totals.sum.0 + counts.0, totals.sum.1 + counts.1);
-        if is_idle && device.results.is_empty() {
-            if n_arrived < arrivals.len() {
-                continue;
-            }
-            assert!(
-                scheduler.is_idle(),
-                "nothing runs and nothing is under way, but requests are left"
-            );
-            break;
-        }
-        let n_left = match (is_idle, schedule.has_beams) {
-            (true, _) => device.results.len() - 1,
-            (false, true) => 0,
-            (false, false) => depth - 1,
-        };
-        while device.results.len() > n_left
-            && let Some(output) = device.results.pop_front()
-        {
+        let mut collect = |scheduler: &mut Scheduler, results: &mut VecDeque<DeviceOutput>| {
+            let Some(output) = results.pop_front() else {
+                return false;
+            };
             for output in scheduler.commit(&mut blocks, output) {
                 let sequence = (output.id, output.sequence);
                 assert!(!left.contains(&sequence), "no output after an abort");
                 let received = received.entry(sequence).or_default();
                 assert_eq!(received.finished, None, "no output after the last");
-                let scores = output.prompt_logprobs.iter().map(|s| s.token);
-                received.scores.extend(scores);
+                received
+                    .scores
+                    .extend(output.prompt_logprobs.iter().map(|s| s.token));
                 received
                     .tokens
                     .extend(output.tokens.iter().map(|s| s.token));
                 received.finished = output.finished;
                 received.beam_score = output.beam_score;
+            }
+            true
+        };
+        if is_idle {
+            if !collect(&mut scheduler, &mut device.results) {
+                if n_arrived < arrivals.len() {
+                    continue;
+                }
+                assert!(
+                    scheduler.is_idle(),
+                    "nothing runs and nothing is under way, but requests are left"
+                );
+                break;
+            }
+        } else {
+            device.submit(&schedule);
+            if schedule.edits == Edits::AfterCommit {
+                let is_collected = collect(&mut scheduler, &mut device.results);
+                assert!(is_collected, "the step before is under way");
+            }
+            if schedule.edits != Edits::None {
+                scheduler.edit_logits(&mut schedule.requests);
+            }
+            device.sample(&schedule.requests);
+            let n_left = if schedule.has_beams { 0 } else { depth - 1 };
+            while device.results.len() > n_left {
+                collect(&mut scheduler, &mut device.results);
             }
         }
         let rows: Vec<TableRow> = scheduler.rows_in_order().collect();
@@ -697,7 +860,7 @@ fn run(setting: &Setting) -> Totals {
     for (i, arrival) in arrivals.iter().enumerate() {
         let request = request(i, arrival);
         for sequence in 0..arrival.n {
-            let mut want = oracle(&request, sequence, max_model_len);
+            let mut want = oracle(&request, arrival.changes, sequence, max_model_len);
             let sequence = (request.id, sequence);
             let received = received.remove(&sequence).unwrap_or_default();
             if left.contains(&sequence) && received.finished.is_none() {
@@ -722,6 +885,52 @@ proptest! {
     #[test]
     fn a_request_gives_in_any_crowd_what_it_gives_alone(setting in settings()) {
         run(&setting);
+    }
+}
+
+#[test]
+fn edits_that_depend_on_the_step_before_wait_for_it_and_others_do_not() {
+    for (changes, depth, waits) in [
+        (Changes::Nothing, 2, false),
+        (Changes::Allowed, 2, false),
+        (Changes::Penalties, 1, false),
+        (Changes::Penalties, 2, true),
+        (Changes::BadWords, 2, true),
+        (Changes::Constraint, 1, false),
+        (Changes::Constraint, 2, true),
+    ] {
+        let arrival = Arrival {
+            n_prompt: 9,
+            max_tokens: 8,
+            n: 3,
+            changes,
+            ..PLAIN
+        };
+        let setting = Setting {
+            depth,
+            block_size: 4,
+            n_blocks: 64,
+            limits: Limits {
+                max_tokens: 8,
+                max_sequences: 4,
+                max_logits_rows: 8,
+                max_blocks_per_sequence: 8,
+            },
+            kinds: vec![GroupKind::Full],
+            caching: None,
+            arrivals: vec![
+                arrival,
+                Arrival {
+                    n_prompt: 3,
+                    max_tokens: 20,
+                    ..PLAIN
+                },
+            ],
+        };
+        let n_waited = run(&setting).n_waited;
+        let why = format!("{changes:?} at depth {depth}: {n_waited}");
+        assert_eq!(n_waited > 0, waits, "{why}");
+        assert!(n_waited < 9, "only its own steps: {why}");
     }
 }
 
@@ -780,8 +989,10 @@ fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
                 temperature: 0.0,
                 top_p: 1.0,
                 top_k: None,
+                min_p: 0.0,
                 seed: 0,
             },
+            logits: None,
             n: NonZeroU32::MIN,
             beams: None,
             logprobs: None,
