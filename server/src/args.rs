@@ -123,6 +123,10 @@ pub struct EngineArgs {
     /// Compute every prompt from its first token.
     #[arg(long, overrides_with = "enable_prefix_caching")]
     pub no_enable_prefix_caching: bool,
+    /// While prompts are computed beside streams, a step takes at most so many times as long as one without prompts; 0:
+    /// prompts fill every step, which gives the most tokens a second and stalls the streams.
+    #[arg(long, default_value = "2.9", value_parser = stretch)]
+    pub max_decode_stretch: DecodeStretch,
     /// Threads that compute [default: the cores of this machine or container].
     #[arg(long, value_parser = n_threads)]
     pub threads: Option<NonZeroUsize>,
@@ -170,6 +174,17 @@ pub struct DrainArgs {
     /// Then answers under way have so long to finish.
     #[arg(long = "drain-seconds", default_value = "60", value_parser = seconds)]
     pub finish: Duration,
+}
+
+/// What [`EngineArgs::max_decode_stretch`] says: 0, or a number from 1.1 to 1000.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DecodeStretch(f64);
+
+impl DecodeStretch {
+    /// `None` where there is no bound.
+    pub fn bound(self) -> Option<f64> {
+        (self.0 > 0.0).then_some(self.0)
+    }
 }
 
 /// Where the model is.
@@ -335,6 +350,15 @@ fn part(found: &str) -> Result<f64, String> {
     }
 }
 
+fn stretch(found: &str) -> Result<DecodeStretch, String> {
+    match found.parse() {
+        Ok(stretch) if stretch == 0.0 || (1.1..=1000.0).contains(&stretch) => {
+            Ok(DecodeStretch(stretch))
+        }
+        _ => Err("0 or a number from 1.1 to 1000".to_owned()),
+    }
+}
+
 fn seconds(found: &str) -> Result<Duration, String> {
     match found.parse() {
         Ok(seconds) if (0.0..=86400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
@@ -419,6 +443,24 @@ mod tests {
     }
 
     #[test]
+    fn streams_may_be_stretched_by_what_is_told() {
+        let stretch = |flags: &[&str]| {
+            let args = parse(flags)?;
+            Ok::<_, Vec<String>>(args.engine.max_decode_stretch.bound())
+        };
+        let flag = "--max-decode-stretch";
+        assert_eq!(stretch(&[]), Ok(Some(crate::engine::pacer::DECODE_STRETCH)));
+        assert_eq!(stretch(&[flag, "5.5"]), Ok(Some(5.5)));
+        assert_eq!(stretch(&[flag, "0"]), Ok(None));
+        for wrong in ["1", "-1", "NaN", "1e9"] {
+            let flag = format!("{flag}={wrong}");
+            let mistake =
+                format!("--max-decode-stretch: {wrong:?} is not 0 or a number from 1.1 to 1000");
+            assert_eq!(stretch(&[&flag]), Err(vec![mistake]));
+        }
+    }
+
+    #[test]
     fn all_mistakes_are_reported_at_once() {
         let mut mistakes = parse(&[
             "--port",
@@ -491,7 +533,7 @@ mod tests {
             .get_arguments()
             .map(|arg| arg.get_env().unwrap().to_str().unwrap())
             .collect();
-        assert_eq!(variables.len(), 26);
+        assert_eq!(variables.len(), 27);
         for variable in [
             "KVASIR_MODEL",
             "KVASIR_PORT",

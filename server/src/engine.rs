@@ -8,11 +8,12 @@
 //! - [`groups`]: pure: which blocks a sequence holds when, by kind of layer.
 //! - [`blocks`]: pure: the block pool and block tables.
 //! - [`prefix`]: pure: which blocks hold which tokens. `eviction`: which of them go first.
-//! - [`scheduler`]: pure: continuous batching, preemption.
+//! - [`scheduler`]: pure: continuous batching, preemption. `beam`: pure: which beams go on.
 //! - [`logits`]: pure: what a request changes in its logits. [`constraint`]: what else may restrict its tokens.
 //! - [`pacer`]: pure: how many prompt tokens may run beside decodes.
 //! - [`executor`]: what it needs of a model on a device.
 
+mod beam;
 pub mod blocks;
 pub mod constraint;
 mod eviction;
@@ -44,8 +45,8 @@ use logits::Edits;
 use pacer::{PrefillPacer, StepSize};
 use prefix::PrefixCaching;
 pub use request::{
-    Admission, EngineOutputs, FinishReason, Request, RequestId, RequestOutput, SamplingParams,
-    SubmitError, TokenLogprobs,
+    Admission, BeamParams, EarlyStopping, EngineOutputs, FinishReason, Request, RequestId,
+    RequestOutput, SamplingParams, SubmitError, TokenLogprobs,
 };
 use scheduler::{Schedule, Scheduler};
 
@@ -54,7 +55,7 @@ use scheduler::{Schedule, Scheduler};
 const UNREAD_OUTPUTS: usize = 64;
 
 /// What is served, and its limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ModelInfo {
     /// Token ids are below this.
     pub vocab_size: u32,
@@ -72,6 +73,9 @@ pub struct ModelInfo {
     pub groups: CacheGroups,
     /// Blocks are kept for what they hold, and found again by it.
     pub prefix_caching: Option<PrefixCaching>,
+    /// A step with prompt tokens takes at most so many times as long as one that only decodes; `None`: prompts get all
+    /// the tokens of a step.
+    pub max_decode_stretch: Option<f64>,
 }
 
 /// Why the engine ended before it was told to.
@@ -176,7 +180,11 @@ impl EngineLoop {
         Self {
             blocks: BlockPool::new(info.n_blocks, info.groups.clone(), info.prefix_caching),
             scheduler: Scheduler::new(info.limits, info.max_model_len),
-            pacer: PrefillPacer::new(info.limits.max_tokens as u32, executor.row_tile() as u32),
+            pacer: PrefillPacer::new(
+                info.limits.max_tokens as u32,
+                executor.row_tile() as u32,
+                info.max_decode_stretch,
+            ),
             executor,
             outputs,
             in_flight: VecDeque::new(),
@@ -221,6 +229,7 @@ impl EngineLoop {
         }
         let size = schedule.size();
         self.counters.computed_tokens += schedule.input.tokens.len() as u64;
+        self.counters.slots += schedule.slots;
         let submitted = Instant::now();
         let ticket = self.executor.submit(schedule.input);
         self.in_flight.push_back(InFlight {
@@ -228,22 +237,24 @@ impl EngineLoop {
             size,
             submitted,
         });
-        let outputs = match schedule.edits {
-            Edits::AfterCommit => {
-                assert!(self.in_flight.len() > 1, "the step before is under way");
-                let outputs = self.collect()?;
-                self.sample(schedule.requests, schedule.edits)?;
-                outputs
-            }
-            Edits::None | Edits::Ready => {
-                self.sample(schedule.requests, schedule.edits)?;
-                if self.in_flight.len() < self.executor.depth() {
-                    return Ok(());
-                }
-                self.collect()?
-            }
+        if schedule.edits == Edits::AfterCommit {
+            assert!(self.in_flight.len() > 1, "the step before is under way");
+            let outputs = self.collect()?;
+            self.sample(schedule.requests, schedule.edits)?;
+            self.send(outputs)?;
+        } else {
+            self.sample(schedule.requests, schedule.edits)?;
+        }
+        // With beams in the batch, collect comes before schedule: the host chooses how they go on.
+        let n_left = match schedule.has_beams {
+            true => 0,
+            false => self.executor.depth() - 1,
         };
-        self.send(outputs)
+        while self.in_flight.len() > n_left {
+            let outputs = self.collect()?;
+            self.send(outputs)?;
+        }
+        Ok(())
     }
 
     /// Samples from the newest step, its rows edited. What they share with the scheduler is let go of here: it changes with
@@ -358,6 +369,7 @@ impl EngineLoop {
                     prompt_logprobs: Vec::new(),
                     tokens: Vec::new(),
                     finished: finished.clone(),
+                    beam_score: None,
                 })
                 .collect(),
         )

@@ -27,10 +27,10 @@ use kvasir_kernels::shape::{Limits, Model, ModelShape, Numerics, Precision};
 use kvasir_kernels::step::{DeviceOutput, LogitsRow, StepInput};
 use kvasir_kernels::stored::Dtype;
 
-use crate::engine::ModelInfo;
 use crate::engine::executor::Executor;
 use crate::engine::groups::{CacheGroups, GroupKind};
 use crate::engine::prefix::{PrefixCaching, PrefixKey};
+use crate::engine::{ModelInfo, pacer};
 use config::ModelConfig;
 use decoder::Decoder;
 pub use files::{FileBytes, ModelFiles};
@@ -226,6 +226,7 @@ pub fn load(
             n_blocks,
             groups,
             prefix_caching: Some(prefix_caching),
+            max_decode_stretch: Some(pacer::DECODE_STRETCH),
         },
         memory: device.memory(),
         kv_cache_bytes: u64::from(n_blocks) * device.block_bytes(),

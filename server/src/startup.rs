@@ -109,6 +109,7 @@ pub fn start(
     if !args.engine.prefix_caching() {
         info.prefix_caching = None;
     }
+    info.max_decode_stretch = args.engine.max_decode_stretch.bound();
     let summary = Summary {
         device: loaded.device,
         dtype: dtype_name(info.dtype),

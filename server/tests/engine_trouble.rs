@@ -179,6 +179,7 @@ fn start(setting: Setting) -> Trouble {
             vec![GroupKind::Full],
         ),
         prefix_caching: None,
+        max_decode_stretch: None,
     };
     let (engine, outputs) = Engine::start(Box::new(executor), info, setting.max_waiting).unwrap();
     let metrics = Arc::new(Metrics::new("m").unwrap());

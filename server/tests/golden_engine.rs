@@ -4,6 +4,8 @@
 //! Real models, real steps, pools and budgets so small that everything happens.
 #![allow(clippy::unwrap_used)] // A test's helpers, outside of #[test] functions.
 
+#[path = "golden_engine/beams.rs"]
+mod beams;
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -191,6 +193,7 @@ fn requests(case: &Path) -> Vec<Request> {
                 },
                 logprobs: Some(3),
                 n: NonZeroU32::MIN,
+                beams: None,
                 prompt_logprobs: (i % 2 == 1).then_some(1),
                 cache_salt: None,
             });

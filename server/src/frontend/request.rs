@@ -9,7 +9,7 @@ use super::budget::ByteBudget;
 use super::outputs::{Prompt, RequestState};
 use super::stream::RequestEvent;
 use crate::engine::logits::LogitsProcessors;
-use crate::engine::{Request, RequestId, SamplingParams};
+use crate::engine::{BeamParams, Request, RequestId, SamplingParams};
 use crate::text::Detokenizer;
 use crate::text::stop::StopStrings;
 
@@ -26,6 +26,8 @@ pub struct GenerationRequest {
     pub logits: Option<Box<LogitsProcessors>>,
     /// Sequences that continue the prompt, with the seeds that follow that of `sampling`.
     pub n: NonZeroU32,
+    /// They are the best hypotheses of a beam search, and nothing is sampled. Its text ends at tokens, at no string.
+    pub beams: Option<BeamParams>,
     /// Tokens that end the text, the model's own included unless they are ignored.
     pub stop_token_ids: Vec<u32>,
     /// Strings that end the text, and whether what ends it is a part of it.
@@ -79,6 +81,7 @@ impl GenerationRequest {
             sampling: self.sampling,
             logits: self.logits,
             n: self.n,
+            beams: self.beams,
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
             cache_salt: self.cache_salt,

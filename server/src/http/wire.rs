@@ -1,5 +1,5 @@
-//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`, `prompt_logprobs`). Plain
-//! data.
+//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`, `prompt_logprobs`) and ours
+//! (`beam_score`). Plain data.
 
 use serde::Serialize;
 
@@ -78,6 +78,9 @@ pub(super) struct CompletionChoice {
     pub(super) prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,
+    /// With `use_beam_search`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) beam_score: Option<f32>,
 }
 
 /// `/v1/chat/completions`: `C` is [`ChatChoice`] or, in a stream, [`ChatDelta`].
@@ -105,6 +108,9 @@ pub(super) struct ChatChoice {
     pub(super) stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,
+    /// With `use_beam_search`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) beam_score: Option<f32>,
 }
 
 #[derive(Debug, Serialize)]

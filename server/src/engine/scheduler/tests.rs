@@ -14,10 +14,16 @@ use kvasir_kernels::step::{
 use proptest::prelude::*;
 
 use super::*;
+use crate::engine::beam::BeamSearch;
+use crate::engine::beam::tests::{logprobs, most_likely, run as run_search};
 use crate::engine::constraint::Constraint;
 use crate::engine::groups::{CacheGroups, GroupKind};
 use crate::engine::logits::{LogitsOptions, LogitsProcessors};
 use crate::engine::prefix::{PrefixCaching, PrefixKey};
+use crate::engine::{BeamParams, EarlyStopping};
+
+mod beams;
+mod memory;
 
 const VOCABULARY: u32 = 11;
 const STOP: u32 = 7;
@@ -135,15 +141,14 @@ impl Changes {
 }
 
 /// What a sequence of a request must give: its outputs and how it ends.
-fn oracle(
-    request: &Request,
-    changes: Changes,
-    sequence: u32,
-    max_model_len: u32,
-) -> (Vec<u32>, FinishReason) {
+fn oracle(request: &Request, changes: Changes, sequence: u32, max_model_len: u32) -> Received {
     let mut tokens = request.prompt.clone();
     let n_prompt = tokens.len();
     let n_outputs = request.max_tokens.min(max_model_len - n_prompt as u32);
+    if let Some(beams) = request.beams.filter(|_| n_outputs > 0) {
+        return beam_oracle(request, beams, n_outputs).swap_remove(sequence as usize);
+    }
+    let mut finished = FinishReason::Length;
     for index in 0..n_outputs {
         let seed = request.sampling.seed + u64::from(sequence);
         let (prompt, outputs) = tokens.split_at(n_prompt);
@@ -152,10 +157,33 @@ fn oracle(
         let token = next_token(&tokens, (seed, index), digest, may);
         tokens.push(token);
         if request.stop_token_ids.contains(&token) {
-            return (tokens.split_off(n_prompt), FinishReason::Stop(token));
+            finished = FinishReason::Stop(token);
+            break;
         }
     }
-    (tokens.split_off(n_prompt), FinishReason::Length)
+    Received {
+        tokens: tokens.split_off(n_prompt),
+        finished: Some(finished),
+        ..Received::default()
+    }
+}
+
+/// What a search over whole rows of logits gives, without a scheduler.
+fn beam_oracle(request: &Request, beams: BeamParams, n_outputs: u32) -> Vec<Received> {
+    let stops = request.stop_token_ids.clone();
+    let search = BeamSearch::new(beams, stops, n_outputs, request.logprobs);
+    let expand = |outputs: &[u32]| {
+        let context = [&request.prompt, outputs].concat();
+        most_likely(&logprobs(0, &context, VOCABULARY), VOCABULARY as usize)
+    };
+    let answers = run_search(search, request.n.get() as usize, expand).into_iter();
+    let received = answers.map(|answer| Received {
+        scores: Vec::new(),
+        tokens: answer.tokens.iter().map(|token| token.token).collect(),
+        finished: Some(answer.finished),
+        beam_score: Some(answer.score),
+    });
+    received.collect()
 }
 
 /// What a device makes of an edit.
@@ -413,8 +441,13 @@ impl CheckingDevice {
                 } => sample_edited(&context, (params.seed, *output_index), edit),
                 LogitsRequest::Score { token } => *token,
             };
+            let top = match request.n_logprobs {
+                Some(n) if n > 0 => most_likely(&logprobs(0, &context, VOCABULARY), n.into()),
+                _ => Vec::new(),
+            };
             Sampled {
                 token,
+                top,
                 ..Sampled::default()
             }
         });
@@ -435,8 +468,9 @@ struct Arrival {
     family: u32,
     n_shared: u32,
     salted: bool,
-    /// Sequences.
+    /// Answers: sequences, or the best hypotheses of beams.
     n: u32,
+    beams: Option<BeamParams>,
     changes: Changes,
     /// Steps after its arrival at which the client wants no more of one of them.
     drops: Option<(u32, u32)>,
@@ -455,6 +489,7 @@ const PLAIN: Arrival = Arrival {
     n_shared: 0,
     salted: false,
     n: 1,
+    beams: None,
     changes: Changes::Nothing,
     drops: None,
     leaves_after: None,
@@ -502,6 +537,21 @@ fn kind() -> impl Strategy<Value = GroupKind> {
     ]
 }
 
+fn beams() -> impl Strategy<Value = BeamParams> {
+    let early_stopping = prop_oneof![
+        Just(EarlyStopping::WhenFull),
+        Just(EarlyStopping::WhenUnlikely),
+        Just(EarlyStopping::WhenImpossible),
+    ];
+    (1..6u32, -1.0..2.0, early_stopping).prop_map(|(width, length_penalty, early_stopping)| {
+        BeamParams {
+            width: NonZeroU32::new(width).unwrap(),
+            length_penalty,
+            early_stopping,
+        }
+    })
+}
+
 fn settings() -> impl Strategy<Value = Setting> {
     let arrival = (
         0..30u32,
@@ -522,6 +572,7 @@ fn settings() -> impl Strategy<Value = Setting> {
                 1 => Just(Changes::Constraint),
             ],
             prop::option::weighted(0.2, (0..20u32, 0..4u32)),
+            prop::option::weighted(0.3, beams()),
         ),
         prop::option::weighted(0.2, 0..20u32),
     )
@@ -538,6 +589,7 @@ fn settings() -> impl Strategy<Value = Setting> {
                 n: shares.3,
                 changes: shares.4,
                 drops: shares.5,
+                beams: shares.6,
                 leaves_after,
             },
         );
@@ -556,9 +608,17 @@ fn settings() -> impl Strategy<Value = Setting> {
     let arrivals = prop::collection::vec(arrival, 1..16);
     (sizes, kinds, caching, arrivals).prop_map(|(sizes, kinds, caching, mut arrivals)| {
         let (depth, block_size, spare_blocks, max_sequences, more_tokens, more_rows) = sizes;
-        arrivals
-            .iter_mut()
-            .for_each(|a| a.n = a.n.min(max_sequences as u32));
+        for arrival in &mut arrivals {
+            arrival.n = arrival.n.min(max_sequences as u32);
+            if let Some(beams) = &mut arrival.beams {
+                beams.width = NonZeroU32::new(max_sequences as u32)
+                    .unwrap()
+                    .min(beams.width);
+                arrival.n = arrival.n.min(beams.width.get());
+                // They are searched in the logits as they are.
+                arrival.changes = Changes::Nothing;
+            }
+        }
         let longest = arrivals
             .iter()
             .map(|a| a.n_prompt + a.max_tokens)
@@ -582,7 +642,8 @@ fn settings() -> impl Strategy<Value = Setting> {
         let groups = setting.groups();
         let alone = setting.arrivals.iter().map(|a| {
             let own = groups.own_blocks_for(a.n_prompt, max_model_len);
-            groups.blocks_for(max_model_len) + (a.n - 1) * own
+            let n = request(0, a).n_sequences().get();
+            groups.blocks_for(max_model_len) + (n - 1) * own
         });
         setting.n_blocks = alone.max().unwrap() + spare_blocks;
         setting
@@ -616,6 +677,7 @@ fn request(i: usize, arrival: &Arrival) -> Request {
             seed: i as u64,
         },
         n: NonZeroU32::new(arrival.n).unwrap(),
+        beams: arrival.beams,
         logprobs: None,
         prompt_logprobs: arrival.scored.then_some(0),
         cache_salt: arrival.salted.then(|| "salt".to_owned()),
@@ -636,17 +698,21 @@ fn add(scheduler: &mut Scheduler, blocks: &BlockPool, setting: &Setting, request
 #[derive(Default)]
 struct Totals {
     n_preempted: usize,
+    /// Blocks that were active, and that would have been without sharing: when these were most, and summed over the steps.
+    most: (u64, u64),
+    sum: (u64, u64),
     /// Steps that were sampled after the commit of the one before.
     n_waited: usize,
     /// Prompt tokens that the cache held, by request that asked it.
     cached: BTreeMap<RequestId, u32>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default, PartialEq)]
 struct Received {
     scores: Vec<u32>,
     tokens: Vec<u32>,
     finished: Option<FinishReason>,
+    beam_score: Option<f32>,
 }
 
 /// Runs a setting to its end.
@@ -719,6 +785,12 @@ fn run(setting: &Setting) -> Totals {
         }
         totals.n_preempted += schedule.preempted.len();
         totals.n_waited += usize::from(schedule.edits == Edits::AfterCommit);
+        let counts = blocks.counts();
+        let counts = (u64::from(counts.active), u64::from(counts.unshared));
+        if counts.1 > totals.most.1 {
+            totals.most = counts;
+        }
+        totals.sum = (totals.sum.0 + counts.0, totals.sum.1 + counts.1);
         let mut collect = |scheduler: &mut Scheduler, results: &mut VecDeque<DeviceOutput>| {
             let Some(output) = results.pop_front() else {
                 return false;
@@ -735,39 +807,49 @@ fn run(setting: &Setting) -> Totals {
                     .tokens
                     .extend(output.tokens.iter().map(|s| s.token));
                 received.finished = output.finished;
+                received.beam_score = output.beam_score;
             }
             true
         };
-        let mut is_collected = false;
-        if !is_idle {
+        if is_idle {
+            if !collect(&mut scheduler, &mut device.results) {
+                if n_arrived < arrivals.len() {
+                    continue;
+                }
+                assert!(
+                    scheduler.is_idle(),
+                    "nothing runs and nothing is under way, but requests are left"
+                );
+                break;
+            }
+        } else {
             device.submit(&schedule);
             if schedule.edits == Edits::AfterCommit {
-                is_collected = collect(&mut scheduler, &mut device.results);
+                let is_collected = collect(&mut scheduler, &mut device.results);
                 assert!(is_collected, "the step before is under way");
             }
             if schedule.edits != Edits::None {
                 scheduler.edit_logits(&mut schedule.requests);
             }
             device.sample(&schedule.requests);
-        }
-        let is_full = is_idle || device.results.len() == *depth;
-        if !is_collected && is_full && !collect(&mut scheduler, &mut device.results) {
-            if n_arrived < arrivals.len() {
-                continue;
+            let n_left = if schedule.has_beams { 0 } else { depth - 1 };
+            while device.results.len() > n_left {
+                collect(&mut scheduler, &mut device.results);
             }
-            assert!(
-                scheduler.is_idle(),
-                "nothing runs and nothing is under way, but requests are left"
-            );
-            break;
         }
         let rows: Vec<TableRow> = scheduler.rows_in_order().collect();
         let held = rows
             .iter()
             .flat_map(|&row| scheduler.at(row).table.blocks());
+        let held: Vec<BlockId> = held.collect();
+        assert_eq!(
+            blocks.counts().unshared as usize,
+            held.len(),
+            "every reference is a table's"
+        );
         assert_eq!(
             blocks.counts().active as usize,
-            held.collect::<HashSet<_>>().len(),
+            held.into_iter().collect::<HashSet<_>>().len(),
             "every active block is in a table"
         );
         assert_eq!(scheduler.free_rows.len() + rows.len(), limits.max_sequences);
@@ -778,27 +860,21 @@ fn run(setting: &Setting) -> Totals {
     for (i, arrival) in arrivals.iter().enumerate() {
         let request = request(i, arrival);
         for sequence in 0..arrival.n {
-            let (tokens, reason) = oracle(&request, arrival.changes, sequence, max_model_len);
+            let mut want = oracle(&request, arrival.changes, sequence, max_model_len);
             let sequence = (request.id, sequence);
             let received = received.remove(&sequence).unwrap_or_default();
             if left.contains(&sequence) && received.finished.is_none() {
                 assert!(
-                    tokens.starts_with(&received.tokens),
+                    want.tokens.starts_with(&received.tokens),
                     "what came before the abort was right"
                 );
                 continue;
             }
-            assert_eq!(
-                (received.tokens, received.finished),
-                (tokens, Some(reason)),
-                "{sequence:?}"
-            );
             // The first reports the prompt for all.
-            let scores = match arrival.scored && sequence.1 == 0 {
-                true => &request.prompt[1..],
-                false => &[],
-            };
-            assert_eq!(received.scores, scores, "scores of {sequence:?}");
+            if arrival.scored && sequence.1 == 0 {
+                want.scores = request.prompt[1..].to_vec();
+            }
+            assert_eq!(received, want, "{sequence:?}");
         }
     }
     totals
@@ -918,6 +994,7 @@ fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
             },
             logits: None,
             n: NonZeroU32::MIN,
+            beams: None,
             logprobs: None,
             prompt_logprobs: None,
             cache_salt: None,
