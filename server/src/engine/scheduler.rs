@@ -230,11 +230,19 @@ impl Scheduler {
         }
         let (n, n_prompt) = (request.n_sequences().get(), request.prompt.len() as u32);
         let beams = Beams::new(&request, max_outputs);
+        let resumed = std::mem::take(&mut request.resumed);
         let first = Sequence::new(request, chain, self.max_model_len);
         let siblings: Vec<Sequence> = (1..n).map(|index| first.sibling(index)).collect();
+        let mut sequences: Vec<Sequence> = std::iter::once(first).chain(siblings).collect();
+        if !resumed.is_empty() {
+            let resumed = sequences.into_iter().zip(resumed);
+            sequences = resumed
+                .filter_map(|(sequence, outputs)| Some(sequence.resumed(&outputs?)))
+                .collect();
+        }
         let mut group = SequenceGroup {
             id,
-            sequences: std::iter::once(first).chain(siblings).collect(),
+            sequences,
             beams,
             n_shared: n_prompt,
             is_counted: false,
@@ -657,6 +665,7 @@ impl Scheduler {
             return false;
         };
         let group = self.waiting.remove(&key).expect("a group that waits");
+        let n_prompt = group.split().0.n_prompt();
         let asks_cache = blocks.caches_prefixes() && group.split().0.asks_cache();
         let leads = match group.sequences.len() {
             1 => Fork::Done,
@@ -700,7 +709,8 @@ impl Scheduler {
         }
         batch.schedule.admitted.push(Admitted {
             id: group.id,
-            cached_tokens: (!group.is_counted && asks_cache).then_some(n_found),
+            // One that is resumed may find outputs too.
+            cached_tokens: (!group.is_counted && asks_cache).then_some(n_found.min(n_prompt)),
         });
         let leader = rows[0];
         let (id, beams) = (group.id, group.beams);

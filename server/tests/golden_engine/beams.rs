@@ -52,6 +52,7 @@ fn request(id: u64, prompt: Vec<u32>, beams: BeamParams) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         cache_salt: None,
+        resumed: Vec::new(),
     }
 }
 
