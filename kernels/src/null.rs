@@ -272,7 +272,7 @@ impl Device for NullDevice {
         requests: &[LogitsRow],
     ) -> Result<(), DeviceError> {
         let step = &mut self.pass.models[self.pass.current].1;
-        step.sample(requests);
+        step.check_requests(requests);
         let sampled = requests.iter().map(|row| Sampled {
             token: match row.request {
                 LogitsRequest::Sample { .. } => 0,

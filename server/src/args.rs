@@ -185,6 +185,10 @@ pub struct EngineArgs {
     /// Compute every prompt from its first token.
     #[arg(long, overrides_with = "enable_prefix_caching")]
     pub no_enable_prefix_caching: bool,
+    /// While prompts are computed beside streams, a step takes at most so many times as long as one without prompts; 0:
+    /// prompts fill every step, which gives the most tokens a second and stalls the streams.
+    #[arg(long, default_value = "2.9", value_parser = stretch)]
+    pub max_decode_stretch: DecodeStretch,
     /// Threads that compute [default: the cores of this machine or container].
     #[arg(long, value_parser = n_threads)]
     pub threads: Option<NonZeroUsize>,
@@ -232,6 +236,17 @@ pub struct DrainArgs {
     /// Then answers under way have so long to finish.
     #[arg(long = "drain-seconds", default_value = "60", value_parser = seconds)]
     pub finish: Duration,
+}
+
+/// What [`EngineArgs::max_decode_stretch`] says: 0, or a number from 1.1 to 1000.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DecodeStretch(f64);
+
+impl DecodeStretch {
+    /// `None` where there is no bound.
+    pub fn bound(self) -> Option<f64> {
+        (self.0 > 0.0).then_some(self.0)
+    }
 }
 
 /// Where the model is.
@@ -415,6 +430,15 @@ fn gibibytes(found: &str) -> Result<u64, String> {
     match found.parse::<f64>() {
         Ok(gib) if gib > 0.0 && gib <= 1e6 => Ok((gib * GIB) as u64),
         _ => Err("a number of GiB above 0".to_owned()),
+    }
+}
+
+fn stretch(found: &str) -> Result<DecodeStretch, String> {
+    match found.parse() {
+        Ok(stretch) if stretch == 0.0 || (1.1..=1000.0).contains(&stretch) => {
+            Ok(DecodeStretch(stretch))
+        }
+        _ => Err("0 or a number from 1.1 to 1000".to_owned()),
     }
 }
 

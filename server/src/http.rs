@@ -2,13 +2,14 @@
 //!
 //! It knows text and events, never blocks: requests go through [`crate::frontend`] to the engine.
 //!
-//! - [`incoming`], [`fields`], [`params`], [`prompts`], [`conversation`]: requests are read in time and parsed once, in
-//!   bounded memory; every mistake names its field.
+//! - [`incoming`], [`fields`], [`params`], [`choices`], [`prompts`], [`conversation`]: requests are read in time and parsed
+//!   once, in bounded memory; every mistake names its field.
 //! - [`completions`], [`chat`], [`tokenize`]: the interfaces; [`generate`] is what the first two share.
 //! - [`management`]: probes, load, metrics. [`middleware`]: around every request.
 //! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client reads too slowly.
 
 mod chat;
+mod choices;
 mod completions;
 mod conversation;
 mod defaults;

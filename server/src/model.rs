@@ -29,10 +29,10 @@ use kvasir_kernels::shape::{Limits, Model, ModelShape, Numerics, Precision};
 use kvasir_kernels::step::{DeviceOutput, LogitsRow, StepInput};
 use kvasir_kernels::stored::Dtype;
 
-use crate::engine::ModelInfo;
 use crate::engine::executor::Executor;
 use crate::engine::groups::{CacheGroups, GroupKind};
 use crate::engine::prefix::{PrefixCaching, PrefixKey};
+use crate::engine::{ModelInfo, pacer};
 use config::ModelConfig;
 use decoder::Decoder;
 pub use files::{FileBytes, ModelFiles};
@@ -199,6 +199,7 @@ pub fn load(
             n_blocks,
             groups: cache_groups(shape),
             prefix_caching: Some(prefix_caching),
+            max_decode_stretch: Some(pacer::DECODE_STRETCH),
         },
         memory: device.memory(),
         plan,
@@ -383,16 +384,14 @@ impl Executor for ModelExecutor {
         self.device.row_tile()
     }
 
-    fn submit(
-        &mut self,
-        mut input: StepInput,
-        requests: &[LogitsRow],
-    ) -> Result<Ticket, DeviceError> {
+    fn submit(&mut self, mut input: StepInput) -> Result<Ticket, DeviceError> {
         input.model = self.model;
         let decoder = &self.decoder;
-        let ticket = self.device.submit(&input, &|ops| decoder.forward(ops))?;
-        self.device.sample(&ticket, decoder.logits(), requests)?;
-        Ok(ticket)
+        self.device.submit(&input, &|ops| decoder.forward(ops))
+    }
+
+    fn sample(&mut self, ticket: &Ticket, requests: &[LogitsRow]) -> Result<(), DeviceError> {
+        self.device.sample(ticket, self.decoder.logits(), requests)
     }
 
     fn collect(&mut self, ticket: Ticket) -> Result<DeviceOutput, DeviceError> {

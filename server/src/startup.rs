@@ -169,6 +169,7 @@ fn serve(
     if !args.engine.prefix_caching() {
         info.prefix_caching = None;
     }
+    info.max_decode_stretch = args.engine.max_decode_stretch.bound();
     let slots = u32::try_from(info.limits.max_sequences).unwrap_or(u32::MAX);
     let max_waiting = (args.engine.max_waiting).unwrap_or_else(|| default_max_waiting(slots));
     let (engine, outputs) = Engine::start(Box::new(loaded.executor), info, max_waiting)?;

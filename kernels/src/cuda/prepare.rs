@@ -133,7 +133,7 @@ impl<D: Driver> CudaDevice<D> {
                 kernel::MAX_VOCABULARY
             )));
         }
-        let stride = cols.next_multiple_of(8);
+        let stride = super::model::logits_stride(cols);
         let bytes = self.max_rows(Rows::Logits) * stride * 4;
         let logits = LogitsBuffer {
             model,

@@ -43,6 +43,24 @@ fn prefixes_are_cached_unless_the_last_word_is_no() {
 }
 
 #[test]
+fn streams_may_be_stretched_by_what_is_told() {
+    let stretch = |flags: &[&str]| {
+        let args = parse(flags)?;
+        Ok::<_, Vec<String>>(args.engine.max_decode_stretch.bound())
+    };
+    let flag = "--max-decode-stretch";
+    assert_eq!(stretch(&[]), Ok(Some(crate::engine::pacer::DECODE_STRETCH)));
+    assert_eq!(stretch(&[flag, "5.5"]), Ok(Some(5.5)));
+    assert_eq!(stretch(&[flag, "0"]), Ok(None));
+    for wrong in ["1", "-1", "NaN", "1e9"] {
+        let flag = format!("{flag}={wrong}");
+        let mistake =
+            format!("--max-decode-stretch: {wrong:?} is not 0 or a number from 1.1 to 1000");
+        assert_eq!(stretch(&[&flag]), Err(vec![mistake]));
+    }
+}
+
+#[test]
 fn all_mistakes_are_reported_at_once() {
     let mut mistakes = parse(&[
         "--port",
@@ -163,7 +181,7 @@ fn every_flag_has_its_environment_variable() {
         .get_arguments()
         .map(|arg| arg.get_env().unwrap().to_str().unwrap())
         .collect();
-    assert_eq!(variables.len(), 27);
+    assert_eq!(variables.len(), 28);
     for variable in [
         "KVASIR_MODEL",
         "KVASIR_PORT",

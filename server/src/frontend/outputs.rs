@@ -197,6 +197,7 @@ impl RequestState {
         let mut event = RequestEvent {
             prompt_logprobs,
             cached_tokens: self.cached_tokens.take(),
+            beam_score: output.beam_score,
             ..RequestEvent::default()
         };
         if !output.tokens.is_empty() {

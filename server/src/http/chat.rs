@@ -9,7 +9,7 @@ use super::conversation::Conversation;
 use super::error::ApiError;
 use super::fields::{Fields, Interface};
 use super::generate::{
-    Answer, ChunkWriter, Frames, Prepared, collect, event_stream, json_response,
+    Answer, ChunkWriter, Frames, Prepared, collect_all, event_stream, json_response,
 };
 use super::incoming::Incoming;
 use super::logprobs::ChatLogprobs;
@@ -51,7 +51,7 @@ impl ChatRequest {
         }
         let conversation = Conversation::take(&mut fields)?;
         fields.finish(Interface::Chat)?;
-        serving.check_n(params.n, 1)?;
+        serving.check_choices(&params.choices, 1)?;
         Ok(Self {
             params,
             conversation,
@@ -92,7 +92,7 @@ pub(super) async fn chat(
         created: super::unix_time(),
         n_prompt: prompt.len(),
         n_cached: 0,
-        choices: vec![Choice::default(); params.n.get() as usize],
+        choices: vec![Choice::default(); params.choices.n.get() as usize],
         prompt: params.return_token_ids.then(|| prompt.clone()),
         with_logprobs: logprobs.is_some(),
         params,
@@ -113,10 +113,7 @@ pub(super) async fn chat(
     if call.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
-    let mut answers = Vec::with_capacity(streams.len());
-    for stream in streams {
-        answers.push(collect(stream).await?);
-    }
+    let answers = collect_all(streams, &call.params.choices).await?;
     call.whole(answers)
 }
 
@@ -181,6 +178,7 @@ impl Call {
                 finish_reason,
                 stop_reason,
                 token_ids: self.ids_of(&answer.tokens),
+                beam_score: answer.beam_score,
             });
             self.n_cached += answer.cached_tokens as usize;
             self.choices[index].n_completion = answer.tokens.len();

@@ -8,7 +8,8 @@ use super::Serving;
 use super::error::ApiError;
 use super::fields::{Fields, Interface};
 use super::generate::{
-    Answer, ChunkWriter, Frames, Prepared, collect, event_stream, finished_stream, json_response,
+    Answer, ChunkWriter, Frames, Prepared, collect_all, event_stream, finished_stream,
+    json_response,
 };
 use super::incoming::Incoming;
 use super::logprobs::{CompletionScorer, TextOffsets};
@@ -61,7 +62,13 @@ impl CompletionRequest {
             add_special_tokens: fields.take("add_special_tokens")?.unwrap_or(true),
         };
         fields.finish(Interface::Completions)?;
-        serving.check_n(options.params.n, prompts.len())?;
+        serving.check_choices(&options.params.choices, prompts.len())?;
+        if options.max_tokens == Some(0) && options.params.choices.beams().is_some() {
+            return Err(ApiError::field(
+                "max_tokens",
+                "0; beams need 1 token at least, or leave use_beam_search out",
+            ));
+        }
         if options.max_tokens == Some(0) && !options.echo {
             return Err(ApiError::field(
                 "max_tokens",
@@ -105,7 +112,7 @@ pub(super) async fn completions(
     } in encoded
     {
         let max_tokens = serving.check_prompt(&prompt, options.max_tokens, "prompt")?;
-        for _ in 0..options.params.n.get() {
+        for _ in 0..options.params.choices.n.get() {
             choices.push(Choice::new(
                 &serving,
                 &options,
@@ -138,10 +145,7 @@ pub(super) async fn completions(
     if call.options.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
-    let mut answers = Vec::with_capacity(streams.len());
-    for one in streams {
-        answers.push(collect(one).await?);
-    }
+    let answers = collect_all(streams, &call.options.params.choices).await?;
     call.whole(answers)
 }
 
@@ -298,7 +302,7 @@ impl Call {
         let prompts = self
             .choices
             .iter()
-            .step_by(self.options.params.n.get() as usize);
+            .step_by(self.options.params.choices.n.get() as usize);
         Usage::new(
             prompts.map(|choice| choice.n_prompt).sum(),
             sum(|c| c.n_cached),
@@ -334,6 +338,7 @@ impl Call {
             token_ids: params
                 .return_token_ids
                 .then(|| event.tokens.iter().map(|t| t.token).collect()),
+            beam_score: event.beam_score,
         })
     }
 
@@ -348,6 +353,7 @@ impl Call {
                 prompt_logprobs: answer.prompt_logprobs,
                 cached_tokens: Some(answer.cached_tokens),
                 finished: Some(answer.reason),
+                beam_score: answer.beam_score,
                 lease: None,
             };
             choices.push(self.choice(index, event)?);

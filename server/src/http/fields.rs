@@ -52,8 +52,7 @@ const NO_EFFECT: &[(&str, &[Interface], NoEffect)] = &[
     ("prompt_cache_key", BOTH, Any),
     ("prompt_cache_retention", BOTH, Any),
     ("include_reasoning", BOTH, Any),
-    // Sampling and beams.
-    ("use_beam_search", BOTH, Only(&["false"])),
+    // Sampling; of beams, where none are asked for.
     ("length_penalty", BOTH, Any),
     ("early_stopping", BOTH, Any),
     ("presence_penalty", BOTH, Only(&["0"])),
@@ -130,6 +129,17 @@ impl<'a> Fields<'a> {
         serde_json::from_str(raw.get())
             .map(Some)
             .map_err(|e| ApiError::field(name, without_position(&e.to_string())))
+    }
+
+    /// A field that is to be taken later is given, and is none of these short values in JSON.
+    pub(super) fn is_other_than(&self, name: &str, values: &[&str]) -> bool {
+        const LONGEST: usize = 64;
+        let Some(raw) = self.0.get(name).map(|raw| raw.get()) else {
+            return false;
+        };
+        let parsed = |raw| serde_json::from_str::<serde_json::Value>(raw).unwrap_or_default();
+        raw != "null"
+            && (raw.len() > LONGEST || !values.iter().any(|value| equals(&parsed(raw), value)))
     }
 
     /// Takes a field that must be given.
@@ -211,16 +221,8 @@ impl<'a> Fields<'a> {
         let Some(value) = self.take::<serde_json::Value>(name)? else {
             return Ok(());
         };
-        let equals = |text: &&str| {
-            serde_json::from_str::<serde_json::Value>(text).is_ok_and(|other| {
-                match (other.as_f64(), value.as_f64()) {
-                    (Some(a), Some(b)) => a == b,
-                    _ => other == value,
-                }
-            })
-        };
         match values {
-            _ if values.iter().any(equals) => Ok(()),
+            _ if values.iter().any(|text| equals(&value, text)) => Ok(()),
             [] => Err(ApiError::field(
                 name,
                 "not supported by this server; leave it out",
@@ -265,6 +267,16 @@ impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
 
 fn missing(name: &str) -> ApiError {
     ApiError::field(name, "missing; the field is required")
+}
+
+/// The value is the one that `text` writes in JSON; numbers are equal whatever their form.
+fn equals(value: &serde_json::Value, text: &str) -> bool {
+    serde_json::from_str::<serde_json::Value>(text).is_ok_and(|other| {
+        match (other.as_f64(), value.as_f64()) {
+            (Some(a), Some(b)) => a == b,
+            _ => other == *value,
+        }
+    })
 }
 
 /// How many values a JSON text has, at most.
@@ -358,7 +370,7 @@ mod tests {
             ("metadata", &[r#"{"a": "b"}"#], &[]),
             ("store", &["false", "true"], &[]),
             ("service_tier", &["\"auto\""], &[]),
-            ("use_beam_search", &["false"], &["true"]),
+            ("length_penalty", &["2"], &[]),
             ("presence_penalty", &["0", "0.0"], &["0.1"]),
             ("frequency_penalty", &["0", "-0.0"], &["1"]),
             ("repetition_penalty", &["1", "1.0"], &["1.1"]),

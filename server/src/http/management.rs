@@ -47,10 +47,12 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
     if let Some(serving) = app.serving.get() {
         app.metrics.request_memory(serving.engine.budget().used());
     }
-    let load = app.serving.get().map(|_| app.load());
+    let serving = app.serving.get();
+    let counters = serving.map(|serving| serving.engine.handle().counters());
+    let load = serving.map(|_| app.load());
     let text = app
         .metrics
-        .render(load.as_ref())
+        .render(load.as_ref(), counters.as_ref())
         .map_err(|e| ApiError::internal(e.to_string()))?;
     let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())

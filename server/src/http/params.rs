@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 
 use serde::Deserialize;
 
+use super::choices::Choices;
 use super::defaults::SamplingDefaults;
 use super::error::ApiError;
 use super::fields::Fields;
@@ -17,9 +18,6 @@ use crate::text::stop::StopStrings;
 const MAX_STOP_STRINGS: usize = 32;
 const MAX_STOP_BYTES: usize = 1024;
 const MAX_STOP_TOKENS: usize = 256;
-
-/// More choices than anybody needs. How many run at once is the engine's to say.
-const MAX_N: u32 = 4096;
 
 /// As in vLLM's default configuration.
 pub(super) const MAX_LOGPROBS: u8 = 20;
@@ -38,7 +36,7 @@ pub(super) struct Params {
     pub(super) return_token_ids: bool,
     pub(super) token_names: TokenNames,
     /// Choices for each prompt.
-    pub(super) n: NonZeroU32,
+    pub(super) choices: Choices,
     /// As in vLLM: only calls with the same one find each other's cached prefixes.
     pub(super) cache_salt: Option<String>,
     /// `None`: the answer comes whole.
@@ -75,6 +73,8 @@ impl Params {
         fields: &mut Fields<'_>,
         defaults: &SamplingDefaults,
     ) -> Result<Self, ApiError> {
+        // Looks at fields that are taken below.
+        let choices = Choices::take(fields)?;
         let seed: Option<i64> = fields.take("seed")?;
         let names_by_id = fields.take("return_tokens_as_token_ids")?.unwrap_or(false);
         Ok(Self {
@@ -83,6 +83,7 @@ impl Params {
                 temperature: take_temperature(fields, defaults)?,
                 top_p: take_top_p(fields, defaults)?,
                 top_k: take_top_k(fields, defaults)?,
+                min_p: 0.0,
                 seed: seed.unwrap_or(0).cast_unsigned(),
             },
             has_seed: seed.is_some(),
@@ -95,7 +96,7 @@ impl Params {
                 true => TokenNames::Ids,
                 false => TokenNames::Text,
             },
-            n: take_n(fields)?,
+            choices,
             cache_salt: take_cache_salt(fields)?,
             stream: take_stream(fields)?,
         })
@@ -211,23 +212,6 @@ fn take_stop_token_ids(fields: &mut Fields<'_>) -> Result<Vec<u32>, ApiError> {
     Ok(ids)
 }
 
-fn take_n(fields: &mut Fields<'_>) -> Result<NonZeroU32, ApiError> {
-    let asked = fields.take::<i64>("n")?.unwrap_or(1);
-    let n = u32::try_from(asked).ok().filter(|n| *n <= MAX_N);
-    let n = n
-        .and_then(NonZeroU32::new)
-        .ok_or_else(|| ApiError::field("n", format!("{asked} is not between 1 and {MAX_N}")))?;
-    match fields.take::<i64>("best_of")? {
-        Some(best_of) if best_of != asked => Err(ApiError::field(
-            "best_of",
-            format!(
-                "{best_of} is not n, {n}: the best of more choices than are returned is not supported by this server"
-            ),
-        )),
-        _ => Ok(n),
-    }
-}
-
 fn take_cache_salt(fields: &mut Fields<'_>) -> Result<Option<String>, ApiError> {
     match fields.take::<String>("cache_salt")? {
         Some(salt) if salt.is_empty() => Err(ApiError::field(
@@ -319,15 +303,6 @@ mod tests {
             (
                 r#"{"cache_salt": 3}"#,
                 "cache_salt: invalid type: integer `3`, expected a string",
-            ),
-            (r#"{"n": 0}"#, "n: 0 is not between 1 and 4096"),
-            (
-                r#"{"n": 5000000000}"#,
-                "n: 5000000000 is not between 1 and 4096",
-            ),
-            (
-                r#"{"n": 2, "best_of": 3}"#,
-                "best_of: 3 is not n, 2: the best of more choices than are returned is not supported by this server",
             ),
             (
                 r#"{"guided_regex": "a"}"#,

@@ -1,4 +1,5 @@
-//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`). Plain data.
+//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`) and ours (`beam_score`).
+//! Plain data.
 
 use serde::Serialize;
 
@@ -75,6 +76,9 @@ pub(super) struct CompletionChoice {
     pub(super) prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,
+    /// With `use_beam_search`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) beam_score: Option<f32>,
 }
 
 /// `/v1/chat/completions`: `C` is [`ChatChoice`] or, in a stream, [`ChatDelta`].
@@ -100,6 +104,9 @@ pub(super) struct ChatChoice {
     pub(super) stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,
+    /// With `use_beam_search`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) beam_score: Option<f32>,
 }
 
 #[derive(Debug, Serialize)]

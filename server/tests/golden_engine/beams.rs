@@ -1,0 +1,236 @@
+//! Beams through the whole engine: those of Transformers, and the same in crowds, in chunks, after a prefix hit and after
+//! a preemption.
+
+use kvasir_server::engine::{BeamParams, EarlyStopping};
+
+use super::*;
+
+/// What a search gave, best first: tokens and score.
+type Found = Vec<(Vec<TokenLogprobs>, f32, FinishReason)>;
+
+/// Sends all requests at once, and waits for all answers of all of them.
+fn searches(
+    handle: &EngineHandle,
+    outputs: &Receiver<EngineOutputs>,
+    requests: &[Request],
+) -> BTreeMap<RequestId, Found> {
+    for request in requests {
+        handle.submit(request.clone()).unwrap();
+    }
+    let mut found: BTreeMap<RequestId, Found> = BTreeMap::new();
+    let n_answers: usize = requests.iter().map(|r| r.n.get() as usize).sum();
+    while found.values().map(Vec::len).sum::<usize>() < n_answers {
+        for output in outputs.recv().unwrap().outputs {
+            let Some(finished) = output.finished else {
+                assert!(output.tokens.is_empty(), "a beam is told at its end");
+                continue;
+            };
+            let found = found.entry(output.id).or_default();
+            assert_eq!(output.sequence as usize, found.len(), "best first");
+            found.push((output.tokens, output.beam_score.unwrap(), finished));
+        }
+    }
+    found
+}
+
+fn request(id: u64, prompt: Vec<u32>, beams: BeamParams) -> Request {
+    Request {
+        id: RequestId(id),
+        prompt,
+        max_tokens: 14,
+        stop_token_ids: Vec::new(),
+        sampling: SamplingParams {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: None,
+            min_p: 0.0,
+            seed: 0,
+        },
+        logits: None,
+        n: beams.width,
+        beams: Some(beams),
+        logprobs: None,
+        prompt_logprobs: None,
+        cache_salt: None,
+    }
+}
+
+fn ids(tokens: &[TokenLogprobs]) -> Vec<u32> {
+    tokens.iter().map(|token| token.token).collect()
+}
+
+/// The searches of a golden file.
+fn golden_searches(case: &Path) -> Vec<(Request, Value)> {
+    let file = std::fs::read(case.join("beams.json")).unwrap();
+    let file: Value = serde_json::from_slice(&file).unwrap();
+    let prompts = golden(case)["prompts"].clone();
+    let searches = file["searches"].as_array().unwrap().iter().zip(0..);
+    let search = |(search, id): (&Value, u64)| {
+        let beams = BeamParams {
+            width: NonZeroU32::new(search["width"].as_u64().unwrap() as u32).unwrap(),
+            length_penalty: search["length_penalty"].as_f64().unwrap(),
+            early_stopping: match &search["early_stopping"] {
+                Value::Bool(true) => EarlyStopping::WhenFull,
+                Value::Bool(false) => EarlyStopping::WhenUnlikely,
+                _ => EarlyStopping::WhenImpossible,
+            },
+        };
+        let prompt = &prompts[search["prompt"].as_u64().unwrap() as usize];
+        let request = Request {
+            max_tokens: search["max_tokens"].as_u64().unwrap() as u32,
+            stop_token_ids: tokens(&search["stop_token_ids"]),
+            ..request(id, tokens(&prompt["ids"]), beams)
+        };
+        (request, search["answers"].clone())
+    };
+    searches.map(search).collect()
+}
+
+#[test]
+fn cpu_beams_are_those_of_transformers() {
+    let cases: Vec<PathBuf> = cases()
+        .into_iter()
+        .filter(|case| case.join("beams.json").is_file())
+        .collect();
+    assert!(cases.len() >= 2, "the golden files are there");
+    for case in cases {
+        let shape = Shape {
+            block_size: 4,
+            n_blocks: 512,
+            max_num_seqs: 32,
+            max_num_batched_tokens: 64,
+            precision: Precision::F32,
+        };
+        let (engine, outputs) = start(&case, DeviceKind::Cpu, shape);
+        let golden = golden_searches(&case);
+        let requests: Vec<Request> = golden.iter().map(|(request, _)| request.clone()).collect();
+        let found = searches(&engine.handle(), &outputs, &requests);
+        for (request, answers) in golden {
+            let why = format!("{}: {request:?}", case.display());
+            let found = &found[&request.id];
+            for ((found, score, finished), want) in found.iter().zip(answers.as_array().unwrap()) {
+                assert_eq!(ids(found), tokens(&want["ids"]), "{why}");
+                let want = want["score"].as_f64().unwrap() as f32;
+                assert!((score - want).abs() < 1e-4, "{score}, not {want}: {why}");
+                let last = found.last().unwrap().token;
+                let is_stopped = request.stop_token_ids.contains(&last);
+                let reason = match is_stopped {
+                    true => FinishReason::Stop(last),
+                    false => FinishReason::Length,
+                };
+                assert_eq!(*finished, reason, "{why}");
+            }
+            assert_eq!(found.len(), answers.as_array().unwrap().len(), "{why}");
+        }
+        engine.handle().stop();
+        engine.join().unwrap();
+    }
+}
+
+/// Beams beside sampled requests, in chunks, in a pool too small for all, and again when their prefixes are cached: the same
+/// bits as each alone.
+#[test]
+fn cpu_beams_are_the_same_in_crowds() {
+    let (mut n_small_pools, mut n_preempted) = (0, 0);
+    for case in support::one_of_each_family(cases()) {
+        let others = super::requests(&case);
+        let params = |width, length_penalty, early_stopping| BeamParams {
+            width: NonZeroU32::new(width).unwrap(),
+            length_penalty,
+            early_stopping,
+        };
+        let prompts: BTreeSet<Vec<u32>> = others.iter().map(|r| r.prompt.clone()).collect();
+        let mut beams: Vec<Request> = Vec::new();
+        for prompt in prompts {
+            let stop = prompt[0];
+            for params in [
+                params(2, 1.0, EarlyStopping::WhenUnlikely),
+                params(4, 2.0, EarlyStopping::WhenFull),
+            ] {
+                beams.push(Request {
+                    stop_token_ids: vec![stop],
+                    logprobs: Some(2),
+                    ..request(1000 + beams.len() as u64, prompt.clone(), params)
+                });
+            }
+        }
+        let shape = |n_blocks| Shape {
+            block_size: 4,
+            n_blocks,
+            max_num_seqs: 16,
+            max_num_batched_tokens: 24,
+            precision: Precision::BF16,
+        };
+        let (engine, outputs) = start(&case, DeviceKind::Cpu, shape(512));
+        let mut alone: BTreeMap<RequestId, Found> = BTreeMap::new();
+        for (request, salt) in beams.iter().zip(0..) {
+            let salted = Request {
+                cache_salt: Some(format!("{salt}")),
+                ..request.clone()
+            };
+            alone.extend(searches(&engine.handle(), &outputs, &[salted]));
+        }
+        engine.handle().stop();
+        engine.join().unwrap();
+        for n_blocks in [512, 80] {
+            let (engine, outputs) = start(&case, DeviceKind::Cpu, shape(n_blocks));
+            let handle = engine.handle();
+            for round in ["first", "after a hit"] {
+                let found = crowd_of(&handle, &outputs, &beams, &others);
+                for (id, found) in found {
+                    assert!(
+                        found == alone[&id],
+                        "{}: {round}: {id:?} of {n_blocks} blocks",
+                        case.display()
+                    );
+                }
+            }
+            n_small_pools += usize::from(n_blocks == 80);
+            n_preempted += usize::from(n_blocks == 80 && handle.counters().preemptions > 0);
+            handle.stop();
+            engine.join().unwrap();
+            assert_eq!(
+                handle.load().blocks.unwrap().active,
+                0,
+                "all blocks come back"
+            );
+        }
+    }
+    assert!(
+        n_preempted * 2 > n_small_pools,
+        "{n_preempted} preempted in {n_small_pools} small pools"
+    );
+}
+
+/// The searches' answers, while the others run beside them.
+fn crowd_of(
+    handle: &EngineHandle,
+    outputs: &Receiver<EngineOutputs>,
+    beams: &[Request],
+    others: &[Request],
+) -> BTreeMap<RequestId, Found> {
+    for (beam, other) in beams.iter().zip(others.iter().cycle()) {
+        // Several of the others are alike: each has an id of its own.
+        let other = Request {
+            id: RequestId(beam.id.0 + 1000),
+            ..other.clone()
+        };
+        handle.submit(other).unwrap();
+        handle.submit(beam.clone()).unwrap();
+    }
+    let mut found: BTreeMap<RequestId, Found> = BTreeMap::new();
+    let mut n_left: usize = beams.iter().map(|r| r.n.get() as usize + 1).sum();
+    while n_left > 0 {
+        for output in outputs.recv().unwrap().outputs {
+            let Some(finished) = output.finished else {
+                continue;
+            };
+            n_left -= 1;
+            if let Some(score) = output.beam_score {
+                let found = found.entry(output.id).or_default();
+                found.push((output.tokens, score, finished));
+            }
+        }
+    }
+    found
+}
