@@ -425,20 +425,20 @@ fn part(found: &str) -> Result<f64, String> {
     }
 }
 
+fn gibibytes(found: &str) -> Result<u64, String> {
+    const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
+    match found.parse::<f64>() {
+        Ok(gib) if gib > 0.0 && gib <= 1e6 => Ok((gib * GIB) as u64),
+        _ => Err("a number of GiB above 0".to_owned()),
+    }
+}
+
 fn stretch(found: &str) -> Result<DecodeStretch, String> {
     match found.parse() {
         Ok(stretch) if stretch == 0.0 || (1.1..=1000.0).contains(&stretch) => {
             Ok(DecodeStretch(stretch))
         }
         _ => Err("0 or a number from 1.1 to 1000".to_owned()),
-    }
-}
-
-fn gibibytes(found: &str) -> Result<u64, String> {
-    const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
-    match found.parse::<f64>() {
-        Ok(gib) if gib > 0.0 && gib <= 1e6 => Ok((gib * GIB) as u64),
-        _ => Err("a number of GiB above 0".to_owned()),
     }
 }
 

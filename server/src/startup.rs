@@ -3,6 +3,7 @@
 //! It knows how the parts fit together; what it says to the user is the caller's to print.
 
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use crate::engine::{Engine, EngineError};
 use crate::frontend::AsyncEngine;
 use crate::frontend::budget::ByteBudget;
 use crate::http::{Ids, SamplingDefaults, Serving, unix_time};
-use crate::hub::{self, Fetched, Hub, HubError};
+use crate::hub::{self, Fetched, Found, HeaderFolder, Hub, HubError, Repository};
 use crate::metrics::Metrics;
 use crate::model::{self, LoadError, LoadOptions, LoadedModel, MemoryPlan, ModelFiles, Progress};
 use crate::text::tokenizer::TextFiles;
@@ -244,14 +245,11 @@ pub fn plan(args: &PlanArgs) -> Result<MemoryPlan, StartError> {
     let ModelSource::HuggingFace(repository) = &server.model.source else {
         return Ok(plan(&open(server, &mut |_| {}, |_| Ok(()))?.files)?);
     };
-    let hub = hub(server)?;
-    hub::attend(&mut |_| {}, |job| {
-        let found = hub.find(repository, job)?;
-        match hub.headers(&found, job)? {
-            Some(headers) => Ok(plan(&ModelFiles::directory(headers.path())?)?),
-            None => Ok(plan(&ModelFiles::directory(hub.fetch(&found, job)?)?)?),
-        }
-    })
+    let source = HubSource::find(server, repository, &mut |_| {})?;
+    match source.headers(&mut |_| {})? {
+        Some(headers) => Ok(plan(&ModelFiles::directory(headers.path())?)?),
+        None => Ok(plan(&ModelFiles::directory(source.fetch(&mut |_| {})?)?)?),
+    }
 }
 
 /// Where a model's files are.
@@ -282,7 +280,6 @@ fn open(
         }
         ModelSource::HuggingFace(repository) => repository,
     };
-    let hub = hub(args)?;
     let mut progress = |Fetched {
                             done_bytes,
                             total_bytes,
@@ -293,13 +290,12 @@ fn open(
             total_bytes,
         });
     };
-    let found = hub::attend(&mut progress, |job| hub.find(repository, job))?;
-    let headers = hub::attend(&mut progress, |job| hub.headers(&found, job))?;
-    if let Some(headers) = headers {
+    let source = HubSource::find(args, repository, &mut progress)?;
+    if let Some(headers) = source.headers(&mut progress)? {
         examine(&ModelFiles::directory(headers.path())?)?;
     }
-    let path = hub::attend(&mut progress, |job| hub.fetch(&found, job))?;
-    let commit = found.commit().to_owned();
+    let path = source.fetch(&mut progress)?;
+    let commit = source.found.commit().to_owned();
     tracing::info!(%repository, commit, path = %path.display(), "the model's files are there");
     Ok(Source {
         files: ModelFiles::directory(path)?,
@@ -307,11 +303,38 @@ fn open(
     })
 }
 
-fn hub(args: &Args) -> Result<Hub, HubError> {
-    let directory = args.model.download_dir.as_deref();
-    Hub::new(&hub::Settings::new(directory, |name| {
-        std::env::var(name).ok()
-    }))
+/// A model on a hub.
+struct HubSource {
+    hub: Arc<Hub>,
+    found: Arc<Found>,
+}
+
+impl HubSource {
+    fn find(
+        args: &Args,
+        repository: &Repository,
+        progress: &mut dyn FnMut(Fetched),
+    ) -> Result<Self, HubError> {
+        let directory = args.model.download_dir.as_deref();
+        let settings = hub::Settings::new(directory, |name| std::env::var(name).ok());
+        let hub = Arc::new(Hub::new(&settings)?);
+        let (asked, repository) = (Arc::clone(&hub), repository.clone());
+        let found = hub::attend(progress, move |job| asked.find(&repository, job))?;
+        Ok(Self {
+            hub,
+            found: Arc::new(found),
+        })
+    }
+
+    fn headers(&self, progress: &mut dyn FnMut(Fetched)) -> Result<Option<HeaderFolder>, HubError> {
+        let (hub, found) = (Arc::clone(&self.hub), Arc::clone(&self.found));
+        hub::attend(progress, move |job| hub.headers(&found, job))
+    }
+
+    fn fetch(&self, progress: &mut dyn FnMut(Fetched)) -> Result<PathBuf, HubError> {
+        let (hub, found) = (Arc::clone(&self.hub), Arc::clone(&self.found));
+        hub::attend(progress, move |job| hub.fetch(&found, job))
+    }
 }
 
 /// What is known of a model without its weights: its text files are whole, and it fits.

@@ -180,6 +180,51 @@ fn a_mirror_without_hashes_in_its_list_and_without_ranges_will_do() {
 }
 
 #[test]
+fn a_server_that_fetches_tells_how_far_it_is_and_ends_when_it_is_told_to() {
+    let hub = HubServer::start(Trouble {
+        stalls: true,
+        ..Trouble::default()
+    });
+    let cache = tempfile::tempdir().unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
+        .args(MODEL)
+        .args(["--port", &address.port().to_string()])
+        .env("HF_ENDPOINT", &hub.endpoint)
+        .env("HF_HUB_CACHE", cache.path())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    while std::net::TcpStream::connect(address).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let client = client::Client {
+        address: address.to_string(),
+    };
+    client.wait_for_load("half has come", |load| {
+        load["start"]["doneBytes"].as_u64() == Some(n_weights() as u64 / 2)
+    });
+    let load: Value = serde_json::from_str(&client.get("/load").1).unwrap();
+    assert_eq!(load["start"]["phase"], "fetch", "{load}");
+    assert_eq!(load["start"]["totalBytes"], n_weights());
+    assert_eq!(load["blocks"], Value::Null, "unknown, not zero");
+    assert_eq!(client.get("/ready").0, 503);
+    assert_eq!(client.get("/health").0, 200);
+    let told = Instant::now();
+    let kill = Command::new("kill").arg(child.id().to_string()).status();
+    assert!(kill.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(
+        told.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        told.elapsed()
+    );
+}
+
+#[test]
 fn what_the_user_can_mend_is_told_in_seconds() {
     let private = Trouble {
         is_private: true,

@@ -4,7 +4,6 @@ use crate::kvasir;
 use crate::test_namespace::{TestNamespace, condition};
 use kvasir_e2e::cluster::Cluster;
 use kvasir_e2e::toolchain::{python, workspace};
-use kvasir_e2e::wait::Seen;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
@@ -175,42 +174,4 @@ fn a_model_from_a_hub_is_fetched_once_for_all_replicas_and_a_wrong_token_is_told
         said["answer"].as_str().expect("text").contains("block"),
         "{said}"
     );
-}
-
-#[test]
-fn the_replica_that_is_least_busy_goes() {
-    let Some(cluster) = kvasir() else { return };
-    let ns = TestNamespace::new(cluster, "victim");
-    let rest = "  replicas: 3\n  drainSeconds: 60\n  engine: {maxNumSeqs: 8}\n  \
-        resources: {requests: {cpu: 50m, memory: 128Mi}, limits: {memory: 1Gi}}";
-    ns.apply(&crate::test_namespace::demo("demo", rest))
-        .expect("accepted");
-    ns.await_deployment("three replicas serve", "demo", 90, |object| {
-        object["status"]["readyReplicas"] == 3
-    });
-    // Kubernetes by itself would take the youngest, and of those of one age by chance.
-    let busy = ns.pods("demo").expect("pods").remove(1);
-    let name = busy["metadata"]["name"].clone();
-    let address = busy["status"]["podIP"].as_str().expect("an address");
-    let clients = ns.start_clients_at(&format!("http://{address}:8000/v1"), 4, 1_500);
-    ns.until("it is busy", 60, || {
-        let running = ns.load_report(&name)?["queue"]["running"]
-            .as_u64()
-            .unwrap_or(0);
-        Ok(match running {
-            4 => Seen::Yes(()),
-            n => Seen::NotYet(format!("{n} running")),
-        })
-    });
-    ns.kubectl(&["scale", "llmdeployment", "demo", "--replicas=1"])
-        .expect("scaled");
-    let left = ns.until("one is left", 60, || {
-        let pods = ns.pods("demo")?;
-        Ok(match pods.as_slice() {
-            [pod] => Seen::Yes(pod["metadata"]["name"].clone()),
-            pods => Seen::NotYet(format!("{} pods", pods.len())),
-        })
-    });
-    assert_eq!(left, name, "the busy one stays");
-    crate::test_namespace::Clients::finish(vec![clients]).assert_whole();
 }

@@ -14,6 +14,7 @@ mod operators;
 mod reasons;
 mod refusals;
 mod removal;
+mod replacing;
 mod scaling;
 mod serving;
 mod sidecar;

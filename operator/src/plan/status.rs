@@ -284,6 +284,7 @@ fn progressing(
         (Some(stalled), _) => stalled.clone().but("False"),
         (None, Some(sentence)) => Verdict::yes(Reason::ApplyRetried, sentence),
         (None, None) if rollout.is_complete => Verdict::no(Reason::RolledOut, ""),
+        (None, None) if is_paused(input) => obstacle.clone(),
         (None, None) => obstacle.clone().but("True"),
     }
 }

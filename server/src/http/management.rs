@@ -50,6 +50,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Api
     let serving = app.serving.get();
     let load = serving.map(|_| app.load());
     let counters = serving.map(|serving| serving.engine.handle().counters());
+    let load = serving.map(|_| app.load());
     let text = app
         .metrics
         .render(load.as_ref(), counters.as_ref())

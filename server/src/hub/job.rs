@@ -1,6 +1,8 @@
 //! Work that takes long, on a thread of its own: the caller watches how far it is and may leave, and then it stops.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::HubError;
@@ -89,32 +91,39 @@ impl<'j> Counted<'j> {
     }
 }
 
-/// Does the work on another thread and tells `progress` how far it is. Where `progress` leaves by unwinding, the work is
-/// stopped and waited for first.
-pub fn attend<T: Send>(
+/// Does the work on another thread and tells `progress` how far it is. Where `progress` leaves by unwinding, the work is told
+/// to stop and not waited for: a connection that brings nothing would hold its caller up.
+pub fn attend<T: Send + 'static>(
     progress: &mut dyn FnMut(Fetched),
-    work: impl FnOnce(&Job) -> T + Send,
+    work: impl FnOnce(&Job) -> T + Send + 'static,
 ) -> T {
-    struct StopOnDrop<'j>(&'j Job);
-    impl Drop for StopOnDrop<'_> {
+    struct StopOnDrop(Arc<Job>);
+    impl Drop for StopOnDrop {
         fn drop(&mut self) {
             self.0.stop();
         }
     }
-    let job = Job::default();
-    std::thread::scope(|scope| {
-        let _stop = StopOnDrop(&job);
-        let worker = scope.spawn(|| work(&job));
-        while !worker.is_finished() {
-            progress(job.fetched());
-            std::thread::sleep(LOOK);
+    let job = StopOnDrop(Arc::default());
+    let (done, result) = mpsc::sync_channel(1);
+    let theirs = Arc::clone(&job.0);
+    let worker = std::thread::spawn(move || {
+        // Nobody waits for it where the caller has left.
+        let _ = done.send(work(&theirs));
+    });
+    loop {
+        match result.recv_timeout(LOOK) {
+            Ok(result) => {
+                progress(job.0.fetched());
+                return result;
+            }
+            Err(RecvTimeoutError::Timeout) => progress(job.0.fetched()),
+            Err(RecvTimeoutError::Disconnected) => break,
         }
-        progress(job.fetched());
-        match worker.join() {
-            Ok(done) => done,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    })
+    }
+    match worker.join() {
+        Err(panic) => std::panic::resume_unwind(panic),
+        Ok(()) => unreachable!("it sends its result before it ends"),
+    }
 }
 
 #[cfg(test)]
@@ -144,15 +153,14 @@ mod tests {
 
     #[test]
     fn who_leaves_stops_the_work() {
+        let (ended, end) = mpsc::channel();
         let left = catch_unwind(AssertUnwindSafe(|| {
-            attend(&mut |_| resume_unwind(Box::new(7_u8)), |job| {
+            attend(&mut |_| resume_unwind(Box::new(7_u8)), move |job| {
                 // It would take an hour.
-                assert!(matches!(
-                    job.pause(Duration::from_secs(3600)),
-                    Err(HubError::Stopped)
-                ));
-            });
+                ended.send(job.pause(Duration::from_secs(3600)))
+            })
         }));
+        assert!(matches!(end.recv().unwrap(), Err(HubError::Stopped)));
         assert_eq!(left.unwrap_err().downcast_ref::<u8>(), Some(&7));
     }
 }

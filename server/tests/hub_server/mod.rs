@@ -29,6 +29,8 @@ pub(crate) struct Trouble {
     pub(crate) n_unavailable: usize,
     /// A connection for a large file ends after so many bytes, the first times.
     pub(crate) breaks: Option<(usize, usize)>,
+    /// A connection for a large file brings half of it and then nothing more, without ending.
+    pub(crate) stalls: bool,
     /// Large files come with a byte changed.
     pub(crate) is_corrupt: bool,
     /// Ranges are ignored: the whole comes each time.
@@ -287,6 +289,10 @@ impl HubServer {
             *times -= 1;
             n_sent = n_sent.min(*after);
         }
+        let stalls = trouble.stalls && is_whole_rest;
+        if stalls {
+            n_sent /= 2;
+        }
         state.large.push(Asked {
             range,
             n_sent,
@@ -308,6 +314,10 @@ impl HubServer {
         let mut stream = stream;
         let _ = stream.write_all(head.as_bytes());
         let _ = stream.write_all(&bytes[from..from + n_sent]);
+        if stalls {
+            // Until the client goes away.
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        }
     }
 }
 
