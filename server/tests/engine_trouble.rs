@@ -201,6 +201,7 @@ fn start(setting: Setting) -> Trouble {
         max_prompts: 1,
         ids: Ids::default(),
         created: 0,
+        model: kvasir_crds::load_report::ModelReport::default(),
     };
     let limits = http::Limits {
         max_body_bytes: 10_000,

@@ -240,6 +240,9 @@ impl EngineHandle {
             }),
             prefill_backlog_tokens: Some(load.prefill_backlog_tokens),
             preemptions: Some(counters.preemptions),
+            // Others know them.
+            model: None,
+            start: None,
         }
     }
 
