@@ -17,6 +17,7 @@ pub mod error;
 mod fields;
 mod generate;
 mod incoming;
+mod logits_fields;
 mod logprobs;
 mod management;
 mod middleware;

@@ -30,7 +30,7 @@ pub struct GenerationRequest {
     pub beams: Option<BeamParams>,
     /// Tokens that end the text, the model's own included unless they are ignored.
     pub stop_token_ids: Vec<u32>,
-    /// Strings that end the text and aren't part of it.
+    /// Strings that end the text, and whether what ends it is a part of it.
     pub stop: StopStrings,
     /// Report log-probabilities of the generated tokens, and of this many alternatives.
     pub logprobs: Option<u8>,

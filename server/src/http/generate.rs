@@ -3,6 +3,7 @@
 //! Shared by completions and chat. It knows events and text, and no wire format but that of an event stream.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Instant;
 
 use axum::body::{Body, Bytes};
@@ -14,7 +15,9 @@ use serde::Serialize;
 use super::Serving;
 use super::choices::Choices;
 use super::error::ApiError;
+use super::logits_fields::LogitsFields;
 use super::params::Params;
+use crate::engine::logits::{LogitsOptions, LogitsProcessors};
 use crate::engine::{FinishReason, TokenLogprobs};
 use crate::frontend::budget::Lease;
 use crate::frontend::{GenerationRequest, RequestEvent, RequestStream};
@@ -97,12 +100,29 @@ impl Serving {
         Ok(())
     }
 
+    /// What a call changes in its logits: bad words are tokenized where other text is.
+    pub(super) async fn logits_options(
+        &self,
+        fields: LogitsFields,
+    ) -> Result<LogitsOptions, ApiError> {
+        let vocab_size = self.engine.handle().model_info().vocab_size;
+        let tokenizer = Arc::clone(&self.tokenizer);
+        match fields.n_bytes() {
+            0 => fields.resolve(&tokenizer, vocab_size),
+            n => {
+                let resolve = move || fields.resolve(&tokenizer, vocab_size);
+                self.pool.run(n, resolve).await?
+            }
+        }
+    }
+
     /// Submits every prompt, or none: the first refusal takes the others back. The streams are those of the first prompt's
     /// choices, then the second's.
     pub(super) fn submit(
         &self,
         prepared: Vec<Prepared>,
         params: &Params,
+        logits: &LogitsOptions,
         arrived: Instant,
     ) -> Result<Vec<RequestStream>, ApiError> {
         let info = self.engine.handle().model_info();
@@ -110,12 +130,23 @@ impl Serving {
         if !params.ignore_eos {
             stop_token_ids.extend(&info.eos_token_ids);
         }
+        for one in &prepared {
+            params.logits.check_max_tokens(one.max_tokens)?;
+        }
         let submit = |one: Prepared| {
+            let logits = match params.choices.beams() {
+                // A default of the model's may be left: beams know no changes of logits.
+                Some(_) => None,
+                None => {
+                    let (options, n_ids) = (logits.clone(), info.vocab_size);
+                    LogitsProcessors::new(options, &one.prompt, &stop_token_ids, n_ids)
+                }
+            };
             self.engine.generate(GenerationRequest {
                 prompt: one.prompt,
                 max_tokens: one.max_tokens,
                 sampling: params.sampling(|| self.ids.seed()),
-                logits: None,
+                logits: logits.map(Box::new),
                 n: params.choices.n_answers(),
                 beams: params.choices.beams(),
                 stop_token_ids: stop_token_ids.clone(),

@@ -44,12 +44,13 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, A
 
 /// Everything for Prometheus.
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    if let Some(serving) = app.serving.get() {
-        app.metrics.request_memory(serving.engine.budget().used());
-    }
     let serving = app.serving.get();
-    let counters = serving.map(|serving| serving.engine.handle().counters());
+    if let Some(serving) = serving {
+        let budget = serving.engine.budget();
+        app.metrics.request_memory(budget.used());
+    }
     let load = serving.map(|_| app.load());
+    let counters = serving.map(|serving| serving.engine.handle().counters());
     let text = app
         .metrics
         .render(load.as_ref(), counters.as_ref())

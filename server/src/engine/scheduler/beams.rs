@@ -95,7 +95,11 @@ impl Beams {
                 self.chosen = chosen;
                 Progress::Chosen
             }
-            Next::Ended => Progress::Ended(self.search.answers(self.wanted.len())),
+            Next::Ended => {
+                let answers = self.search.answers(self.wanted.len());
+                assert_eq!(answers.len(), self.wanted.len(), "each answer is given");
+                Progress::Ended(answers)
+            }
         }
     }
 }
