@@ -1,11 +1,11 @@
 //! Continuous batching: which tokens of which sequences run in the next step, and what a finished step means.
 //!
 //! Longer than a file should be, because a step is decided in one piece; what can be told alone is in `sequence`, `group`,
-//! `fork` and `beams`. Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
-//! first (one token each), then prefill chunks, then new groups in the order of service. A request's sequences are one
-//! group, admitted, preempted and resumed whole. A group is admitted only when all its known tokens fit, so that only
-//! decodes ask the pool for more; when it is empty, the group that is served last is preempted and computed again later
-//! (arXiv 2309.06180, section 4.5), its outputs kept.
+//! `fork` and `beams`. Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token
+//! budget: decodes first (one token each), then prefill chunks, then new groups in the order of service. A request's
+//! sequences are one group, admitted, preempted and resumed whole. A group is admitted only when all its known tokens fit,
+//! so that only decodes ask the pool for more; when it is empty, the group that is served last is preempted and computed
+//! again later (arXiv 2309.06180, section 4.5), its outputs kept.
 //!
 //! The prompt of a group is computed once, by the first of its sequences, its leader. The others wait in rows of their
 //! own, with the blocks that only they will write, and fork from it when the prompt is complete: in the step after, whose
@@ -264,18 +264,7 @@ impl Scheduler {
 
     /// Ends one sequence of a request whose client wants no more of it, and the request with its last.
     pub fn abort_sequence(&mut self, blocks: &mut BlockPool, id: RequestId, index: u32) {
-        let Some(key) = self.keys.get(&id) else {
-            return;
-        };
-        let running = self
-            .running
-            .get_mut(key)
-            .and_then(|group| group.beams.as_mut());
-        let waiting = self
-            .waiting
-            .get_mut(key)
-            .and_then(|group| group.beams.as_mut());
-        if let Some(beams) = running.or(waiting) {
+        if let Some(beams) = self.beams_of(id) {
             // The search goes on for the other answers.
             beams.give_up(index);
             if beams.wanted().next().is_none() {
@@ -283,6 +272,9 @@ impl Scheduler {
             }
             return;
         }
+        let Some(key) = self.keys.get(&id) else {
+            return;
+        };
         let is_left = match (self.running.get(key), self.waiting.get(key)) {
             (Some(group), _) => group.rows.iter().any(|&row| {
                 let running = self.at(row);
@@ -440,14 +432,7 @@ impl Scheduler {
                 continue;
             };
             if sequence.is_beam() {
-                // Nobody learns of a beam's tokens before the search has ended.
-                let reported = output.tokens.pop();
-                if n_scores > 0 && self.is_wanted(id, index) {
-                    outputs.push(output);
-                }
-                if let Some(reported) = reported {
-                    outputs.extend(self.report(blocks, id, index, reported.top));
-                }
+                outputs.extend(self.commit_beam(blocks, output));
                 continue;
             }
             if let Some(token) = output.tokens.first() {
