@@ -36,6 +36,11 @@ pub struct LoadReport {
     pub prefill_backlog_tokens: Option<u64>,
     /// Sequences preempted since the start.
     pub preemptions: Option<u64>,
+    /// Counts since the start: how much they rise between two reports is a rate.
+    pub totals: Option<TotalCounts>,
+    /// Demand that waits outside of any replica, at whoever reports it (a front door that holds requests while none
+    /// serves). A report of nothing else is no replica's.
+    pub held: Option<HeldCounts>,
 }
 
 /// Blocks of the pool by state: `total = active + cached + free`, never two states at once.
@@ -80,6 +85,32 @@ pub struct SlotCounts {
     pub running: Option<u64>,
     /// All slots: the most sequences that run at once.
     pub limit: Option<u64>,
+    /// Output tokens that the sequences of the running batch have by now.
+    pub generated_tokens: Option<u64>,
+}
+
+/// Counts since the start of the replica.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TotalCounts {
+    /// Prompt tokens whose KV was computed, those of recomputed sequences again.
+    pub prompt_tokens: Option<u64>,
+    /// Output tokens.
+    pub generated_tokens: Option<u64>,
+    /// Sequences that ended.
+    pub ended_sequences: Option<u64>,
+}
+
+/// Requests that are held for a deployment and that no replica knows of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HeldCounts {
+    /// Requests.
+    pub requests: Option<u64>,
+    /// Tokens of their prompts.
+    pub prompt_tokens: Option<u64>,
+    /// Age of the oldest in milliseconds; 0 where none is held.
+    pub oldest_ms: Option<u64>,
 }
 
 /// Requests by state.
@@ -111,6 +142,7 @@ mod tests {
         assert_eq!(report.page_demand, None, "a replica of before the field");
         let slots = report.slots.unwrap();
         assert_eq!((slots.running, slots.limit), (Some(2), None));
+        assert_eq!((report.totals, report.held), (None, None));
     }
 
     #[test]
@@ -123,8 +155,19 @@ mod tests {
             slots: Some(SlotCounts {
                 running: Some(3),
                 limit: Some(64),
+                generated_tokens: Some(90),
             }),
             prefill_backlog_tokens: Some(5),
+            totals: Some(TotalCounts {
+                prompt_tokens: Some(7),
+                generated_tokens: Some(8),
+                ended_sequences: Some(9),
+            }),
+            held: Some(HeldCounts {
+                requests: Some(1),
+                prompt_tokens: Some(2),
+                oldest_ms: Some(3),
+            }),
             ..LoadReport::default()
         };
         let json = serde_json::to_value(&report).unwrap();
@@ -132,7 +175,14 @@ mod tests {
         assert_eq!(json["pageDemand"]["perTokenBlock"], 1);
         assert_eq!(json["slots"]["running"], 3);
         assert_eq!(json["slots"]["limit"], 64);
+        assert_eq!(json["slots"]["generatedTokens"], 90);
         assert_eq!(json["prefillBacklogTokens"], 5);
+        assert_eq!(json["totals"]["promptTokens"], 7);
+        assert_eq!(json["totals"]["generatedTokens"], 8);
+        assert_eq!(json["totals"]["endedSequences"], 9);
+        assert_eq!(json["held"]["requests"], 1);
+        assert_eq!(json["held"]["promptTokens"], 2);
+        assert_eq!(json["held"]["oldestMs"], 3);
         let back: LoadReport = serde_json::from_value(json).unwrap();
         assert_eq!(back, report);
     }
