@@ -84,8 +84,7 @@ fn build_cubins(source: &Path, out: &Path, entry_points: &BTreeMap<String, usize
             .to_string_lossy();
         writeln!(
             cubins,
-            "    include_bytes!({:?}),",
-            out.join(format!("{stem}.fatbin"))
+            "    include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{stem}.fatbin\")),"
         )
         .expect("a String takes everything");
     }

@@ -41,6 +41,79 @@ pub struct LoadReport {
     /// Demand that waits outside of any replica, at whoever reports it (a front door that holds requests while none
     /// serves). A report of nothing else is no replica's.
     pub held: Option<HeldCounts>,
+    /// What is served, and what it takes.
+    pub model: Option<ModelReport>,
+    /// How the start goes, or went.
+    pub start: Option<StartReport>,
+}
+
+/// A model on its device, in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ModelReport {
+    /// Numbers that the model learned.
+    pub parameters: Option<u64>,
+    /// Bytes of its weights on the device.
+    pub weights_bytes: Option<u64>,
+    /// Bytes of the device's workspace.
+    pub workspace_bytes: Option<u64>,
+    /// Bytes of the KV cache.
+    pub kv_cache_bytes: Option<u64>,
+    /// Bytes of the KV cache that a token of a long sequence takes.
+    pub kv_bytes_per_token: Option<u64>,
+    /// Blocks of the pool.
+    pub blocks: Option<u64>,
+    /// The longest context in tokens, prompt and answer together.
+    pub max_model_len: Option<u64>,
+    /// Sequences of that length that the pool holds at once.
+    pub requests_at_context: Option<u64>,
+    /// The commit of its repository, where it came from one.
+    pub revision: Option<String>,
+}
+
+/// What a replica does before it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StartPhase {
+    /// It fetches the model's files.
+    Fetch,
+    /// It reads the weights onto the device.
+    Load,
+    /// It allocates the KV cache and starts the engine.
+    WarmUp,
+    /// One that this reader doesn't know.
+    #[serde(other)]
+    Other,
+}
+
+/// How a start goes, or went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct StartReport {
+    /// What goes on; absent once the replica serves.
+    pub phase: Option<StartPhase>,
+    /// Bytes that the phase has come to, of [`StartReport::total_bytes`].
+    pub done_bytes: Option<u64>,
+    /// Bytes that the phase has to do with.
+    pub total_bytes: Option<u64>,
+    /// How long fetching took; absent where nothing had to be.
+    pub fetch_ms: Option<u64>,
+    /// How long loading took.
+    pub load_ms: Option<u64>,
+    /// How long the rest took.
+    pub warm_up_ms: Option<u64>,
+}
+
+impl StartReport {
+    /// How far the phase has come.
+    #[must_use]
+    pub fn percent(&self) -> Option<u8> {
+        let (done, total) = self
+            .done_bytes
+            .zip(self.total_bytes.filter(|total| *total > 0))?;
+        let percent = u128::from(done) * 100 / u128::from(total);
+        Some(u8::try_from(percent.min(100)).unwrap_or(100))
+    }
 }
 
 /// Blocks of the pool by state: `total = active + cached + free`, never two states at once.
@@ -143,6 +216,10 @@ mod tests {
         let slots = report.slots.unwrap();
         assert_eq!((slots.running, slots.limit), (Some(2), None));
         assert_eq!((report.totals, report.held), (None, None));
+        let start: StartReport =
+            serde_json::from_str(r#"{"phase":"compile","totalBytes":0,"doneBytes":0}"#).unwrap();
+        assert_eq!(start.phase, Some(StartPhase::Other), "of a newer replica");
+        assert_eq!(start.percent(), None);
     }
 
     #[test]
@@ -168,6 +245,16 @@ mod tests {
                 prompt_tokens: Some(2),
                 oldest_ms: Some(3),
             }),
+            start: Some(StartReport {
+                phase: Some(StartPhase::WarmUp),
+                done_bytes: Some(2),
+                total_bytes: Some(3),
+                ..StartReport::default()
+            }),
+            model: Some(ModelReport {
+                kv_bytes_per_token: Some(8),
+                ..ModelReport::default()
+            }),
             ..LoadReport::default()
         };
         let json = serde_json::to_value(&report).unwrap();
@@ -183,6 +270,9 @@ mod tests {
         assert_eq!(json["held"]["requests"], 1);
         assert_eq!(json["held"]["promptTokens"], 2);
         assert_eq!(json["held"]["oldestMs"], 3);
+        assert_eq!(json["start"]["phase"], "warmUp");
+        assert_eq!(json["model"]["kvBytesPerToken"], 8);
+        assert_eq!(report.start.and_then(|start| start.percent()), Some(66));
         let back: LoadReport = serde_json::from_value(json).unwrap();
         assert_eq!(back, report);
     }

@@ -12,7 +12,7 @@ use kvasir_kernels::shape::Limits;
 use kvasir_kernels::step::{DeviceOutput, Sampled};
 use kvasir_server::engine::blocks::BlockPool;
 use kvasir_server::engine::groups::{CacheGroups, GroupKind};
-use kvasir_server::engine::pacer::PrefillPacer;
+use kvasir_server::engine::pacer::{DECODE_STRETCH, PrefillPacer};
 use kvasir_server::engine::prefix::{PrefixCaching, PrefixChain, PrefixKey};
 use kvasir_server::engine::scheduler::{Schedule, Scheduler};
 use kvasir_server::engine::{Request, RequestId, SamplingParams};
@@ -107,7 +107,7 @@ fn real(load: &Load, hardware: Hardware) -> Run {
     let groups = CacheGroups::new(size, hardware.max_tokens, vec![GroupKind::Full]);
     let mut blocks = BlockPool::new(hardware.blocks, groups, caching);
     let mut scheduler = Scheduler::new(limits, 60_000);
-    let mut pacer = PrefillPacer::new(hardware.max_tokens, 1);
+    let mut pacer = PrefillPacer::new(hardware.max_tokens, 1, Some(DECODE_STRETCH));
     let (mut now, mut next) = (0.0, 0);
     let (mut firsts, mut preemptions, mut computed) = (Vec::new(), 0, 0);
     let mut has_first = vec![false; load.requests.len()];
@@ -131,9 +131,12 @@ fn real(load: &Load, hardware: Hardware) -> Run {
                     temperature: 0.0,
                     top_p: 1.0,
                     top_k: None,
+                    min_p: 0.0,
                     seed: 0,
                 },
+                logits: None,
                 n: NonZeroU32::MIN,
+                beams: None,
                 logprobs: None,
                 prompt_logprobs: None,
                 cache_salt: None,

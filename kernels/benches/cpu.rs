@@ -302,9 +302,11 @@ impl Bench {
                     temperature: 0.0,
                     top_p: 1.0,
                     top_k: None,
+                    min_p: 0.0,
                     seed: 0,
                 },
                 output_index: 0,
+                edit: LogitsEdit::default(),
             },
             n_logprobs: None,
         };

@@ -529,11 +529,15 @@ fn small(gpu: &mut Gpu, x: u64, logits: u64, rows: usize) {
     let greedy = SampleRow {
         temperature: 0.0,
         top_p: 1.0,
+        ln_min_p: f32::NEG_INFINITY,
         top_k: 0,
-        output_index: 0,
         seed: 0,
+        output_index: 0,
         score: kernel::NO_SCORE,
         n_logprobs: -1,
+        edited: kernel::NOT_EDITED,
+        fallback: 0,
+        unused: 0,
     };
     let random = SampleRow {
         temperature: 1.0,
@@ -547,6 +551,7 @@ fn small(gpu: &mut Gpu, x: u64, logits: u64, rows: usize) {
         let us = time(gpu, |gpu, _| {
             let args = SampleArgs {
                 logits: logits.into(),
+                edited: logits.into(),
                 rows: asked.into(),
                 tokens: sampled.into(),
                 logprobs: sampled.into(),

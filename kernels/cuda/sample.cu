@@ -1,7 +1,7 @@
 // Samples or scores rows of logits, token for token what kernels/src/sampling.rs gives: the same fixed sequences of
 // correctly rounded f32 operations (never fused), the same integers, the same ties.
 //
-// One block of 1024 threads a row. The kept set of top-k and top-p is a threshold on a 64-bit key (logit, then lowest
+// One block of 1024 threads a row. The kept set of min-p, top-k and top-p is a threshold on a 64-bit key (logit, then lowest
 // id), weighted by 1 (top-k) or by fixed-point mass (top-p): integers have one sum, whatever the order. A first pass puts
 // the weights into bins of equal width below the largest logit; the few tokens of the bin where the threshold lies are
 // compared with each other, or, where they are many, selected by radix, 8 bits at a time.
@@ -161,23 +161,30 @@ static __device__ inline uint64_t select_key(SampleShared& shared, const float* 
     return largest_of_block(shared, key);
 }
 
-/// Shared memory: SampleShared.
-KERNEL(sample) {
-    SampleShared& shared = *reinterpret_cast<SampleShared*>(shared_memory());
-    const SampleRow row = args.rows[blockIdx.x];
-    const float* logits = args.logits + uint64_t(blockIdx.x) * args.stride;
-    const uint32_t n = args.vocabulary;
-
-    const auto one = [](float) { return uint64_t(1); };
-    // The largest logit, the lowest id among equals; NaN and -infinity are never it, unless there is nothing else.
-    uint64_t mine = score_key(MINUS_INFINITY, 0);
+/// The token of the largest logit, the lowest id among equals; `fallback` where none is above -infinity.
+static __device__ inline uint32_t best_of_row(SampleShared& shared, const float* logits, uint32_t n, uint32_t fallback) {
+    uint64_t mine = score_key(MINUS_INFINITY, fallback);
     for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS)
         if (logits[id] > MINUS_INFINITY) {
             const uint64_t key = score_key(logits[id], id);
             mine = key > mine ? key : mine;
         }
-    const uint32_t best = key_id(largest_of_block(shared, mine));
-    const float max = logits[best];
+    return key_id(largest_of_block(shared, mine));
+}
+
+/// Shared memory: SampleShared.
+KERNEL(sample) {
+    SampleShared& shared = *reinterpret_cast<SampleShared*>(shared_memory());
+    const SampleRow row = args.rows[blockIdx.x];
+    // Log-probabilities are those of the raw row.
+    const float* raw = args.logits + uint64_t(blockIdx.x) * args.stride;
+    const bool is_edited = row.edited != NOT_EDITED;
+    const float* logits = is_edited ? args.edited + uint64_t(row.edited) * args.stride : raw;
+    const uint32_t n = args.vocabulary;
+
+    const auto one = [](float) { return uint64_t(1); };
+    const uint32_t best = best_of_row(shared, logits, n, row.fallback);
+    float max = logits[best];
 
     uint32_t token = best;
     if (row.score != NO_SCORE) {
@@ -189,6 +196,16 @@ KERNEL(sample) {
             const uint64_t scanned = fill_bins(shared, logits, n, max, 0, one);
             floor = select_key(shared, logits, n, max, 0, scanned, row.top_k, one);
         }
+        if (row.ln_min_p > MINUS_INFINITY) {
+            uint64_t least = 0;  // Of the complements the largest: the best token's at least is there.
+            for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS)
+                if (scaled(logits[id], max, row.temperature) >= row.ln_min_p) {
+                    const uint64_t complement = ~order_key(logits[id], id);
+                    least = complement > least ? complement : least;
+                }
+            least = ~largest_of_block(shared, least);
+            floor = least > floor ? least : floor;
+        }
         if (row.top_p < 1.0f) {
             const uint64_t scanned = fill_bins(shared, logits, n, max, floor, mass);
             const uint64_t total = largest_of_block(shared, scanned);
@@ -199,7 +216,7 @@ KERNEL(sample) {
             wanted = wanted == 0 ? 1 : wanted;
             floor = select_key(shared, logits, n, max, floor, scanned, wanted, mass);
         }
-        mine = 0;
+        uint64_t mine = 0;
         for (uint32_t group = threadIdx.x; group < (n + 3) / 4; group += SAMPLE_THREADS) {
             bool any = floor == 0;  // Noise is dear: none where no token is kept.
             for (uint32_t id = group * 4; !any && id < min(group * 4 + 4, n); ++id)
@@ -221,22 +238,23 @@ KERNEL(sample) {
     if (threadIdx.x == 0) args.tokens[blockIdx.x] = token;
     if (row.n_logprobs < 0) return;
 
+    if (is_edited) max = raw[best_of_row(shared, raw, n, 0)];
     uint64_t sum = 0;
-    for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS) sum += mass_of(__fsub_rn(logits[id], max));
+    for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS) sum += mass_of(__fsub_rn(raw[id], max));
     sum = sum_of_block(shared, sum);
     const float ln_sum = exact_ln(__fmul_rn(__ull2float_rn(sum), 1.0f / MASS_ONE));
     const auto logprob = [&](float logit) { return __fsub_rn(__fsub_rn(logit, max), ln_sum); };
-    if (threadIdx.x == 0) args.logprobs[blockIdx.x] = logprob(logits[token]);
+    if (threadIdx.x == 0) args.logprobs[blockIdx.x] = logprob(raw[token]);
 
     const uint32_t n_top = min(min(uint32_t(row.n_logprobs), n), MAX_TOP);
     if (n_top == 0) return;
-    const uint64_t scanned = fill_bins(shared, logits, n, max, 0, one);
-    const uint64_t floor = select_key(shared, logits, n, max, 0, scanned, n_top, one);
+    const uint64_t scanned = fill_bins(shared, raw, n, max, 0, one);
+    const uint64_t floor = select_key(shared, raw, n, max, 0, scanned, n_top, one);
     __syncthreads();
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
     for (uint32_t id = threadIdx.x; id < n; id += SAMPLE_THREADS) {
-        const uint64_t key = order_key(logits[id], id);
+        const uint64_t key = order_key(raw[id], id);
         if (key >= floor) shared.top[atomicAdd(&shared.count, 1u)] = key;
     }
     __syncthreads();
@@ -246,6 +264,6 @@ KERNEL(sample) {
         for (uint32_t i = 0; i < n_top; ++i) rank += shared.top[i] > key;
         const uint32_t id = key_id(key);
         args.top_ids[uint64_t(blockIdx.x) * MAX_TOP + rank] = id;
-        args.top_logprobs[uint64_t(blockIdx.x) * MAX_TOP + rank] = logprob(logits[id]);
+        args.top_logprobs[uint64_t(blockIdx.x) * MAX_TOP + rank] = logprob(raw[id]);
     }
 }

@@ -544,7 +544,7 @@ impl Device for ReferenceDevice {
         requests: &[LogitsRow],
     ) -> Result<(), DeviceError> {
         let pass = &mut self.pass;
-        pass.models[pass.current].step.sample(requests);
+        pass.models[pass.current].step.check_requests(requests);
         let mut output = DeviceOutput::default();
         for (l, request) in requests.iter().enumerate() {
             let row = pass.logits[logits.0 as usize].matrix.row(l);

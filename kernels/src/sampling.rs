@@ -6,12 +6,15 @@
 //! - Noise: Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = (token / 4, output index, 0, 0), word
 //!   `token % 4`. It depends on nothing else, so a sample is the same in every batch and on every device.
 //! - Sample: the largest of `(logit - max) / temperature + Gumbel noise` over the kept tokens, ties to the lowest id.
-//! - Kept tokens: top-k first, then top-p of what is left, both in the order of falling logits, ties by lowest id.
-//!   The mass of top-p is summed in fixed point (2^-40): integers have one sum, whatever the order.
+//! - Kept tokens: min-p and top-k first, then top-p of what is left, all in the order of falling logits, ties by lowest id.
+//!   The mass of top-p is summed in fixed point (2^-40): integers have one sum, whatever the order. Min-p keeps the tokens
+//!   with `(logit - max) / temperature >= ln(min_p)`: rounding keeps the order, so it too is a cut in that of the logits.
+//! - Edits ([`LogitsEdit`](crate::step::LogitsEdit)) come before all of it, on a copy of the row.
 //! - Log-probabilities: log-softmax of the raw logits, its sum in the same fixed point.
 //!
 //! It knows one row at a time; NaN logits are never sampled.
 
+mod edit;
 mod math;
 mod philox;
 
@@ -27,6 +30,7 @@ const MASS_ONE: f32 = (1u64 << 40) as f32;
 #[derive(Clone, Debug, Default)]
 pub struct Scratch {
     keys: Vec<Key>,
+    edited: Vec<f32>,
 }
 
 impl Scratch {
@@ -34,18 +38,32 @@ impl Scratch {
     pub fn new(vocabulary: usize) -> Self {
         Self {
             keys: Vec::with_capacity(vocabulary),
+            edited: Vec::with_capacity(vocabulary),
         }
     }
 }
 
 /// Samples from or scores one row of logits. The row is not empty.
 pub fn sample_row(logits: &[f32], row: &LogitsRow, scratch: &mut Scratch) -> Sampled {
-    let token = match row.request {
+    let token = match &row.request {
         LogitsRequest::Sample {
             params,
             output_index,
-        } => sample(logits, &params, output_index, scratch),
-        LogitsRequest::Score { token } => token,
+            edit,
+        } if edit.is_empty() => sample(logits, params, *output_index, scratch),
+        LogitsRequest::Sample {
+            params,
+            output_index,
+            edit,
+        } => {
+            let mut edited = std::mem::take(&mut scratch.edited);
+            edit::edit_logits(logits, edit, &mut edited);
+            let fallback = edit.first_allowed().unwrap_or(0);
+            let token = sample_or(&edited, params, *output_index, fallback, scratch);
+            scratch.edited = edited;
+            token
+        }
+        LogitsRequest::Score { token } => *token,
     };
     let Some(n_top) = row.n_logprobs else {
         return Sampled {
@@ -72,7 +90,18 @@ pub fn sample(
     output_index: u32,
     scratch: &mut Scratch,
 ) -> u32 {
-    let best = argmax(logits);
+    sample_or(logits, params, output_index, 0, scratch)
+}
+
+/// The same, with the token where no logit is above negative infinity.
+fn sample_or(
+    logits: &[f32],
+    params: &SamplingParams,
+    output_index: u32,
+    fallback: u32,
+    scratch: &mut Scratch,
+) -> u32 {
+    let best = argmax(logits, fallback);
     let max = logits[best as usize];
     if params.temperature == 0.0 || !max.is_finite() {
         return best;
@@ -86,14 +115,18 @@ pub fn sample(
     let n_kept = params
         .top_k
         .map_or(logits.len(), |k| logits.len().min(k.get() as usize));
-    if n_kept == logits.len() && params.top_p == 1.0 {
+    let ln_min_p = ln_min_p(params.min_p);
+    if n_kept == logits.len() && params.top_p == 1.0 && ln_min_p == f32::NEG_INFINITY {
         return noise.sample_from_all(logits);
     }
     scratch.keys.clear();
+    // All of them where the least is negative infinity, even those that are no number: they are the last in order.
+    let is_likely = |logit: f32| ln_min_p == f32::NEG_INFINITY || noise.scaled(logit) >= ln_min_p;
     scratch.keys.extend(
         logits
             .iter()
             .zip(0..)
+            .filter(|(logit, _)| is_likely(**logit))
             .map(|(&logit, id)| Key::new(logit, id)),
     );
     let mut kept = &mut scratch.keys[..];
@@ -107,9 +140,17 @@ pub fn sample(
     noise.sample_from(logits, kept.iter().map(|key| key.id()))
 }
 
-/// The token of the largest logit, the lowest id among equals.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = (f32::NEG_INFINITY, 0);
+/// The least `(logit - max) / temperature` that min-p keeps; negative infinity where it keeps all.
+pub fn ln_min_p(min_p: f32) -> f32 {
+    match min_p < f32::MIN_POSITIVE {
+        true => f32::NEG_INFINITY,
+        false => ln(min_p),
+    }
+}
+
+/// The token of the largest logit, the lowest id among equals; `fallback` where none is above negative infinity.
+fn argmax(logits: &[f32], fallback: u32) -> u32 {
+    let mut best = (f32::NEG_INFINITY, fallback);
     for (&logit, id) in logits.iter().zip(0u32..) {
         if logit > best.0 {
             best = (logit, id);
@@ -254,7 +295,7 @@ struct LogSoftmax {
 
 impl LogSoftmax {
     fn of(logits: &[f32]) -> Self {
-        let max = logits[argmax(logits) as usize];
+        let max = logits[argmax(logits, 0) as usize];
         let sum: u64 = logits
             .iter()
             .map(|&logit| (exp(logit - max) * MASS_ONE) as u64)

@@ -3,9 +3,12 @@
 //!
 //! It knows block tables and positions, never requests; a device adds where things lie.
 
+mod edit;
+
 use std::num::NonZeroU32;
 
 use crate::shape::{CacheShape, Model, ModelShape};
+pub use edit::{LogitsEdit, Penalties, SeenToken, TokenBias};
 
 /// A block of the KV cache: one page, which holds [`ModelShape::block_size`] tokens of every layer of one cache group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,12 +86,15 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Keep the most likely ones only; `None` keeps all.
     pub top_k: Option<NonZeroU32>,
+    /// Keep the tokens that are at least so likely, as a share of the likeliest one's probability; 0 keeps all. In
+    /// [0, 1].
+    pub min_p: f32,
     /// Key of the generator.
     pub seed: u64,
 }
 
 /// What is wanted of one row of logits.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum LogitsRequest {
     /// Sample a token.
     Sample {
@@ -96,6 +102,8 @@ pub enum LogitsRequest {
         params: SamplingParams,
         /// Index of the token among the outputs of its sequence: the generator's counter.
         output_index: u32,
+        /// What changes the row before.
+        edit: LogitsEdit,
     },
     /// Sample none, and report on this one (a prompt's log-probabilities).
     Score {
@@ -105,7 +113,7 @@ pub enum LogitsRequest {
 }
 
 /// What is wanted of one row of logits, and what is to be reported with it.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LogitsRow {
     /// What to do with the row.
     pub request: LogitsRequest,
@@ -172,8 +180,6 @@ pub(crate) struct Step {
     pub(crate) spans: Vec<Span>,
     /// The token of each row of logits.
     pub(crate) logits: Vec<u32>,
-    /// What is wanted of each row of logits, once [`Step::sample`] was called.
-    pub(crate) requests: Vec<LogitsRow>,
     previous: Previous,
     n_previous: usize,
 }
@@ -214,7 +220,6 @@ impl Step {
             rows: Vec::with_capacity(limits.max_tokens),
             spans: Vec::with_capacity(limits.max_sequences),
             logits: Vec::with_capacity(limits.max_logits_rows),
-            requests: Vec::with_capacity(limits.max_logits_rows),
             previous,
             n_previous: 0,
         }
@@ -254,16 +259,16 @@ impl Step {
         self.take_logits(&input.logits);
     }
 
-    /// Takes what is wanted of the step's rows of logits, one for each, checked.
-    pub(crate) fn sample(&mut self, requests: &[LogitsRow]) {
+    /// Checks what is wanted of the step's rows of logits, one for each.
+    pub(crate) fn check_requests(&self, requests: &[LogitsRow]) {
         assert_eq!(
             requests.len(),
             self.logits.len(),
             "each row of logits is asked for something"
         );
         for row in requests {
-            match row.request {
-                LogitsRequest::Sample { params, .. } => {
+            match &row.request {
+                LogitsRequest::Sample { params, edit, .. } => {
                     assert!(
                         params.temperature >= 0.0 && params.temperature.is_finite(),
                         "temperature out of range"
@@ -272,12 +277,12 @@ impl Step {
                         params.top_p > 0.0 && params.top_p <= 1.0,
                         "top_p out of range"
                     );
+                    assert!((0.0..=1.0).contains(&params.min_p), "min_p out of range");
+                    edit.check(self.vocab_size);
                 }
-                LogitsRequest::Score { token } => self.check_token(token),
+                LogitsRequest::Score { token } => self.check_token(*token),
             }
         }
-        self.requests.clear();
-        self.requests.extend_from_slice(requests);
     }
 
     /// Keeps the sampled tokens: the next step's [`TokenInput::Sampled`].
@@ -433,7 +438,6 @@ impl Step {
         );
         self.logits.clear();
         self.logits.extend_from_slice(logits);
-        self.requests.clear();
     }
 }
 

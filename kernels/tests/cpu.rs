@@ -437,9 +437,11 @@ fn several_rows_of_logits_may_name_one_token() {
                 temperature: 2.0,
                 top_p: 1.0,
                 top_k: None,
+                min_p: 0.0,
                 seed,
             },
             output_index: 0,
+            edit: LogitsEdit::default(),
         },
         n_logprobs: None,
     };

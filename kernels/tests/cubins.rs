@@ -83,6 +83,7 @@ fn kernels_wait_for_those_before_them() {
         "group_by_expert",
         "grouped_gemm",
         "combine_experts",
+        "edit_logits",
         "sample",
     ] {
         for (name, code) in functions(source, "sm_90a") {

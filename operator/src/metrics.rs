@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use kvasir_crds::llmdeployment::Reason;
+use kvasir_crds::llmdeployment::{LLMDeploymentStatus, Reason, StartTimes};
 use prometheus::{
     GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -31,6 +31,68 @@ pub struct Figures<'a> {
     pub decision: Option<&'a Decision>,
     /// Its pods.
     pub pods: &'a [Arc<Pod>],
+    /// What is told of it.
+    pub status: Option<&'a LLMDeploymentStatus>,
+}
+
+/// Why replicas don't serve, and how long it takes until they do.
+#[derive(Debug)]
+struct NotReadyMetrics {
+    replicas: IntGaugeVec,
+    start: GaugeVec,
+}
+
+impl NotReadyMetrics {
+    fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let replicas = IntGaugeVec::new(
+            Opts::new(
+                "kvasir_operator_not_ready_replicas",
+                "Replicas that don't serve, by the reason; of the first ten of a deployment.",
+            ),
+            &["namespace", "name", "reason"],
+        )?;
+        let start = GaugeVec::new(
+            Opts::new(
+                "kvasir_operator_start_seconds",
+                "How long the replicas that serve took to start, by phase; quantiles over the replicas.",
+            ),
+            &["namespace", "name", "phase", "quantile"],
+        )?;
+        registry.register(Box::new(replicas.clone()))?;
+        registry.register(Box::new(start.clone()))?;
+        Ok(Self { replicas, start })
+    }
+
+    /// Takes over what a status says, and nothing else stays; `None`: the deployment is gone.
+    fn looked(&self, [namespace, name]: [&str; 2], status: Option<&LLMDeploymentStatus>) {
+        for reason in Reason::ALL {
+            // An error says that the series did not exist.
+            let _ = self
+                .replicas
+                .remove_label_values(&[namespace, name, reason.as_str()]);
+        }
+        for phase in StartTimes::PHASES {
+            for quantile in ["0.5", "0.9"] {
+                let _ = self
+                    .start
+                    .remove_label_values(&[namespace, name, phase, quantile]);
+            }
+        }
+        let Some(status) = status else { return };
+        for replica in &status.not_ready {
+            let labels = [namespace, name, replica.reason.as_str()];
+            self.replicas.with_label_values(&labels).inc();
+        }
+        for times in status.start.iter().flat_map(|start| &start.phases) {
+            for (quantile, ms) in [
+                ("0.5", times.p50_milliseconds),
+                ("0.9", times.p90_milliseconds),
+            ] {
+                let labels = [namespace, name, times.phase.as_str(), quantile];
+                self.start.with_label_values(&labels).set(ms as f64 / 1e3);
+            }
+        }
+    }
 }
 
 /// What the operator counts.
@@ -43,6 +105,7 @@ pub struct Metrics {
     waiting: IntGaugeVec,
     refused: IntGaugeVec,
     autoscaling: AutoscalingMetrics,
+    not_ready: NotReadyMetrics,
     leading: IntGauge,
     reconciles: IntCounter,
     errors: IntCounterVec,
@@ -89,6 +152,7 @@ impl Metrics {
             &["namespace", "name", "reason"],
         )?;
         let autoscaling = AutoscalingMetrics::new(counts)?;
+        let not_ready = NotReadyMetrics::new(&registry)?;
         let leading = IntGauge::new(
             "kvasir_operator_leading",
             "1 in the operator that acts, 0 in those that stand by.",
@@ -119,6 +183,7 @@ impl Metrics {
             waiting,
             refused,
             autoscaling,
+            not_ready,
             leading,
             reconciles,
             errors,
@@ -142,6 +207,8 @@ impl Metrics {
                 gauges.reset();
             }
             self.autoscaling.reset();
+            self.not_ready.replicas.reset();
+            self.not_ready.start.reset();
         }
     }
 
@@ -163,6 +230,7 @@ impl Metrics {
                 .with_label_values(&[&namespace, &name, *state])
                 .set(value);
         }
+        self.not_ready.looked([&namespace, &name], figures.status);
         self.forget_refusals(&namespace, &name);
         if let Some(reason) = figures.refused {
             let labels = &[namespace.as_str(), name.as_str(), reason.as_str()];
@@ -215,6 +283,7 @@ impl Metrics {
         self.forget_refusals(namespace, name);
         self.forget_load(&[namespace, name]);
         self.autoscaling.forget(&[namespace, name]);
+        self.not_ready.looked([namespace, name], None);
     }
 
     /// Records a reconcile that failed.
@@ -340,6 +409,7 @@ mod tests {
             refused: None,
             decision: None,
             pods: &[],
+            status: None,
         };
         let known = found(Some(LoadSummary {
             blocks: 200,
@@ -405,6 +475,28 @@ mod tests {
         };
         metrics.looked(&deployment, &unknown);
         assert!(!holds("demand_replicas{") && !holds("binding_constraint{"));
+        let status: LLMDeploymentStatus = serde_json::from_value(json!({
+            "notReady": [{ "reason": "Crashed", "message": "x" }, { "reason": "Crashed", "message": "y" }],
+            "start": { "samples": 1, "phases": [
+                { "phase": "Load", "p50Milliseconds": 1500, "p90Milliseconds": 2500 }] } }))
+        .unwrap();
+        metrics.looked(
+            &deployment,
+            &Figures {
+                status: Some(&status),
+                ..known
+            },
+        );
+        let crashed =
+            "kvasir_operator_not_ready_replicas{name=\"m\",namespace=\"n\",reason=\"Crashed\"} 2";
+        let start = "kvasir_operator_start_seconds{name=\"m\",namespace=\"n\",phase=\"Load\",quantile=\"0.9\"} 2.5";
+        assert!(
+            holds(crashed) && holds(start),
+            "{}",
+            metrics.text().unwrap()
+        );
+        metrics.looked(&deployment, &known);
+        assert!(!holds("not_ready_replicas{") && !holds("start_seconds{"));
         metrics.forget("n", "m");
         assert!(!holds("name=\"m\""));
         metrics.looked(&deployment, &refused(Reason::ChildRefused));

@@ -8,8 +8,10 @@ pub mod autoscale;
 pub mod children;
 pub mod counted;
 pub mod pod_template;
+pub mod rollout;
 mod starting;
 pub mod status;
+pub mod victims;
 
 use std::time::Duration;
 
@@ -26,8 +28,10 @@ use crate::observed::{Observed, ObservedChildren};
 use crate::stored::Stored;
 use autoscale::{Decision, LoadSummary, Look, Overdue};
 use children::Children;
+use rollout::Rollout;
 use starting::Starting;
 use status::{Refusal, StatusInput};
+use victims::{DeletionCost, deletion_costs};
 
 /// Load figures alone are written to the status at most this often, and read this often where replicas are fixed.
 const LOAD_STATUS_INTERVAL: Duration = Duration::from_secs(15);
@@ -74,6 +78,8 @@ pub struct Plan {
     /// What runs, with the pod template that was applied last and the replicas that are asked for now: for when the
     /// Deployment of `children` can't be had.
     pub fallback: Option<Deployment>,
+    /// Where there are to be fewer replicas: what each costs, to be told before.
+    pub costs: Vec<DeletionCost>,
     /// What the replicas report, for the metrics.
     pub load: Option<LoadSummary>,
     /// Why there are no `children`.
@@ -81,6 +87,8 @@ pub struct Plan {
     decision: Option<Decision>,
     /// A change of the number of replicas by the autoscaler, to be told once it was carried out.
     scaling: Option<LastScaling>,
+    /// What was decided about the rollout, to be told once it was carried out.
+    news: Option<(&'static str, String)>,
     history: History,
 }
 
@@ -184,10 +192,12 @@ pub fn plan(
     let refused = |refusal| Plan {
         children: None,
         fallback: None,
+        costs: Vec::new(),
         load,
         refusal: Some(refusal),
         decision: None,
         scaling: None,
+        news: None,
         history: history.clone(),
     };
     let deployment = match (&stored.0, conflict) {
@@ -202,9 +212,9 @@ pub fn plan(
     };
     let decision = autoscale(deployment, running, observed, &mut history, now);
     let replicas = asked_replicas(&deployment.spec, decision.as_ref());
-    let fallback = running.and_then(|running| children::scaled(deployment, replicas, running));
-    let (children, refusal) = match children::children(deployment, replicas, default_image, running)
-    {
+    let rollout = Rollout::decide(&deployment.spec, observed, running, now.wall);
+    let (children, fallback) = made(deployment, replicas, default_image, running, &rollout);
+    let (children, refusal) = match children {
         Ok(children) => (Some(children), None),
         Err(sentence) => (
             None,
@@ -214,6 +224,10 @@ pub fn plan(
             }),
         ),
     };
+    let is_fewer = running
+        .and_then(replicas_of)
+        .is_some_and(|from| replicas < from);
+    let costs = is_fewer.then(|| deletion_costs(observed));
     let carried_out = decision
         .as_ref()
         .filter(|_| deployment.spec.autoscaled().is_some());
@@ -229,12 +243,34 @@ pub fn plan(
     Plan {
         children,
         fallback,
+        costs: costs.unwrap_or_default(),
         load,
         refusal,
         decision,
         scaling,
+        news: rollout.news,
         history,
     }
+}
+
+/// The children, and what runs for when their Deployment can't be had, both as the rollout wants them.
+fn made(
+    deployment: &LLMDeployment,
+    replicas: i32,
+    default_image: &str,
+    running: Option<&Deployment>,
+    rollout: &Rollout,
+) -> (Result<Children, String>, Option<Deployment>) {
+    let mut fallback = running.and_then(|running| children::scaled(deployment, replicas, running));
+    if let Some(fallback) = &mut fallback {
+        rollout.settle(fallback, running);
+    }
+    let marked = running.map(|running| rollout.mark(running));
+    let mut children = children::children(deployment, replicas, default_image, marked.as_ref());
+    if let Ok(children) = &mut children {
+        rollout.settle(&mut children.deployment, running);
+    }
+    (children, fallback)
 }
 
 /// Says what came of `plan`: the status, and what happened that the status before doesn't tell.
@@ -267,8 +303,10 @@ pub fn report(
     events.extend(carried_out.as_ref().map(scaled));
     events.extend(would_scale(stored, plan.decision.as_ref(), &mut history));
     events.extend(newly_overdue(before, plan.decision.as_ref()));
+    events.extend(plan.news.filter(|_| outcome.is_scaled).map(rolled));
     events.extend(refused.filter(|r| !is_told(before, r)).map(refusal));
     events.extend(newly_ended(before, &status).map(ended));
+    events.extend(newly_not_ready(before, &status));
     Report {
         events,
         status: changed(before, status, &history, now),
@@ -406,6 +444,15 @@ fn overdue_sentence(Overdue { n, deadline }: Overdue) -> String {
     )
 }
 
+fn rolled((reason, message): (&'static str, String)) -> EventRecord {
+    EventRecord {
+        severity: Severity::Warning,
+        reason,
+        action: "RollOut",
+        message,
+    }
+}
+
 fn refusal(refusal: &Refusal) -> EventRecord {
     EventRecord {
         severity: Severity::Warning,
@@ -436,6 +483,36 @@ fn newly_ended<'a>(
         .collect();
     let ended = status.ended_pods.iter();
     ended.filter(move |ended| known.iter().all(|known| known.reason != ended.reason))
+}
+
+/// One event for each reason why a replica doesn't serve that the status before doesn't give. A start takes its time.
+fn newly_not_ready(
+    before: Option<&LLMDeploymentStatus>,
+    status: &LLMDeploymentStatus,
+) -> Vec<EventRecord> {
+    let known = before.map(|before| before.not_ready.as_slice());
+    let mut events: Vec<EventRecord> = Vec::new();
+    for replica in &status.not_ready {
+        let reason = Reason::ALL.iter().find(|it| it.as_str() == replica.reason);
+        let is_known = known
+            .unwrap_or_default()
+            .iter()
+            .any(|it| it.reason == replica.reason);
+        match reason {
+            None | Some(Reason::Starting) => {}
+            Some(reason) if is_known || events.iter().any(|it| it.reason == reason.as_str()) => {}
+            Some(reason) => events.push(EventRecord {
+                severity: Severity::Warning,
+                reason: reason.as_str(),
+                action: "Serve",
+                message: match &replica.pod {
+                    Some(pod) => format!("{pod}: {}", replica.message),
+                    None => replica.message.clone(),
+                },
+            }),
+        }
+    }
+    events
 }
 
 /// The condition Accepted gives this refusal already.

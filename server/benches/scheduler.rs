@@ -1,7 +1,7 @@
 //! Host work of a step at 256 running requests, against the target of 100 us: schedule and commit alone, with room, under
-//! pressure (a pool too small for all, clients that leave) and with windowed layers; then the whole way, engine and
-//! output thread, to 256 streams, over a device that costs nothing; and what a block costs, with and without the prefix
-//! cache.
+//! pressure (a pool too small for all, clients that leave), with windowed layers and with penalties in every row; then the
+//! whole way, engine and output thread, to 256 streams, over a device that costs nothing; and what a block costs, with and
+//! without the prefix cache.
 //!
 //! `cargo bench -p kvasir-server --bench scheduler`; `cargo test` runs a few steps of each, so that it stays runnable.
 
@@ -14,6 +14,7 @@ use kvasir_kernels::shape::Limits;
 use kvasir_kernels::step::{DeviceOutput, Sampled};
 use kvasir_server::engine::blocks::{BlockPool, Written};
 use kvasir_server::engine::groups::{CacheGroups, GroupKind};
+use kvasir_server::engine::logits::{Edits, LogitsOptions, LogitsProcessors};
 use kvasir_server::engine::prefix::{PrefixCaching, PrefixChain, PrefixHit, PrefixKey};
 use kvasir_server::engine::scheduler::Scheduler;
 use kvasir_server::engine::{Engine, Request, RequestId, SamplingParams};
@@ -43,16 +44,25 @@ fn main() {
     let window = GroupKind::Window(positive(1_024));
     let gemma = [full.clone(), vec![window; 5]].concat();
     for (how, caching) in [("prefixes cached", Some(caching())), ("not cached", None)] {
-        let measure = |what: &str, kinds: &[GroupKind], n_blocks, leaves| {
-            let times = scheduling(n_steps, kinds.to_vec(), n_blocks, leaves, caching);
-            report(&format!("{what}, {how}"), &times);
+        let measure = |what: &str, kinds: &[GroupKind], n_blocks, leaves, options| {
+            let load = Load {
+                kinds: kinds.to_vec(),
+                n_blocks,
+                leaves,
+                caching,
+                options,
+            };
+            report(&format!("{what}, {how}"), &scheduling(n_steps, &load));
         };
-        measure("with room", &full, 65_536, None);
+        measure("with room", &full, 65_536, None, None);
         // The 256 hold 4,000 to 9,000 blocks; every seventh step a client leaves.
-        measure("under pressure", &full, 5_000, Some(7));
-        measure("six cache groups", &gemma, 65_536, None);
+        measure("under pressure", &full, 5_000, Some(7), None);
+        measure("six cache groups", &gemma, 65_536, None, None);
+        measure("penalties", &full, 65_536, None, Some(penalties()));
     }
-    report("the whole way, to 256 streams", &whole_way(n_steps));
+    report("the whole way, to 256 streams", &whole_way(n_steps, None));
+    let penalised = whole_way(n_steps, Some(penalties()));
+    report("the whole way with penalties", &penalised);
     bookkeeping(n_steps);
 }
 
@@ -141,20 +151,49 @@ fn sampling(seed: u64) -> SamplingParams {
         temperature: 0.7,
         top_p: 0.9,
         top_k: None,
+        min_p: 0.0,
         seed,
     }
 }
 
-/// Times of schedule and commit, sorted, over a pool of `n_blocks` blocks of 16; a client leaves every `leaves` steps.
-fn scheduling(
-    n_steps: usize,
+/// All three, so that the prompt's tokens count too.
+fn penalties() -> LogitsOptions {
+    LogitsOptions {
+        repetition_penalty: 1.1,
+        presence_penalty: 0.5,
+        frequency_penalty: 0.5,
+        ..LogitsOptions::default()
+    }
+}
+
+/// What a row of every request changes in its logits.
+fn logits(options: &Option<LogitsOptions>, prompt: &[u32]) -> Option<Box<LogitsProcessors>> {
+    let options = options.clone()?;
+    LogitsProcessors::new(options, prompt, &[], 1 << 20).map(Box::new)
+}
+
+/// What is scheduled.
+struct Load {
     kinds: Vec<GroupKind>,
+    /// Of 16 tokens.
     n_blocks: u32,
+    /// Steps after each of which a client leaves.
     leaves: Option<usize>,
     caching: Option<PrefixCaching>,
-) -> Vec<Duration> {
-    let groups = CacheGroups::new(positive(16), LIMITS.max_tokens as u32, kinds);
-    let mut blocks = BlockPool::new(n_blocks, groups, caching);
+    options: Option<LogitsOptions>,
+}
+
+/// Times of schedule, edits and commit, sorted.
+fn scheduling(n_steps: usize, load: &Load) -> Vec<Duration> {
+    let Load {
+        kinds,
+        n_blocks,
+        leaves,
+        caching,
+        options,
+    } = load;
+    let groups = CacheGroups::new(positive(16), LIMITS.max_tokens as u32, kinds.clone());
+    let mut blocks = BlockPool::new(*n_blocks, groups, *caching);
     let mut scheduler = Scheduler::new(LIMITS, 4_096);
     let mut next_id = 0;
     let mut arrive = |scheduler: &mut Scheduler, blocks: &BlockPool| {
@@ -167,12 +206,14 @@ fn scheduling(
         });
         let request = Request {
             id: RequestId(next_id),
+            logits: logits(options, &prompt),
             prompt,
             // Lengths differ, so that requests end and arrive throughout.
             max_tokens: 200 + (next_id * 37 % 277) as u32,
             stop_token_ids: vec![2],
             sampling: sampling(next_id),
             n: NonZeroU32::MIN,
+            beams: None,
             logprobs: None,
             prompt_logprobs: None,
             cache_salt: None,
@@ -187,13 +228,18 @@ fn scheduling(
     let mut times = Vec::with_capacity(n_steps);
     for step in 0..n_steps {
         let start = Instant::now();
-        let schedule = scheduler.schedule(&mut blocks, LIMITS.max_tokens as u32);
+        let mut schedule = scheduler.schedule(&mut blocks, LIMITS.max_tokens as u32);
+        if schedule.edits != Edits::None {
+            scheduler.edit_logits(&mut schedule.requests);
+        }
         let scheduled = start.elapsed();
-        let sampled = schedule.requests.iter().map(|_| Sampled {
-            token: 3,
+        let sampled = schedule.requests.iter().zip(0..).map(|(_, row)| Sampled {
+            token: 3 + (step * 7 + row) as u32 % 50_000,
             ..Sampled::default()
         });
         let sampled = sampled.collect();
+        // A device lets go of what it was asked for.
+        schedule.requests.clear();
         let start = Instant::now();
         let outputs = scheduler.commit(&mut blocks, DeviceOutput { sampled });
         std::hint::black_box(scheduler.load());
@@ -211,7 +257,7 @@ fn scheduling(
 }
 
 /// Times of a step, sorted, from the engine's loop to the streams of 256 clients, each of which takes its events.
-fn whole_way(n_steps: usize) -> Vec<Duration> {
+fn whole_way(n_steps: usize, changes: Option<LogitsOptions>) -> Vec<Duration> {
     let options = LoadOptions {
         block_size: positive(16),
         max_model_len: None,
@@ -244,7 +290,9 @@ fn whole_way(n_steps: usize) -> Vec<Duration> {
                 prompt: vec![1; 16],
                 max_tokens,
                 sampling: sampling(i),
+                logits: logits(&changes, &[1; 16]),
                 n: NonZeroU32::MIN,
+                beams: None,
                 stop_token_ids: Vec::new(),
                 stop: StopStrings::new([]),
                 logprobs: None,

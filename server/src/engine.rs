@@ -1,4 +1,6 @@
-//! The engine: a thread of its own that makes steps, schedule -> submit -> collect -> commit.
+//! The engine: a thread of its own that makes steps, schedule -> submit -> sample -> collect -> commit. Where what changes
+//! a row's logits depends on a token of the step before, a step is sampled only after that one's commit, while its own pass
+//! runs.
 //!
 //! Requests go in through a bounded inbox ([`EngineHandle`]); each step sends one message, who was admitted and the
 //! outputs of all its sequences, to the output thread. It knows token ids, never text, and no clock but for ages and the heartbeat.
@@ -6,15 +8,19 @@
 //! - [`groups`]: pure: which blocks a sequence holds when, by kind of layer.
 //! - [`blocks`]: pure: the block pool and block tables.
 //! - [`prefix`]: pure: which blocks hold which tokens. `eviction`: which of them go first.
-//! - [`scheduler`]: pure: continuous batching, preemption.
+//! - [`scheduler`]: pure: continuous batching, preemption. `beam`: pure: which beams go on.
+//! - [`logits`]: pure: what a request changes in its logits. [`constraint`]: what else may restrict its tokens.
 //! - [`pacer`]: pure: how many prompt tokens may run beside decodes.
 //! - [`executor`]: what it needs of a model on a device.
 
+mod beam;
 pub mod blocks;
+pub mod constraint;
 mod eviction;
 pub mod executor;
 pub mod groups;
 mod handle;
+pub mod logits;
 pub mod pacer;
 pub mod prefix;
 mod request;
@@ -27,6 +33,7 @@ use std::time::Instant;
 
 use kvasir_kernels::device::{DeviceError, Ticket};
 use kvasir_kernels::shape::Limits;
+use kvasir_kernels::step::LogitsRow;
 use kvasir_kernels::stored::Dtype;
 
 use blocks::BlockPool;
@@ -34,11 +41,12 @@ use executor::Executor;
 use groups::CacheGroups;
 use handle::{Command, Snapshot};
 pub use handle::{Counters, EngineHandle};
+use logits::Edits;
 use pacer::{PrefillPacer, StepSize};
 use prefix::PrefixCaching;
 pub use request::{
-    Admission, EngineOutputs, FinishReason, Request, RequestId, RequestOutput, SamplingParams,
-    SubmitError, TokenLogprobs,
+    Admission, BeamParams, EarlyStopping, EngineOutputs, FinishReason, Request, RequestId,
+    RequestOutput, SamplingParams, SubmitError, TokenLogprobs,
 };
 use scheduler::{Schedule, Scheduler};
 
@@ -47,7 +55,7 @@ use scheduler::{Schedule, Scheduler};
 const UNREAD_OUTPUTS: usize = 64;
 
 /// What is served, and its limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ModelInfo {
     /// Token ids are below this.
     pub vocab_size: u32,
@@ -65,6 +73,9 @@ pub struct ModelInfo {
     pub groups: CacheGroups,
     /// Blocks are kept for what they hold, and found again by it.
     pub prefix_caching: Option<PrefixCaching>,
+    /// A step with prompt tokens takes at most so many times as long as one that only decodes; `None`: prompts get all
+    /// the tokens of a step.
+    pub max_decode_stretch: Option<f64>,
 }
 
 /// Why the engine ended before it was told to.
@@ -169,7 +180,11 @@ impl EngineLoop {
         Self {
             blocks: BlockPool::new(info.n_blocks, info.groups.clone(), info.prefix_caching),
             scheduler: Scheduler::new(info.limits, info.max_model_len),
-            pacer: PrefillPacer::new(info.limits.max_tokens as u32, executor.row_tile() as u32),
+            pacer: PrefillPacer::new(
+                info.limits.max_tokens as u32,
+                executor.row_tile() as u32,
+                info.max_decode_stretch,
+            ),
             executor,
             outputs,
             in_flight: VecDeque::new(),
@@ -208,23 +223,55 @@ impl EngineLoop {
         self.count(&schedule);
         // A step may take long: who reads the load meanwhile sees what runs in it.
         self.publish();
-        let n_tokens = schedule.input.tokens.len() as u32;
-        if n_tokens > 0 {
-            self.counters.computed_tokens += u64::from(n_tokens);
-            let size = schedule.size();
-            let submitted = Instant::now();
-            let ticket = self.executor.submit(schedule.input, &schedule.requests);
-            self.in_flight.push_back(InFlight {
-                ticket: ticket.map_err(EngineError::Device)?,
-                size,
-                submitted,
-            });
+        if schedule.input.tokens.is_empty() {
+            let outputs = self.collect()?;
+            return self.send(outputs);
         }
-        if n_tokens > 0 && self.in_flight.len() < self.executor.depth() {
-            return Ok(());
+        let size = schedule.size();
+        self.counters.computed_tokens += schedule.input.tokens.len() as u64;
+        self.counters.slots += schedule.slots;
+        let submitted = Instant::now();
+        let ticket = self.executor.submit(schedule.input);
+        self.in_flight.push_back(InFlight {
+            ticket: ticket.map_err(EngineError::Device)?,
+            size,
+            submitted,
+        });
+        if schedule.edits == Edits::AfterCommit {
+            assert!(self.in_flight.len() > 1, "the step before is under way");
+            let outputs = self.collect()?;
+            self.sample(schedule.requests, schedule.edits)?;
+            self.send(outputs)?;
+        } else {
+            self.sample(schedule.requests, schedule.edits)?;
         }
+        // With beams in the batch, collect comes before schedule: the host chooses how they go on.
+        let n_left = match schedule.has_beams {
+            true => 0,
+            false => self.executor.depth() - 1,
+        };
+        while self.in_flight.len() > n_left {
+            let outputs = self.collect()?;
+            self.send(outputs)?;
+        }
+        Ok(())
+    }
+
+    /// Samples from the newest step, its rows edited. What they share with the scheduler is let go of here: it changes with
+    /// the next commit.
+    fn sample(&mut self, mut requests: Vec<LogitsRow>, edits: Edits) -> Result<(), EngineError> {
+        if edits != Edits::None {
+            self.scheduler.edit_logits(&mut requests);
+        }
+        let newest = self.in_flight.back().expect("a step was submitted");
+        let sampled = self.executor.sample(&newest.ticket, &requests);
+        sampled.map_err(EngineError::Device)
+    }
+
+    /// Waits for the oldest step under way, and commits it; nothing where there is none.
+    fn collect(&mut self) -> Result<Vec<RequestOutput>, EngineError> {
         let Some(step) = self.in_flight.pop_front() else {
-            return Ok(());
+            return Ok(Vec::new());
         };
         let sampled = self
             .executor
@@ -250,7 +297,7 @@ impl EngineLoop {
             self.counters.ended_sequences += 1;
             self.forget_arrival(ended.id);
         }
-        self.send(outputs)
+        Ok(outputs)
     }
 
     /// Counts preemptions, and keeps when requests were admitted until it is sent.
@@ -324,6 +371,7 @@ impl EngineLoop {
                     prompt_logprobs: Vec::new(),
                     tokens: Vec::new(),
                     finished: finished.clone(),
+                    beam_score: None,
                 })
                 .collect(),
         )

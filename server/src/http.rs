@@ -2,13 +2,14 @@
 //!
 //! It knows text and events, never blocks: requests go through [`crate::frontend`] to the engine.
 //!
-//! - [`incoming`], [`fields`], [`params`], [`prompts`], [`conversation`]: requests are read in time and parsed once, in
-//!   bounded memory; every mistake names its field.
+//! - [`incoming`], [`fields`], [`params`], [`choices`], [`prompts`], [`conversation`]: requests are read in time and parsed
+//!   once, in bounded memory; every mistake names its field.
 //! - [`completions`], [`chat`], [`tokenize`]: the interfaces; [`generate`] is what the first two share.
 //! - [`management`]: probes, load, metrics. [`middleware`]: around every request.
 //! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client reads too slowly.
 
 mod chat;
+mod choices;
 mod completions;
 mod conversation;
 mod defaults;
@@ -16,6 +17,7 @@ pub mod error;
 mod fields;
 mod generate;
 mod incoming;
+mod logits_fields;
 mod logprobs;
 mod management;
 mod middleware;
@@ -28,7 +30,7 @@ mod write_timeout;
 
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Path, Request, State};
@@ -37,6 +39,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use kvasir_crds::LoadReport;
+use kvasir_crds::load_report::{ModelReport, SCHEMA, StartReport};
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -77,6 +80,8 @@ pub struct Serving {
     pub ids: Ids,
     /// When it was loaded, in seconds since 1970.
     pub created: u64,
+    /// What it is, in numbers.
+    pub model: ModelReport,
 }
 
 impl Serving {
@@ -116,6 +121,7 @@ pub struct App {
     metrics: Arc<Metrics>,
     limits: Limits,
     boot_id: String,
+    start: Mutex<StartReport>,
 }
 
 impl App {
@@ -128,6 +134,7 @@ impl App {
             metrics,
             limits,
             boot_id,
+            start: Mutex::default(),
         })
     }
 
@@ -135,6 +142,11 @@ impl App {
     pub fn ready(&self, serving: Serving) {
         let _ = self.serving.set(Arc::new(serving));
         self.advance(Phase::Ready);
+    }
+
+    /// Tells how the start goes.
+    pub fn starts(&self, report: StartReport) {
+        *self.start.lock().unwrap_or_else(PoisonError::into_inner) = report;
     }
 
     /// Moves on to `phase`, never back.
@@ -157,13 +169,18 @@ impl App {
         })
     }
 
-    fn load(&self) -> Option<LoadReport> {
-        let serving = self.serving.get()?;
-        Some(LoadReport {
+    /// Before the model is loaded, only how the start goes is known.
+    fn load(&self) -> LoadReport {
+        let serving = self.serving.get();
+        let engine = serving.map(|serving| serving.engine.handle().load());
+        LoadReport {
+            schema: Some(SCHEMA),
             boot_id: Some(self.boot_id.clone()),
             draining: Some(*self.phase.borrow() >= Phase::Draining),
-            ..serving.engine.handle().load()
-        })
+            model: serving.map(|serving| serving.model.clone()),
+            start: Some(*self.start.lock().unwrap_or_else(PoisonError::into_inner)),
+            ..engine.unwrap_or_default()
+        }
     }
 }
 

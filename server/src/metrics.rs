@@ -12,7 +12,8 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::engine::FinishReason;
+use crate::engine::blocks::SlotUse;
+use crate::engine::{Counters, FinishReason};
 
 /// Why requests end, as labels.
 const FINISH_LABELS: [&str; 4] = ["stop", "length", "abort", "error"];
@@ -93,6 +94,9 @@ impl LatencyKind {
 
 /// The states of a KV block, as labels.
 const BLOCK_STATES: [&str; 3] = ["active", "cached", "free"];
+
+/// What a slot counts as, as labels; one may be several.
+const SLOT_KINDS: [&str; 3] = ["active", "unwritten", "unshared"];
 
 /// Seconds; vLLM's buckets, so that dashboards of either read the other.
 const TTFT_BUCKETS: &[f64] = &[
@@ -192,10 +196,17 @@ impl Metrics {
         self.request_memory.set(n_bytes as f64);
     }
 
-    /// Everything in Prometheus' text format; `load` is the engine's report, once there is an engine.
-    pub fn render(&self, load: Option<&LoadReport>) -> Result<String, prometheus::Error> {
+    /// Everything in Prometheus' text format; `load` and `counters` are the engine's, once there is one.
+    pub fn render(
+        &self,
+        load: Option<&LoadReport>,
+        counters: Option<&Counters>,
+    ) -> Result<String, prometheus::Error> {
         if let Some(load) = load {
             self.load.take(load);
+        }
+        if let Some(counters) = counters {
+            self.load.take_slots(counters.slots);
         }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
@@ -214,6 +225,7 @@ struct LoadMetrics {
     oldest_waiting: Gauge,
     prefill_backlog: Gauge,
     preemptions: IntCounter,
+    slots: IntCounterVec,
 }
 
 impl LoadMetrics {
@@ -246,6 +258,11 @@ impl LoadMetrics {
                 "Prompt tokens accepted and not computed yet.",
             )?,
             preemptions: define.counter("vllm:num_preemptions_total", "Sequences preempted.")?,
+            slots: define.counters(
+                "kvasir_kv_slots_total",
+                "Token slots of active KV blocks, summed over steps; those that hold no token; and those that would be active if no block were shared.",
+                &["kind"],
+            )?,
         })
     }
 
@@ -268,11 +285,20 @@ impl LoadMetrics {
         }
         self.prefill_backlog
             .set(load.prefill_backlog_tokens.unwrap_or(0) as f64);
-        // Scrapes may overlap: only what is new is added.
-        let preemptions = load.preemptions.unwrap_or(0);
-        self.preemptions
-            .inc_by(preemptions.saturating_sub(self.preemptions.get()));
+        raise_to(&self.preemptions, load.preemptions.unwrap_or(0));
     }
+
+    fn take_slots(&self, slots: SlotUse) {
+        let counts = [slots.active, slots.unwritten, slots.unshared];
+        for (kind, count) in SLOT_KINDS.iter().zip(counts) {
+            raise_to(&self.slots.with_label_values(&[kind]), count);
+        }
+    }
+}
+
+/// Scrapes may overlap: only what is new is added.
+fn raise_to(counter: &IntCounter, count: u64) {
+    counter.inc_by(count.saturating_sub(counter.get()));
 }
 
 /// What happened to requests.
@@ -423,8 +449,16 @@ mod tests {
             preemptions: Some(6),
             ..LoadReport::default()
         };
-        metrics.render(Some(&load)).unwrap();
-        let text = metrics.render(Some(&load)).unwrap();
+        let counters = Counters {
+            slots: SlotUse {
+                active: 64,
+                unwritten: 3,
+                unshared: 96,
+            },
+            ..Counters::default()
+        };
+        metrics.render(Some(&load), Some(&counters)).unwrap();
+        let text = metrics.render(Some(&load), Some(&counters)).unwrap();
         for line in [
             "vllm:num_requests_running{model_name=\"m\"} 3",
             "vllm:num_requests_waiting{model_name=\"m\"} 4",
@@ -433,6 +467,9 @@ mod tests {
             "kvasir_kv_blocks{model_name=\"m\",state=\"cached\"} 1",
             "kvasir_queue_oldest_seconds{model_name=\"m\"} 1.5",
             "vllm:num_preemptions_total{model_name=\"m\"} 6",
+            "kvasir_kv_slots_total{kind=\"active\",model_name=\"m\"} 64",
+            "kvasir_kv_slots_total{kind=\"unwritten\",model_name=\"m\"} 3",
+            "kvasir_kv_slots_total{kind=\"unshared\",model_name=\"m\"} 96",
             "vllm:prompt_tokens_total{model_name=\"m\"} 7",
             "vllm:prefix_cache_queries_total{model_name=\"m\"} 7",
             "vllm:prefix_cache_hits_total{model_name=\"m\"} 4",

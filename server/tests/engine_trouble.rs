@@ -57,10 +57,14 @@ impl Executor for Scripted {
         1
     }
 
-    fn submit(&mut self, input: StepInput, _: &[LogitsRow]) -> Result<Ticket, DeviceError> {
+    fn submit(&mut self, input: StepInput) -> Result<Ticket, DeviceError> {
         self.n_rows = input.logits.len();
         let _ = self.begins.send(());
         Ok(Ticket(0))
+    }
+
+    fn sample(&mut self, _: &Ticket, _: &[LogitsRow]) -> Result<(), DeviceError> {
+        Ok(())
     }
 
     fn collect(&mut self, _: Ticket) -> Result<DeviceOutput, DeviceError> {
@@ -175,6 +179,7 @@ fn start(setting: Setting) -> Trouble {
             vec![GroupKind::Full],
         ),
         prefix_caching: None,
+        max_decode_stretch: None,
     };
     let (engine, outputs) = Engine::start(Box::new(executor), info, setting.max_waiting).unwrap();
     let metrics = Arc::new(Metrics::new("m").unwrap());
@@ -196,6 +201,7 @@ fn start(setting: Setting) -> Trouble {
         max_prompts: 1,
         ids: Ids::default(),
         created: 0,
+        model: kvasir_crds::load_report::ModelReport::default(),
     };
     let limits = http::Limits {
         max_body_bytes: 10_000,

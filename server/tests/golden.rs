@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use kvasir_kernels::device::{Device, DeviceOptions};
 use kvasir_kernels::shape::{Limits, Numerics, Precision};
 use kvasir_kernels::step::{
-    BlockId, LogitsRequest, LogitsRow, SamplingParams, Span, StepInput, TableRow, TableUpdate,
-    TokenInput,
+    BlockId, LogitsEdit, LogitsRequest, LogitsRow, SamplingParams, Span, StepInput, TableRow,
+    TableUpdate, TokenInput,
 };
 use kvasir_server::model::decoder::Decoder;
 use kvasir_server::model::files::ModelFiles;
@@ -102,9 +102,11 @@ impl Bench {
                 temperature: 0.0,
                 top_p: 1.0,
                 top_k: None,
+                min_p: 0.0,
                 seed: 0,
             },
             output_index: 0,
+            edit: LogitsEdit::default(),
         };
         let row = LogitsRow {
             request,

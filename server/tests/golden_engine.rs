@@ -1,8 +1,11 @@
-//! Each request gives through the whole engine exactly what it gives alone: in a crowd, cut into chunks, preempted.
+//! Each request gives through the whole engine exactly what it gives alone: in a crowd, cut into chunks, preempted; whatever
+//! it changes in its logits.
 //!
 //! Real models, real steps, pools and budgets so small that everything happens.
 #![allow(clippy::unwrap_used)] // A test's helpers, outside of #[test] functions.
 
+#[path = "golden_engine/beams.rs"]
+mod beams;
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 
 use kvasir_kernels::shape::{Limits, Precision};
+use kvasir_server::engine::constraint::Constraint;
+use kvasir_server::engine::logits::{LogitsOptions, LogitsProcessors};
 use kvasir_server::engine::{
     Admission, Counters, Engine, EngineHandle, EngineOutputs, FinishReason, Request, RequestId,
     SamplingParams, SubmitError, TokenLogprobs,
@@ -130,8 +135,33 @@ fn answers_of(
     (answers, admissions)
 }
 
-/// Greedy and random, short and long, scored and not.
+/// What the random requests change in their logits, each another thing.
+fn changes(i: usize, prompt: &[u32], vocab_size: u32) -> LogitsOptions {
+    let plain = LogitsOptions::default();
+    match i % 4 {
+        0 => LogitsOptions {
+            repetition_penalty: 1.3,
+            presence_penalty: 0.2,
+            frequency_penalty: 0.4,
+            ..plain
+        },
+        1 => LogitsOptions {
+            bad_words: (1..vocab_size.min(40)).map(|a| vec![a - 1, a]).collect(),
+            logit_bias: prompt.iter().map(|&token| (token, 1.5)).collect(),
+            ..plain
+        },
+        2 => LogitsOptions {
+            allowed_token_ids: (3..vocab_size.min(60)).collect(),
+            frequency_penalty: -0.5,
+            ..plain
+        },
+        _ => plain,
+    }
+}
+
+/// Greedy and random, short and long, scored and not; the random ones with changes of their logits.
 fn requests(case: &Path) -> Vec<Request> {
+    let vocab_size = support::config(case).decoder.vocab_size as u32;
     let golden = golden(case);
     let prompts = golden["prompts"]
         .as_array()
@@ -144,8 +174,13 @@ fn requests(case: &Path) -> Vec<Request> {
         .enumerate()
     {
         for temperature in [0.0, 0.8] {
+            let options = match temperature == 0.0 {
+                true => LogitsOptions::default(),
+                false => changes(i, &prompt, vocab_size),
+            };
             requests.push(Request {
                 id: RequestId(requests.len() as u64),
+                logits: LogitsProcessors::new(options, &prompt, &[], vocab_size).map(Box::new),
                 prompt: prompt.clone(),
                 max_tokens: 24,
                 stop_token_ids: Vec::new(),
@@ -153,10 +188,12 @@ fn requests(case: &Path) -> Vec<Request> {
                     temperature,
                     top_p: 0.95,
                     top_k: NonZeroU32::new(40),
+                    min_p: [0.0, 0.02][i % 2],
                     seed: 5 + i as u64,
                 },
                 logprobs: Some(3),
                 n: NonZeroU32::MIN,
+                beams: None,
                 prompt_logprobs: (i % 2 == 1).then_some(1),
                 cache_salt: None,
             });
@@ -463,6 +500,72 @@ fn greedy(kind: DeviceKind) {
             );
         }
     }
+}
+
+/// Allows one sequence of tokens only.
+#[derive(Clone, Debug)]
+struct Fixed(Vec<u32>);
+
+impl Constraint for Fixed {
+    fn advance(&mut self, token: u32) {
+        assert_eq!(self.0.remove(0), token, "told in order, and once");
+    }
+
+    fn fill_mask(&mut self, mask: &mut [u32]) {
+        let token = self.0[0] as usize;
+        mask[token / 32] |= 1 << (token % 32);
+    }
+
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}
+
+/// Sequences that may only go one way go it, in a crowd of others, though a device runs a step ahead of what they may.
+fn constrained(kind: DeviceKind, precision: Precision, case: &Path) {
+    let vocab_size = support::config(case).decoder.vocab_size as u32;
+    let way = |id: u32| -> Vec<u32> { (0..24).map(|i| (id * 31 + i * 17) % vocab_size).collect() };
+    let free: Vec<Request> = requests(case);
+    let forced = free.iter().map(|request| {
+        let options = LogitsOptions {
+            constraint: Some(Box::new(Fixed(way(request.id.0 as u32)))),
+            ..LogitsOptions::default()
+        };
+        let processors = LogitsProcessors::new(options, &request.prompt, &[], vocab_size);
+        Request {
+            id: RequestId(request.id.0 + 100),
+            logits: processors.map(Box::new),
+            ..request.clone()
+        }
+    });
+    let all: Vec<Request> = free.iter().cloned().chain(forced).collect();
+    let shape = Shape {
+        n_blocks: 512,
+        max_num_seqs: 16,
+        max_num_batched_tokens: 48,
+        precision,
+        ..ALONE
+    };
+    let (found, _) = answers(start(case, kind, shape), &all);
+    for request in &free {
+        let (_, sampled, _) = &found[&RequestId(request.id.0 + 100)];
+        let tokens: Vec<u32> = sampled.iter().map(|token| token.token).collect();
+        assert_eq!(tokens, way(request.id.0 as u32), "{}", case.display());
+        assert!(sampled.iter().all(|token| token.top.len() == 3));
+    }
+}
+
+#[test]
+fn cpu_constraints_hold() {
+    let case = &cases()[0];
+    constrained(DeviceKind::Cpu, Precision::F32, case);
+    constrained(DeviceKind::Reference, Precision::F32, case);
+}
+
+#[cfg(feature = "cuda-shim")]
+#[test]
+fn cuda_constraints_hold_a_step_ahead() {
+    constrained(DeviceKind::Cuda, Precision::BF16, &support::cuda_cases()[0]);
 }
 
 #[test]

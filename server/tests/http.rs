@@ -193,14 +193,143 @@ fn choices_are_those_of_requests_with_the_next_seeds() {
             "at most 128 together",
         ),
         (
-            json!({"prompt": "x", "n": 2, "best_of": 3}),
-            "3 is not n, 2",
+            json!({"prompt": "x", "best_of": 9}),
+            "best_of: 9 choices; the server runs 8 sequences at once",
         ),
     ] {
         let (status, refused) = server.post(COMPLETIONS, &body);
         let message = refused["error"]["message"].as_str().unwrap();
         assert!(status == 400 && message.contains(part), "{refused}");
     }
+    server.wait_for_load("nothing is left", |load| load["blocks"]["active"] == 0);
+}
+
+#[test]
+fn the_best_of_more_choices_come_first() {
+    let server = Server::start(&[]);
+    let asked = |n: u64, more: Value| {
+        let mut asked = json!({"prompt": ["A block table", "The pool"], "n": n, "seed": 11, "temperature": 1.0,
+            "max_tokens": 9, "logprobs": 0});
+        let more = more.as_object().unwrap().clone();
+        asked.as_object_mut().unwrap().extend(more);
+        let (status, answer) = server.post(COMPLETIONS, &asked);
+        assert_eq!(status, 200, "{answer}");
+        answer
+    };
+    let sum = |choice: &Value| -> f64 {
+        let logprobs = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+        logprobs
+            .iter()
+            .map(|logprob| logprob.as_f64().unwrap())
+            .sum()
+    };
+    let all = asked(5, json!({}));
+    let mut want = Vec::new();
+    for of_prompt in all["choices"].as_array().unwrap().chunks(5) {
+        let mut of_prompt = of_prompt.to_vec();
+        of_prompt.sort_by(|a, b| sum(b).total_cmp(&sum(a)));
+        want.extend(of_prompt[..2].iter().map(|choice| choice["text"].clone()));
+    }
+    for more in [
+        json!({"best_of": 5}),
+        json!({"best_of": 5, "logprobs": null}),
+    ] {
+        let found = asked(2, more);
+        let choices = found["choices"].as_array().unwrap();
+        let texts: Vec<Value> = choices
+            .iter()
+            .map(|choice| choice["text"].clone())
+            .collect();
+        assert_eq!(texts, want);
+        let indices: Vec<u64> = choices
+            .iter()
+            .map(|c| c["index"].as_u64().unwrap())
+            .collect();
+        assert_eq!(indices, [0, 1, 2, 3]);
+        assert_eq!(
+            found["usage"]["prompt_tokens"],
+            all["usage"]["prompt_tokens"]
+        );
+    }
+}
+
+#[test]
+fn beams_are_searched_and_scored() {
+    let server = Server::start(&[]);
+    for (path, field, prompt, logprobs) in [
+        (
+            COMPLETIONS,
+            "prompt",
+            json!(["A block table", "The pool"]),
+            json!(1),
+        ),
+        (CHAT, "messages", question(), json!(true)),
+    ] {
+        let asked = |more: Value| {
+            let mut asked = json!({field: prompt, "use_beam_search": true, "n": 2, "best_of": 4, "max_tokens": 24,
+                "length_penalty": 0.5, "logprobs": logprobs, "return_token_ids": true});
+            let more = more.as_object().unwrap().clone();
+            asked.as_object_mut().unwrap().extend(more);
+            asked
+        };
+        let (status, whole) = server.post(path, &asked(json!({})));
+        assert_eq!(status, 200, "{whole}");
+        let choices = whole["choices"].as_array().unwrap();
+        assert_eq!(choices.len(), if path == CHAT { 2 } else { 4 });
+        for of_prompt in choices.chunks(2) {
+            let score = |choice: &Value| choice["beam_score"].as_f64().unwrap();
+            assert!(score(&of_prompt[0]) >= score(&of_prompt[1]), "{whole}");
+            assert_ne!(of_prompt[0]["token_ids"], of_prompt[1]["token_ids"]);
+            for choice in of_prompt {
+                let logprobs: Vec<f64> = match choice["logprobs"]["token_logprobs"].as_array() {
+                    Some(logprobs) => logprobs.iter().map(|p| p.as_f64().unwrap()).collect(),
+                    None => {
+                        let tokens = choice["logprobs"]["content"].as_array().unwrap().iter();
+                        tokens.map(|t| t["logprob"].as_f64().unwrap()).collect()
+                    }
+                };
+                let n = choice["token_ids"].as_array().unwrap().len();
+                assert_eq!(logprobs.len(), n);
+                let want = logprobs.iter().sum::<f64>() / (n as f64).sqrt();
+                assert!((score(choice) - want).abs() < 1e-4, "{want}: {choice}");
+            }
+        }
+        // Once more, from the cache.
+        let (_, again) = server.post(path, &asked(json!({})));
+        assert_eq!(again["choices"], whole["choices"]);
+        // A token that the best has in its middle ends hypotheses where it is named.
+        let middle = &choices[0]["token_ids"][1];
+        let (_, stopped) = server.post(path, &asked(json!({"stop_token_ids": [middle]})));
+        let ids = |choice: &Value| choice["token_ids"].as_array().unwrap().clone();
+        for choice in stopped["choices"].as_array().unwrap() {
+            let ids = ids(choice);
+            let is_inside = ids[..ids.len() - 1].contains(middle);
+            assert!(!is_inside, "{choice}");
+            if ids.last() == Some(middle) {
+                assert_eq!(choice["stop_reason"], *middle, "{choice}");
+            }
+        }
+        let (status, refused) = server.post(path, &asked(json!({"stream": true})));
+        assert_eq!(
+            (status, &refused["error"]["param"]),
+            (400, &json!("stream"))
+        );
+        let stops: Vec<u32> = (5..260).collect();
+        let (status, refused) = server.post(path, &asked(json!({"stop_token_ids": stops})));
+        let message = refused["error"]["message"].as_str().unwrap();
+        assert!(
+            status == 400 && message.contains("ask for fewer"),
+            "{refused}"
+        );
+    }
+    let (status, refused) = server.post(
+        COMPLETIONS,
+        &json!({"prompt": "x", "use_beam_search": true, "max_tokens": 0, "echo": true}),
+    );
+    assert_eq!(
+        (status, &refused["error"]["param"]),
+        (400, &json!("max_tokens"))
+    );
     server.wait_for_load("nothing is left", |load| load["blocks"]["active"] == 0);
 }
 
@@ -388,9 +517,9 @@ fn what_is_wrong_is_named() {
         (
             "unbuilt",
             CHAT,
-            json!({"messages": question(), "min_p": 0.1}).to_string(),
+            json!({"messages": question(), "typical_p": 0.1}).to_string(),
             400,
-            json!("min_p"),
+            json!("typical_p"),
             "not supported",
         ),
         (

@@ -53,6 +53,88 @@ pub struct LLMDeploymentStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub ended_pods: Vec<EndedPods>,
+    /// The revision (the pods' label `kvasir.dev/revision`) that was rolled out whole last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub current_revision: Option<String>,
+    /// The revision of the spec.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update_revision: Option<String>,
+    /// The model as the replicas serve it, once one of them does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelStatus>,
+    /// How long the replicas that serve took to start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartTimes>,
+}
+
+/// A model on its device, in numbers; of one replica, where they differ.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelStatus {
+    /// The commit of its repository, where it came from one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// Numbers that the model learned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<i64>,
+    /// Bytes of its weights on the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_bytes: Option<i64>,
+    /// Bytes of the KV cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_cache_bytes: Option<i64>,
+    /// Bytes of the KV cache that a token takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_bytes_per_token: Option<i64>,
+    /// KV blocks of a replica.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<i64>,
+    /// The longest context in tokens, prompt and answer together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<i64>,
+    /// Requests of that length that a replica holds at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_at_context: Option<i64>,
+    /// Who fetches the model, where it is fetched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub download: Option<ModelDownload>,
+}
+
+/// Who fetches a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum ModelDownload {
+    /// Each replica, for itself: spec.model.cache is not set.
+    EachReplica,
+    /// One replica, into the cache of all.
+    SharedCache,
+}
+
+/// How long starts took.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StartTimes {
+    /// Replicas that this was measured of.
+    pub samples: i32,
+    /// Schedule (until there was a node), Pull (until the container ran), Fetch, Load, WarmUp, and Total.
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["phase".into()]))]
+    pub phases: Vec<PhaseTimes>,
+}
+
+impl StartTimes {
+    /// The phases in their order, and the sum of them.
+    pub const PHASES: [&str; 6] = ["Schedule", "Pull", "Fetch", "Load", "WarmUp", "Total"];
+}
+
+/// How long one phase of a start took.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PhaseTimes {
+    /// The phase.
+    pub phase: String,
+    /// Half of the replicas took no longer.
+    pub p50_milliseconds: i64,
+    /// Nine in ten took no longer.
+    pub p90_milliseconds: i64,
 }
 
 /// What the autoscaler sees and decides.
@@ -234,6 +316,10 @@ reasons! {
     RollingOut,
     /// Nothing is left to roll out.
     RolledOut,
+    /// `spec.rollout.paused` holds the spec's revision back.
+    RolloutPaused,
+    /// The spec's revision can't become ready, and the one before it runs on.
+    RolledBack,
     /// Pods can't be created: quota, admission.
     PodRefused,
     /// The scheduler finds no node.

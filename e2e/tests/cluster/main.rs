@@ -6,6 +6,7 @@ mod endpoint_drain;
 mod existing;
 mod foundation;
 mod gpu;
+mod hub;
 mod image;
 mod lifecycle;
 mod monitoring;

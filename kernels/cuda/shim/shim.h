@@ -130,6 +130,7 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __ull2float_rn(uint64_t x) { return float(x); }
+inline float __uint2float_rn(uint32_t x) { return float(x); }
 inline uint64_t __float2ull_rz(float x) { return uint64_t(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)(a)*b >> 64); }

@@ -45,7 +45,9 @@ impl CpuState {
 
     /// Samples from the logits of the step.
     pub(super) fn sample(&mut self, logits: Logits, requests: &[LogitsRow]) -> DeviceOutput {
-        self.models[self.current.0 as usize].step.sample(requests);
+        self.models[self.current.0 as usize]
+            .step
+            .check_requests(requests);
         let rows = self.logits_view(logits);
         let sampled: Vec<Mutex<Sampled>> = requests.iter().map(|_| Mutex::default()).collect();
         self.pool.run(requests.len(), &|l, thread| {

@@ -490,28 +490,80 @@ structs! {
         top_k: u32,
     }
 
+    /// How a row of logits is changed before a token is sampled from it.
+    EditRow {
+        /// Of the logits.
+        row: u32,
+        /// The first word of its allowed tokens, a bit each; [`NO_MASK`]: all are.
+        allowed: u32,
+        /// The first word of its biases, `[n_biases][2]`: token, the bits of an f32.
+        biases: u32,
+        /// Their number.
+        n_biases: u32,
+        /// The first word of its seen tokens, `[n_seen][2]`: token, how often it stands in the output.
+        seen: u32,
+        /// Their number.
+        n_seen: u32,
+        /// Of every seen token: a logit above 0 is divided by it, another is multiplied by it.
+        repetition: f32,
+        /// Subtracted for each time that a token stands in the output.
+        frequency: f32,
+        /// Subtracted where a token stands in the output.
+        presence: f32,
+    }
+
+    /// `edit_logits`.
+    EditLogitsArgs {
+        /// `[edited rows, stride]`
+        edited: Out<f32>,
+        /// `[L, stride]`
+        logits: In<f32>,
+        /// `[grid x]`
+        rows: In<EditRow>,
+        /// Allowed tokens, biases and seen tokens of the rows.
+        words: In<u32>,
+        /// The edited row of the first.
+        first: u32,
+        /// Logits of a row.
+        vocabulary: u32,
+        /// Of `edited` and `logits`.
+        stride: u32,
+        /// Words there are.
+        n_words: u32,
+    }
+
     /// What is wanted of a row of logits.
     SampleRow {
         /// 0 is greedy.
         temperature: f32,
         /// 1 keeps all.
         top_p: f32,
+        /// The least (logit - max) / temperature that is kept.
+        ln_min_p: f32,
         /// 0 keeps all.
         top_k: u32,
-        /// The generator's counter.
-        output_index: u32,
         /// The generator's key.
         seed: u64,
+        /// The generator's counter.
+        output_index: u32,
         /// The token to report on; [`NO_SCORE`]: sample one.
         score: u32,
         /// Log-probabilities of so many of the most likely tokens; -1: of none, not of the sampled one either.
         n_logprobs: i32,
+        /// The edited row that it is sampled from; [`NOT_EDITED`]: from itself.
+        edited: u32,
+        /// The token where no logit is above negative infinity.
+        fallback: u32,
+        /// Zero.
+        unused: u32,
     }
 
     /// `sample`.
     SampleArgs {
         /// `[L, stride]`
         logits: In<f32>,
+        /// `[edited rows, stride]`
+        edited: In<f32>,
         /// `[L]`
         rows: In<SampleRow>,
         /// `[L]`; the next step's `embed` reads them.
@@ -587,6 +639,10 @@ constants! {
     NO_WINDOW: u32 = u32::MAX;
     /// A score's token, where one is sampled instead.
     NO_SCORE: u32 = u32::MAX;
+    /// The edited row of a row that is sampled from as it is.
+    NOT_EDITED: u32 = u32::MAX;
+    /// The first word of a mask that allows all tokens.
+    NO_MASK: u32 = u32::MAX;
     /// An activation: `x / (1 + e^-x)`.
     SILU: u32 = 0;
     /// An activation: `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`.
@@ -719,6 +775,8 @@ entries! {
         GROUPED_GEMM: "grouped_gemm"(GroupedGemmArgs), 128;
         /// Sums the experts' results.
         COMBINE_EXPERTS: "combine_experts"(CombineExpertsArgs), 128;
+        /// Rows of logits as tokens are sampled from them.
+        EDIT_LOGITS: "edit_logits"(EditLogitsArgs), 1024;
         /// Samples or scores rows of logits.
         SAMPLE: "sample"(SampleArgs), SAMPLE_THREADS;
     }

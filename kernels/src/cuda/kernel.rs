@@ -200,6 +200,21 @@ impl Arguments for GatedActivationArgs {
 }
 
 /// A block each row.
+pub fn edit_logits(rows: usize) -> Launch<EditLogitsArgs> {
+    Launch::new(&EDIT_LOGITS, [rows, 1], 0)
+}
+
+impl Arguments for EditLogitsArgs {
+    fn check(&self, launch: &Launch<Self>, bounds: &Bounds<'_>) {
+        let last = launch.x() + u64::from(self.first);
+        bounds.writes(self.edited, matrix(last, self.stride, self.vocabulary));
+        bounds.reads(self.logits, u64::from(self.vocabulary));
+        bounds.reads(self.rows, launch.x());
+        bounds.reads(self.words, u64::from(self.n_words));
+    }
+}
+
+/// A block each row.
 pub fn sample(rows: usize) -> Launch<SampleArgs> {
     Launch::new(&SAMPLE, [rows, 1], SAMPLE_SHARED_BYTES)
 }
@@ -208,6 +223,7 @@ impl Arguments for SampleArgs {
     fn check(&self, launch: &Launch<Self>, bounds: &Bounds<'_>) {
         let (rows, top) = (launch.x(), launch.x() * u64::from(MAX_TOP));
         bounds.reads(self.logits, matrix(rows, self.stride, self.vocabulary));
+        bounds.reads(self.edited, u64::from(self.vocabulary));
         bounds.reads(self.rows, rows);
         bounds.writes(self.tokens, rows);
         bounds.writes(self.logprobs, rows);
@@ -229,4 +245,4 @@ macro_rules! plain {
         unsafe impl bytemuck::Pod for $name {}
     )* };
 }
-plain! { SplitKvTile SplitKvSequence PrefillTile ExpertTile SampleRow }
+plain! { SplitKvTile SplitKvSequence PrefillTile ExpertTile EditRow SampleRow }

@@ -5,6 +5,7 @@ use crate::shape::{Capabilities, Model, ModelShape, Precision, Rope};
 use crate::step::Step;
 
 use super::driver::{Driver, Pinned};
+use super::edits::EditRoom;
 use super::kernel::{HEAD_DIMS, MAX_TOP, SampleRow};
 use super::plan::{Plan, bucket_rows};
 use super::unsupported;
@@ -28,12 +29,15 @@ pub(super) struct ModelState {
     pub(super) buffers: StepBuffers,
     /// Of the two steps that may be under way.
     pub(super) slots: [Slot; 2],
+    /// Of the edits of rows of logits that go up at once.
+    pub(super) edit_room: EditRoom,
 }
 
 /// Host memory of a step under way.
 pub(super) struct Slot {
     pub(super) input: Pinned,
     pub(super) requests: Pinned,
+    pub(super) edits: Pinned,
     pub(super) output: Pinned,
 }
 
@@ -51,6 +55,10 @@ pub(super) struct StepBuffers {
     pub(super) partial_softmax: u64,
     /// `[L]`: what is wanted of each row of logits.
     pub(super) requests: u64,
+    /// The rows that are edited, then their words.
+    pub(super) edits: u64,
+    /// `[L, stride of the logits]`: the edited rows.
+    pub(super) edited: u64,
     pub(super) sampled: SampledBuffers,
 }
 
@@ -121,6 +129,8 @@ fn check(shape: &ModelShape) -> Result<(), DeviceError> {
 struct Sizes {
     input_bytes: usize,
     request_bytes: usize,
+    edit_room: EditRoom,
+    edited_bytes: usize,
     output_bytes: usize,
     /// Rows of logits, padding included.
     max_rows: usize,
@@ -149,6 +159,8 @@ impl Sizes {
         Ok(Self {
             input_bytes: plan.largest(limits).layout().end + 2 * EDITS * 8,
             request_bytes: max_rows * size_of::<SampleRow>(),
+            edit_room: EditRoom::new(max_rows, shape.vocab_size),
+            edited_bytes: max_rows * logits_stride(shape.vocab_size) * 4,
             output_bytes: SampledBuffers::bytes(max_rows),
             max_rows,
             table_entries,
@@ -179,6 +191,8 @@ impl StepBuffers {
             partial_out: allocate("attention's partial results", partial_out)?,
             partial_softmax: allocate("attention's partial sums", tiles * sizes.most_heads * 8)?,
             requests: allocate("a step's sampling parameters", sizes.request_bytes)?,
+            edits: allocate("edits of logits", sizes.edit_room.bytes())?,
+            edited: allocate("edited logits", sizes.edited_bytes)?,
             sampled: SampledBuffers {
                 tokens: allocate("a step's output", sizes.output_bytes)?,
                 rows: sizes.max_rows,
@@ -219,6 +233,7 @@ impl ModelState {
             Ok(Slot {
                 input: driver.pinned(sizes.input_bytes)?,
                 requests: driver.pinned(sizes.request_bytes)?,
+                edits: driver.pinned(sizes.edit_room.bytes())?,
                 output: driver.pinned(sizes.output_bytes)?,
             })
         };
@@ -228,6 +243,7 @@ impl ModelState {
             plan,
             buffers,
             slots: [slot()?, slot()?],
+            edit_room: sizes.edit_room,
         })
     }
 
@@ -238,6 +254,11 @@ impl ModelState {
             Rows::Logits => self.step.logits.len(),
         }
     }
+}
+
+/// From row to row of the logits of a vocabulary.
+pub(super) fn logits_stride(vocab_size: usize) -> usize {
+    vocab_size.next_multiple_of(8)
 }
 
 /// A model's place.

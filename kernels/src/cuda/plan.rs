@@ -11,12 +11,13 @@ mod prefill;
 use std::num::NonZeroU32;
 use std::ops::Range;
 
+use crate::sampling::ln_min_p;
 use crate::shape::{Limits, ModelShape};
 use crate::step::{LogitsRequest, LogitsRow, MAX_DECODE_TOKENS, Step};
 
 use super::kernel::{
-    COMBINE_TOGETHER, HeadDim, INERT, NO_SCORE, NO_WINDOW, PARTITION, PrefillTile, SampleRow,
-    SplitKvSequence, SplitKvTile,
+    COMBINE_TOGETHER, HeadDim, INERT, NO_SCORE, NO_WINDOW, NOT_EDITED, PARTITION, PrefillTile,
+    SampleRow, SplitKvSequence, SplitKvTile,
 };
 use prefill::{PrefillList, Tiling};
 
@@ -450,31 +451,39 @@ fn put<T: bytemuck::Pod>(
     }
 }
 
-/// What is wanted of a row of logits, as `sample` reads it.
-pub fn sample_row(row: &LogitsRow) -> SampleRow {
+/// What is wanted of a row of logits, as `sample` reads it. `edited` is the row's edited one, or [`NOT_EDITED`].
+pub fn sample_row(row: &LogitsRow, edited: u32) -> SampleRow {
     let greedy = SampleRow {
         temperature: 0.0,
         top_p: 1.0,
+        ln_min_p: f32::NEG_INFINITY,
         top_k: 0,
-        output_index: 0,
         seed: 0,
+        output_index: 0,
         score: NO_SCORE,
         n_logprobs: row.n_logprobs.map_or(-1, i32::from),
+        edited: NOT_EDITED,
+        fallback: 0,
+        unused: 0,
     };
-    match row.request {
+    match &row.request {
         LogitsRequest::Score { token } => SampleRow {
-            score: token,
+            score: *token,
             ..greedy
         },
         LogitsRequest::Sample {
             params,
             output_index,
+            edit,
         } => SampleRow {
             temperature: params.temperature,
             top_p: params.top_p,
+            ln_min_p: ln_min_p(params.min_p),
             top_k: params.top_k.map_or(0, NonZeroU32::get),
             seed: params.seed,
-            output_index,
+            output_index: *output_index,
+            edited,
+            fallback: edit.first_allowed().unwrap_or(0),
             ..greedy
         },
     }

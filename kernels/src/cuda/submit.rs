@@ -6,9 +6,10 @@ use crate::shape::Model;
 use crate::step::{DeviceOutput, LogitsRow, Sampled, StepInput};
 
 use super::CudaDevice;
-use super::buffers::PageLayout;
+use super::buffers::{LogitsBuffer, PageLayout};
 use super::driver::Driver;
-use super::kernel::{self, MAX_TOP, SampleRow};
+use super::edits::{edited_rows, edits_of, write_edits};
+use super::kernel::{self, EditRow, MAX_TOP, SampleRow};
 use super::model::{EDITS, index};
 use super::pass::Pass;
 use super::plan::sample_row;
@@ -64,38 +65,91 @@ impl<D: Driver> CudaDevice<D> {
         logits: Logits,
         requests: &[LogitsRow],
     ) -> Result<(), DeviceError> {
-        let step = self.in_flight.back_mut().expect("a step was submitted");
+        let step = self.in_flight.back().expect("a step was submitted");
         assert_eq!(step.ticket, ticket.0, "the ticket of another step");
         assert!(step.sampling.is_none(), "a step is sampled once");
+        let (model, slot) = (step.model, step.slot);
         let logits = self.buffers.logits[logits.0 as usize];
-        assert_eq!(logits.model, step.model, "logits of another model");
-        let model = &mut self.models[index(step.model)];
-        model.step.sample(requests);
+        assert_eq!(logits.model, model, "logits of another model");
+        self.models[index(model)].step.check_requests(requests);
         if !requests.is_empty() {
-            let buffers = &model.buffers;
-            let slot = &mut model.slots[step.slot];
-            let size = size_of::<SampleRow>();
-            let to = slot.requests.bytes_mut().chunks_exact_mut(size);
-            for (to, row) in to.zip(requests) {
-                to.copy_from_slice(bytemuck::bytes_of(&sample_row(row)));
-            }
-            let bytes = requests.len() * size;
-            self.driver.h2d(buffers.requests, &slot.requests, bytes)?;
-            let sampled = buffers.sampled;
-            let args = kernel::SampleArgs {
-                logits: logits.address.into(),
-                rows: buffers.requests.into(),
-                tokens: sampled.tokens.into(),
-                logprobs: sampled.logprobs().into(),
-                top_ids: sampled.top_ids().into(),
-                top_logprobs: sampled.top_logprobs().into(),
-                vocabulary: logits.cols as u32,
-                stride: logits.stride as u32,
-            };
-            // SAFETY: the only index that the kernel reads is a token to score, which Step has checked.
-            unsafe { self.driver.launch(kernel::sample(requests.len()), &args) }?;
+            self.send_edits((model, slot), logits, requests)?;
+            self.launch_sample((model, slot), logits, requests)?;
         }
         self.fetch(requests)
+    }
+
+    /// Uploads the edits of the rows that have some, and applies them to copies of those rows.
+    fn send_edits(
+        &mut self,
+        (model, slot): (Model, usize),
+        logits: LogitsBuffer,
+        requests: &[LogitsRow],
+    ) -> Result<(), DeviceError> {
+        let edits = edits_of(requests);
+        let (mut rest, mut first) = (&edits[..], 0);
+        while !rest.is_empty() {
+            let model = &mut self.models[index(model)];
+            let (now, later) = rest.split_at(model.edit_room.fits(rest));
+            let pinned = &mut model.slots[slot].edits;
+            let n_words = write_edits(now, pinned.bytes_mut());
+            let words_at = now.len() * size_of::<EditRow>();
+            let address = model.buffers.edits;
+            self.driver.h2d(address, pinned, words_at + n_words * 4)?;
+            let args = kernel::EditLogitsArgs {
+                edited: model.buffers.edited.into(),
+                logits: logits.address.into(),
+                rows: address.into(),
+                words: (address + words_at as u64).into(),
+                first,
+                vocabulary: logits.cols as u32,
+                stride: logits.stride as u32,
+                n_words: n_words as u32,
+            };
+            // SAFETY: the rows are those of this step's logits, write_edits has put all that they name among the words, and
+            // Step has checked that every token there is one of the vocabulary.
+            unsafe { (self.driver).launch(kernel::edit_logits(now.len()), &args) }?;
+            first += now.len() as u32;
+            rest = later;
+            if !rest.is_empty() {
+                let event = self.driver.record()?;
+                self.driver.synchronize(event)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn launch_sample(
+        &mut self,
+        (model, slot): (Model, usize),
+        logits: LogitsBuffer,
+        requests: &[LogitsRow],
+    ) -> Result<(), DeviceError> {
+        let model = &mut self.models[index(model)];
+        let buffers = &model.buffers;
+        let pinned = &mut model.slots[slot].requests;
+        let size = size_of::<SampleRow>();
+        let to = pinned.bytes_mut().chunks_exact_mut(size);
+        for ((to, row), edited) in to.zip(requests).zip(edited_rows(requests)) {
+            to.copy_from_slice(bytemuck::bytes_of(&sample_row(row, edited)));
+        }
+        let bytes = requests.len() * size;
+        self.driver.h2d(buffers.requests, pinned, bytes)?;
+        let sampled = buffers.sampled;
+        let args = kernel::SampleArgs {
+            logits: logits.address.into(),
+            edited: buffers.edited.into(),
+            rows: buffers.requests.into(),
+            tokens: sampled.tokens.into(),
+            logprobs: sampled.logprobs().into(),
+            top_ids: sampled.top_ids().into(),
+            top_logprobs: sampled.top_logprobs().into(),
+            vocabulary: logits.cols as u32,
+            stride: logits.stride as u32,
+        };
+        // SAFETY: the only indices that the kernel reads are tokens, which Step has checked, and edited rows, of which there
+        // are no more than rows of logits.
+        unsafe { (self.driver).launch(kernel::sample(requests.len()), &args) }
     }
 
     /// Starts the copies of what was sampled, and marks their end.

@@ -1,15 +1,26 @@
 //! Sampling against exact probabilities, and its invariants over arbitrary logits.
 
 use super::*;
+use crate::step::{LogitsEdit, Penalties, SeenToken, TokenBias};
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 fn sampling(temperature: f32, top_p: f32, top_k: Option<u32>) -> SamplingParams {
     SamplingParams {
         temperature,
         top_p,
         top_k: top_k.and_then(NonZeroU32::new),
+        min_p: 0.0,
         seed: 7,
+    }
+}
+
+fn min_p(temperature: f32, min_p: f32, top_p: f32) -> SamplingParams {
+    SamplingParams {
+        min_p,
+        ..sampling(temperature, top_p, None)
     }
 }
 
@@ -77,6 +88,21 @@ fn samples_follow_the_exact_distribution() {
             sampling(1.0, 1.0, Some(99)),
             probabilities,
         ),
+        (
+            "min-p keeps what is at least 0.3 times as likely as the first: 0.12",
+            min_p(1.0, 0.3, 1.0),
+            renormalised(3),
+        ),
+        (
+            "top-p counts in what min-p has left: 0.4 + 0.25 of 0.8 reach 0.8",
+            min_p(1.0, 0.3, 0.8),
+            renormalised(2),
+        ),
+        (
+            "a min-p of 0 keeps all",
+            min_p(1.0, 0.0, 1.0),
+            probabilities,
+        ),
     ] {
         let statistic = chi_square(&logits, &sampling, &want, 60_000);
         assert!(statistic < 25.7, "{why}: {statistic}");
@@ -124,6 +150,18 @@ fn ties_and_odd_rows() {
             0,
         ),
         (
+            "a min-p of 1 is greedy, but for ties",
+            vec![1.0, 5.0, 4.999_999],
+            min_p(1.0, 1.0, 1.0),
+            1,
+        ),
+        (
+            "min-p counts after the temperature",
+            vec![0.0, 10.0],
+            min_p(0.01, 0.001, 1.0),
+            1,
+        ),
+        (
             "infinity wins",
             vec![0.0, f32::INFINITY],
             sampling(1.0, 1.0, None),
@@ -149,6 +187,7 @@ fn logprobs_are_log_softmax_of_the_raw_logits() {
         request: LogitsRequest::Sample {
             params: sampling(0.3, 0.5, Some(5)),
             output_index: 0,
+            edit: LogitsEdit::default(),
         },
         n_logprobs: Some(4),
     };
@@ -181,6 +220,10 @@ fn kept_slowly(logits: &[f32], s: &SamplingParams) -> Vec<u32> {
             .then(a.cmp(&b))
     });
     ids.truncate(s.top_k.map_or(ids.len(), |k| k.get() as usize));
+    // The largest one is kept whatever its share.
+    let is_likely =
+        |id: &u32| noise.scaled(logits[*id as usize]) >= ln(s.min_p.max(f32::MIN_POSITIVE));
+    ids.retain(|id| s.min_p == 0.0 || is_likely(id));
     let masses: Vec<u64> = ids
         .iter()
         .map(|&id| noise.mass(logits[id as usize]))
@@ -199,9 +242,10 @@ proptest! {
     #[test]
     fn a_sample_is_the_best_score_of_the_kept(
         logits in prop::collection::vec((-400i16..400).prop_map(|x| f32::from(x) / 32.0), 1..700),
-        temperature in 0.05f32..4.0, top_p in 0.01f32..1.0, top_k in 1u32..900, seed: u64, output_index: u32,
+        temperature in 0.05f32..4.0, top_p in 0.01f32..1.0, top_k in 1u32..900,
+        min_p in prop_oneof![Just(0.0f32), 0.0f32..1.0], seed: u64, output_index: u32,
     ) {
-        let s = SamplingParams { temperature, top_p, top_k: NonZeroU32::new(top_k), seed };
+        let s = SamplingParams { temperature, top_p, top_k: NonZeroU32::new(top_k), min_p, seed };
         let sampled = sample(&logits, &s, output_index, &mut Scratch::default());
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let score = |id: u32| {
@@ -212,4 +256,149 @@ proptest! {
         kept.sort_by(|&a, &b| score(b).total_cmp(&score(a)).then(a.cmp(&b)));
         prop_assert_eq!(sampled, kept[0]);
     }
+
+    /// Every edit against plain f64: the sampled tokens of the edited row, greedy, and the row's own log-probabilities.
+    #[test]
+    fn edits_are_those_of_plain_arithmetic(
+        logits in prop::collection::vec((-400i16..400).prop_map(|x| f32::from(x) / 32.0), 1..200),
+        edit in edits(),
+    ) {
+        let edit = edit.for_vocabulary(logits.len());
+        let want = edited_slowly(&logits, &edit);
+        let mut found = Vec::new();
+        edit::edit_logits(&logits, &edit, &mut found);
+        prop_assert_eq!(found.len(), want.len());
+        for (id, (&found, &want)) in found.iter().zip(&want).enumerate() {
+            let tolerance = 1e-5 * (1.0 + want.abs());
+            let is_near = (f64::from(found) - want).abs() <= tolerance;
+            prop_assert!(f64::from(found) == want || is_near, "token {}: {} for {}", id, found, want);
+        }
+        let row = |edit: LogitsEdit| LogitsRow {
+            request: LogitsRequest::Sample { params: sampling(0.0, 1.0, None), output_index: 0, edit },
+            n_logprobs: Some(3),
+        };
+        let mut scratch = Scratch::default();
+        let plain = sample_row(&logits, &row(LogitsEdit::default()), &mut scratch);
+        let sampled = sample_row(&logits, &row(edit.clone()), &mut scratch);
+        prop_assert_eq!(&sampled.top, &plain.top, "log-probabilities are those of the raw row");
+        prop_assert_eq!(sampled.token, sample_or(&found, &sampling(0.0, 1.0, None), 0, edit.first_allowed().unwrap(), &mut scratch));
+        if let Some(words) = &edit.allowed {
+            prop_assert!(words[sampled.token as usize / 32] >> (sampled.token % 32) & 1 == 1, "only allowed ones");
+        }
+    }
+
+    /// A token that is not allowed, or banned, is never sampled, whatever the parameters, while another is there.
+    #[test]
+    fn banned_tokens_are_never_sampled(
+        logits in prop::collection::vec((-400i16..400).prop_map(|x| f32::from(x) / 32.0), 2..200),
+        banned in prop::collection::btree_set(0u32..200, 1..100), as_mask: bool,
+        temperature in prop_oneof![Just(0.0f32), 0.05f32..4.0], top_p in 0.01f32..=1.0, seed: u64,
+    ) {
+        let n = logits.len() as u32;
+        let is_banned = |id: u32| banned.contains(&id) && id != seed as u32 % n;
+        let ids = (0..n).filter(|&id| is_banned(id));
+        let mut edit = LogitsEdit::default();
+        if as_mask {
+            let mut words = vec![u32::MAX; logits.len().div_ceil(32)];
+            ids.for_each(|id| words[id as usize / 32] &= !(1 << (id % 32)));
+            edit.allowed = Some(words.into());
+        } else {
+            edit.biases = ids.map(|token| TokenBias { token, bias: f32::NEG_INFINITY }).collect();
+        }
+        let params = SamplingParams { seed, ..sampling(temperature, top_p, None) };
+        let mut scratch = Scratch::default();
+        for output_index in 0..20 {
+            let request = LogitsRequest::Sample { params, output_index, edit: edit.clone() };
+            let token = sample_row(&logits, &LogitsRow { request, n_logprobs: None }, &mut scratch).token;
+            prop_assert!(token < n && !is_banned(token), "token {}", token);
+        }
+    }
+}
+
+/// An edit before the vocabulary is known.
+#[derive(Clone, Debug)]
+struct AnyEdit {
+    allowed: Option<Vec<u32>>,
+    biases: BTreeMap<u32, f32>,
+    penalties: Option<(f32, f32, f32, BTreeMap<u32, u32>)>,
+}
+
+impl AnyEdit {
+    fn for_vocabulary(mut self, n: usize) -> LogitsEdit {
+        let n = n as u32;
+        if let Some(words) = &mut self.allowed {
+            words.truncate(n.div_ceil(32) as usize);
+            words[0] |= 1;
+        }
+        let penalties = self
+            .penalties
+            .map(|(repetition, frequency, presence, seen)| {
+                let seen = seen.into_iter().filter(|(token, _)| *token < n);
+                let seen = seen.map(|(token, n_outputs)| SeenToken { token, n_outputs });
+                Penalties {
+                    repetition,
+                    frequency,
+                    presence,
+                    seen: Arc::new(seen.collect()),
+                }
+            });
+        let biases = self.biases.into_iter().filter(|(token, _)| *token < n);
+        LogitsEdit {
+            allowed: self.allowed.map(Into::into),
+            biases: biases
+                .map(|(token, bias)| TokenBias { token, bias })
+                .collect(),
+            penalties,
+        }
+    }
+}
+
+fn edits() -> impl Strategy<Value = AnyEdit> {
+    let bias = prop_oneof![4 => -100f32..100.0, 1 => Just(f32::NEG_INFINITY)];
+    let penalties = (
+        prop_oneof![Just(1.0f32), 0.1f32..3.0],
+        -2f32..2.0,
+        -2f32..2.0,
+        prop::collection::btree_map(0u32..200, 0u32..5, 0..80),
+    );
+    (
+        prop::option::of(prop::collection::vec(any::<u32>(), 7)),
+        prop::collection::btree_map(0u32..200, bias, 0..40),
+        prop::option::of(penalties),
+    )
+        .prop_map(|(allowed, biases, penalties)| AnyEdit {
+            allowed,
+            biases,
+            penalties,
+        })
+}
+
+/// vLLM's order, one token after another.
+fn edited_slowly(logits: &[f32], edit: &LogitsEdit) -> Vec<f64> {
+    let one = |(id, &logit): (usize, &f32)| {
+        let mut x = f64::from(logit);
+        if let Some(words) = &edit.allowed
+            && words[id / 32] >> (id % 32) & 1 == 0
+        {
+            x = f64::NEG_INFINITY;
+        }
+        if let Some(bias) = edit.biases.iter().find(|bias| bias.token as usize == id) {
+            x += f64::from(bias.bias);
+        }
+        let Some(penalties) = &edit.penalties else {
+            return x;
+        };
+        if let Some(seen) = penalties.seen.iter().find(|seen| seen.token as usize == id) {
+            let repetition = f64::from(penalties.repetition);
+            x = if x > 0.0 {
+                x / repetition
+            } else {
+                x * repetition
+            };
+            x -= f64::from(penalties.frequency) * f64::from(seen.n_outputs);
+            x -= f64::from(penalties.presence) * f64::from(u8::from(seen.n_outputs > 0));
+        }
+        x
+    };
+    logits.iter().enumerate().map(one).collect()
 }

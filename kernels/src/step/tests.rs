@@ -3,6 +3,7 @@
 use super::*;
 use crate::shape::{CacheGroup, CacheId, Limits};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 const N_BLOCKS: u32 = 10;
 
@@ -169,35 +170,117 @@ fn every_index_is_checked() {
     }
 }
 
-#[test]
-fn requests_are_checked() {
-    let sample = |temperature, top_p| LogitsRequest::Sample {
+fn sample_request(temperature: f32, top_p: f32, min_p: f32, edit: LogitsEdit) -> LogitsRequest {
+    LogitsRequest::Sample {
         params: SamplingParams {
             temperature,
             top_p,
             top_k: None,
+            min_p,
             seed: 0,
         },
         output_index: 0,
+        edit,
+    }
+}
+
+fn is_taken(request: LogitsRequest, n: usize) -> bool {
+    let mut step = step();
+    step.begin(&good());
+    let row = LogitsRow {
+        request,
+        n_logprobs: None,
+    };
+    let rows = vec![row; n];
+    catch_unwind(AssertUnwindSafe(|| step.check_requests(&rows))).is_ok()
+}
+
+#[test]
+fn requests_are_checked() {
+    let sample = |temperature, top_p, min_p| {
+        sample_request(temperature, top_p, min_p, LogitsEdit::default())
     };
     for (why, request, is_good) in [
-        ("greedy", sample(0.0, 1.0), true),
+        ("greedy", sample(0.0, 1.0, 0.0), true),
         ("a score", LogitsRequest::Score { token: 6 }, true),
         ("a score outside", LogitsRequest::Score { token: 7 }, false),
-        ("below zero", sample(-0.1, 1.0), false),
-        ("without end", sample(f32::INFINITY, 1.0), false),
-        ("not a number", sample(f32::NAN, 1.0), false),
-        ("no mass", sample(1.0, 0.0), false),
-        ("more than all", sample(1.0, 1.1), false),
+        ("below zero", sample(-0.1, 1.0, 0.0), false),
+        ("without end", sample(f32::INFINITY, 1.0, 0.0), false),
+        ("not a number", sample(f32::NAN, 1.0, 0.0), false),
+        ("no mass", sample(1.0, 0.0, 0.0), false),
+        ("more than all", sample(1.0, 1.1, 0.0), false),
+        ("min-p 1", sample(1.0, 1.0, 1.0), true),
+        ("min-p above 1", sample(1.0, 1.0, 1.1), false),
+        ("min-p not a number", sample(1.0, 1.0, f32::NAN), false),
     ] {
-        let mut step = step();
-        step.begin(&good());
-        let row = LogitsRow {
-            request,
-            n_logprobs: None,
-        };
-        let mut sample = |n| catch_unwind(AssertUnwindSafe(|| step.sample(&vec![row; n]))).is_ok();
-        assert_eq!(sample(3), is_good, "{why}");
-        assert!(!sample(2), "a row without a request");
+        assert_eq!(is_taken(request.clone(), 3), is_good, "{why}");
+        assert!(!is_taken(request, 2), "a row without a request");
+    }
+}
+
+#[test]
+fn edits_are_checked() {
+    let allowed = |words: &[u32]| LogitsEdit {
+        allowed: Some(words.into()),
+        ..LogitsEdit::default()
+    };
+    let biased = |biases: &[(u32, f32)]| LogitsEdit {
+        biases: biases
+            .iter()
+            .map(|&(token, bias)| TokenBias { token, bias })
+            .collect(),
+        ..LogitsEdit::default()
+    };
+    let penalized = |repetition, frequency, seen: &[u32]| LogitsEdit {
+        penalties: Some(Penalties {
+            repetition,
+            frequency,
+            presence: 0.0,
+            seen: Arc::new(
+                seen.iter()
+                    .map(|&token| SeenToken {
+                        token,
+                        n_outputs: 1,
+                    })
+                    .collect(),
+            ),
+        }),
+        ..LogitsEdit::default()
+    };
+    // The vocabulary has 7 tokens.
+    for (why, edit, is_good) in [
+        ("one allowed", allowed(&[1 << 6]), true),
+        ("none allowed", allowed(&[0]), false),
+        ("none of the vocabulary allowed", allowed(&[1 << 7]), false),
+        ("bits past the vocabulary", allowed(&[1 << 7 | 1]), true),
+        ("a mask of a larger vocabulary", allowed(&[1, 0]), false),
+        ("a mask of none", allowed(&[]), false),
+        (
+            "biases and a ban",
+            biased(&[(0, 2.0), (6, f32::NEG_INFINITY)]),
+            true,
+        ),
+        ("a bias outside", biased(&[(7, 1.0)]), false),
+        ("a bias twice", biased(&[(3, 1.0), (3, 1.0)]), false),
+        ("falling biases", biased(&[(3, 1.0), (2, 1.0)]), false),
+        ("a bias that is no number", biased(&[(3, f32::NAN)]), false),
+        ("penalties", penalized(1.2, -2.0, &[6, 0]), true),
+        ("penalties of nothing", penalized(1.2, 0.0, &[]), true),
+        (
+            "a seen token outside",
+            penalized(1.2, 0.0, &[0, 7, 1]),
+            false,
+        ),
+        ("more than all seen", penalized(1.2, 0.0, &[0; 8]), false),
+        ("repetition 0", penalized(0.0, 0.0, &[1]), false),
+        (
+            "repetition without end",
+            penalized(f32::INFINITY, 0.0, &[1]),
+            false,
+        ),
+        ("frequency no number", penalized(1.0, f32::NAN, &[1]), false),
+    ] {
+        let request = sample_request(1.0, 1.0, 0.0, edit);
+        assert_eq!(is_taken(request, 3), is_good, "{why}");
     }
 }

@@ -8,6 +8,7 @@ use kvasir_kernels::reference::ReferenceDevice;
 use kvasir_kernels::shape::*;
 use kvasir_kernels::step::*;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 const LLAMA: Shape = Shape::llama([3, 3, 64, 21, 35, 8]);
 
@@ -238,8 +239,44 @@ struct Decoding {
     model: TestModel,
 }
 
+/// Two of three rows penalise what they have sampled; one of them may not sample token 3.
+fn penalties(sampled: &[Vec<Sampled>]) -> [LogitsEdit; 3] {
+    let penalised = |l: usize| {
+        let mut counts = std::collections::BTreeMap::new();
+        for step in sampled {
+            *counts.entry(step[l].token).or_default() += 1;
+        }
+        let seen = counts.into_iter();
+        let seen = seen.map(|(token, n_outputs)| SeenToken { token, n_outputs });
+        LogitsEdit {
+            penalties: Some(Penalties {
+                repetition: 1.5,
+                frequency: 0.5,
+                presence: 0.25,
+                seen: Arc::new(seen.collect()),
+            }),
+            ..LogitsEdit::default()
+        }
+    };
+    let ban = TokenBias {
+        token: 3,
+        bias: f32::NEG_INFINITY,
+    };
+    let banned = LogitsEdit {
+        biases: [ban].into(),
+        ..penalised(2)
+    };
+    [penalised(0), LogitsEdit::default(), banned]
+}
+
 impl Decoding {
     fn submit(&mut self, i: u32, known: Option<&[Sampled]>) -> Ticket {
+        let ticket = self.start(i, known);
+        self.sample(&ticket, i, Default::default());
+        ticket
+    }
+
+    fn start(&mut self, i: u32, known: Option<&[Sampled]>) -> Ticket {
         let lengths = [5, 3, 30];
         let parts: Vec<Part> = match i {
             0 => (0..).zip(lengths).map(|(s, n)| (s, 0..n)).collect(),
@@ -257,23 +294,28 @@ impl Decoding {
                 };
             }
         }
-        let request = |l: usize| LogitsRow {
+        let TestModel { device, layers } = &mut self.model;
+        device.submit(&input, &|ops| layers.forward(ops)).unwrap()
+    }
+
+    fn sample(&mut self, ticket: &Ticket, i: u32, edits: [LogitsEdit; 3]) {
+        let request = |(l, edit): (usize, LogitsEdit)| LogitsRow {
             request: LogitsRequest::Sample {
                 params: SamplingParams {
                     temperature: [0.0, 0.7, 1.3][l],
                     top_p: [1.0, 0.9, 1.0][l],
                     top_k: NonZeroU32::new([0, 0, 9][l]),
+                    min_p: [0.0, 0.01, 0.0][l],
                     seed: 7 + l as u64,
                 },
                 output_index: i,
+                edit,
             },
             n_logprobs: Some(2),
         };
+        let requests: Vec<LogitsRow> = edits.into_iter().enumerate().map(request).collect();
         let TestModel { device, layers } = &mut self.model;
-        let ticket = device.submit(&input, &|ops| layers.forward(ops)).unwrap();
-        let requests: Vec<LogitsRow> = (0..3).map(request).collect();
-        device.sample(&ticket, layers.logits, &requests).unwrap();
-        ticket
+        device.sample(ticket, layers.logits, &requests).unwrap();
     }
 
     fn collect(&mut self, ticket: Ticket) -> Vec<Sampled> {
@@ -309,6 +351,75 @@ fn a_step_ahead_gives_the_same_tokens() {
     let mut all = known.iter().flatten();
     assert!(all.all(|s| s.logprob.is_some() && s.top.len() == 2));
     assert_eq!(decode(true, 9), known);
+}
+
+/// Decodes with edits that depend on every token before: a step ahead the pass starts first, then the step before is
+/// collected, and then the rows are edited and sampled.
+fn decode_edited(mut decoding: Decoding, ahead: bool, n: u32) -> Vec<Vec<Sampled>> {
+    let mut sampled: Vec<Vec<Sampled>> = Vec::new();
+    let mut before = None;
+    for i in 0..n {
+        let known = if ahead { None } else { sampled.last().cloned() };
+        let ticket = decoding.start(i, known.as_deref());
+        if let Some(before) = before.take() {
+            sampled.push(decoding.collect(before));
+        }
+        decoding.sample(&ticket, i, penalties(&sampled));
+        match ahead {
+            true => before = Some(ticket),
+            false => sampled.push(decoding.collect(ticket)),
+        }
+    }
+    sampled.extend(before.map(|ticket| decoding.collect(ticket)));
+    sampled
+}
+
+#[test]
+fn edits_may_need_the_step_before_and_are_those_of_the_host() {
+    let model = || Decoding {
+        model: cuda(&LLAMA),
+    };
+    let known = decode_edited(model(), false, 9);
+    assert_eq!(decode_edited(model(), true, 9), known);
+    let plain = decode(false, 9);
+    let tokens = |sampled: &[Vec<Sampled>], l: usize| -> Vec<u32> {
+        sampled.iter().map(|step| step[l].token).collect()
+    };
+    assert_eq!(tokens(&known, 1), tokens(&plain, 1), "a row without edits");
+    assert_ne!(tokens(&known, 0), tokens(&plain, 0), "greedy, penalised");
+    assert!(!tokens(&known, 2).contains(&3), "banned");
+    // The same logits, edited and sampled on the host: of the greedy row, which needs no parameters.
+    let mut decoding = model();
+    let mut sampled: Vec<Vec<Sampled>> = Vec::new();
+    for output_index in 0..4 {
+        let ticket = decoding.start(output_index, sampled.last().map(Vec::as_slice));
+        let edits = penalties(&sampled);
+        decoding.sample(&ticket, output_index, edits.clone());
+        let found = decoding.collect(ticket);
+        let TestModel { device, layers } = &mut decoding.model;
+        let logits = device.read_logits(layers.logits).unwrap();
+        let [edit, ..] = edits;
+        let params = SamplingParams {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: None,
+            min_p: 0.0,
+            seed: 0,
+        };
+        let row = LogitsRow {
+            request: LogitsRequest::Sample {
+                params,
+                output_index,
+                edit,
+            },
+            n_logprobs: Some(2),
+        };
+        let mut scratch = kvasir_kernels::sampling::Scratch::default();
+        let logits = &logits[..VOCABULARY];
+        let want = kvasir_kernels::sampling::sample_row(logits, &row, &mut scratch);
+        assert_eq!(found[0], want);
+        sampled.push(found);
+    }
 }
 
 #[test]

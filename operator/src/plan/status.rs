@@ -2,7 +2,8 @@
 //!
 //! Pure. A condition keeps its transition time while its status stays the same.
 
-mod not_ready;
+pub(super) mod not_ready;
+mod start;
 
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -10,15 +11,16 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{
     Autoscaling, AutoscalingStatus, ConditionType, EndedPods, LLMDeploymentSpec,
-    LLMDeploymentStatus, LastScaling, LearnedCapacity, NextScaling, NotReadyReplica, Reason,
-    SELECTOR_LABEL,
+    LLMDeploymentStatus, LastScaling, LearnedCapacity, ModelDownload, ModelSource, ModelStatus,
+    NextScaling, NotReadyReplica, Reason, SELECTOR_LABEL,
 };
 
 use super::autoscale::{Decision, LoadSummary};
 use super::children::{PROGRESS_DEADLINE_SECONDS, endpoint, revision, revision_of};
 use super::counted::{counted, counted_are};
 use super::overdue_sentence;
-use crate::observed::Observed;
+use super::rollout::{failure, good_revision};
+use crate::observed::{Observed, ReplicaLoad};
 use crate::pod::{is_ready, replicas};
 use crate::stored::Stored;
 pub use not_ready::MAX_NOT_READY;
@@ -92,6 +94,13 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
         autoscaling: autoscaling(input, before.autoscaling),
         not_ready,
         ended_pods,
+        current_revision: input
+            .child
+            .and_then(good_revision)
+            .or(before.current_revision),
+        update_revision: input.stored.spec().map(revision),
+        model: model(input, before.model),
+        start: start::start_times(input.observed, before.start),
     }
 }
 
@@ -122,6 +131,38 @@ fn autoscaling(
         next_scaling: next,
         learned: input.learned,
     })
+}
+
+/// What a replica says of the model; what one said before stands while none does.
+fn model(input: &StatusInput<'_>, before: Option<ModelStatus>) -> Option<ModelStatus> {
+    let reported = input.observed.loads.iter().find_map(|load| match load {
+        ReplicaLoad::Reported(report) => report.model.as_ref(),
+        ReplicaLoad::Silent => None,
+    });
+    let number = |n: Option<u64>| n.and_then(|n| i64::try_from(n).ok());
+    let told = reported.map(|model| ModelStatus {
+        revision: model.revision.clone(),
+        parameters: number(model.parameters),
+        weights_bytes: number(model.weights_bytes),
+        kv_cache_bytes: number(model.kv_cache_bytes),
+        kv_bytes_per_token: number(model.kv_bytes_per_token),
+        blocks: number(model.blocks),
+        max_model_len: number(model.max_model_len),
+        requests_at_context: number(model.requests_at_context),
+        download: None,
+    });
+    let download = input.stored.spec().and_then(|spec| {
+        let is_fetched = matches!(spec.model.source, ModelSource::HuggingFace(_));
+        is_fetched.then_some(match spec.model.cache {
+            Some(_) => ModelDownload::SharedCache,
+            None => ModelDownload::EachReplica,
+        })
+    });
+    let model = ModelStatus {
+        download,
+        ..told.or(before).unwrap_or_default()
+    };
+    (model != ModelStatus::default()).then_some(model)
 }
 
 /// What the pods say, summed up.
@@ -248,6 +289,9 @@ fn stalled(input: &StatusInput<'_>, rollout: &Rollout, obstacle: &Verdict) -> Op
     if let Some(refusal) = input.refused {
         return Some(Verdict::yes(refusal.reason, &refusal.sentence));
     }
+    if let Some(sentence) = rolled_back(input) {
+        return Some(Verdict::yes(Reason::RolledBack, sentence));
+    }
     let is_late = rollout.is_past_deadline && !rollout.of_generation;
     is_late.then(|| {
         let deadline = PROGRESS_DEADLINE_SECONDS;
@@ -340,7 +384,14 @@ fn obstacle(input: &StatusInput<'_>, seen: Seen<'_>) -> Verdict {
     if let Some(refusal) = input.refused {
         return Verdict::no(refusal.reason, &refusal.sentence);
     }
+    if let Some(sentence) = rolled_back(input) {
+        return Verdict::no(Reason::RolledBack, sentence);
+    }
     let wanted = wanted(input);
+    if is_paused(input) {
+        let message = "spec.rollout.paused holds the spec's revision back: set it to false";
+        return Verdict::no(Reason::RolloutPaused, message);
+    }
     if wanted == Some(0) {
         return Verdict::no(Reason::ScaledToZero, "spec.replicas is 0");
     }
@@ -360,6 +411,21 @@ fn obstacle(input: &StatusInput<'_>, seen: Seen<'_>) -> Verdict {
         Reason::RollingOut,
         fewer_serving(seen.n_ready, wanted.unwrap_or(1)),
     )
+}
+
+/// Why the revision before the spec's runs.
+fn rolled_back(input: &StatusInput<'_>) -> Option<String> {
+    failure(input.stored.spec()?, input.child?)
+}
+
+/// The spec has another revision than the pods' template, and is to wait.
+fn is_paused(input: &StatusInput<'_>) -> bool {
+    let Some((spec, child)) = input.stored.spec().zip(input.child) else {
+        return false;
+    };
+    let template = child.spec.as_ref().map(|child| &child.template);
+    let is_other = template.and_then(revision_of) != Some(&revision(spec));
+    is_other && spec.rollout.as_ref().is_some_and(|rollout| rollout.paused)
 }
 
 /// How far the pods are what the spec asks for.

@@ -702,3 +702,61 @@ fn what_was_learned_outlives_a_spec_that_cannot_be_read() {
     let gone = plan_anew(&d, &seen).status.unwrap();
     assert_eq!(gone.autoscaling, None, "nobody autoscales");
 }
+
+#[test]
+fn costs_are_told_where_there_are_to_be_fewer_replicas_and_only_there() {
+    let pod = |name: &str| {
+        let pod = json!({ "metadata": { "name": name }, "status": { "podIP": "10.0.0.1", "containerStatuses": [
+            { "name": "server", "ready": true, "started": true, "image": "i", "imageID": "", "restartCount": 0 }] } });
+        Arc::new(serde_json::from_value(pod).unwrap())
+    };
+    for (why, wanted, want) in [
+        ("fewer", 1, vec![("a", 5), ("b", 0)]),
+        ("as many", 2, vec![]),
+        ("more", 3, vec![]),
+    ] {
+        let spec =
+            |replicas: i32| json!({ "model": { "source": { "demo": {} } }, "replicas": replicas });
+        let mut seen = observed(&spec(2), 2, vec![load(5, 0), load(0, 0)]);
+        seen.pods = vec![pod("a"), pod("b")];
+        let stored = Stored(Ok(deployment(spec(wanted))));
+        let plan = plan(&stored, &seen, &History::default(), at(0), IMAGE);
+        let costs: Vec<_> = plan
+            .costs
+            .iter()
+            .map(|it| (it.pod.as_str(), it.tokens))
+            .collect();
+        assert_eq!(costs, want, "{why}");
+    }
+}
+
+#[test]
+fn each_reason_why_a_replica_does_not_serve_is_one_event() {
+    let crashed = |name: &str| {
+        let pod = json!({ "metadata": { "name": name }, "status": { "phase": "Running", "containerStatuses": [
+            { "name": "server", "ready": false, "image": "i", "imageID": "", "restartCount": 1,
+              "state": { "waiting": { "reason": "CrashLoopBackOff" } },
+              "lastState": { "terminated": { "exitCode": 2, "message": "the model needs 9.0 GiB" } } }] } });
+        Arc::new(serde_json::from_value(pod).unwrap())
+    };
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 2 });
+    let mut d = deployment(spec.clone());
+    let mut seen = observed(&spec, 2, vec![]);
+    seen.pods = vec![crashed("a"), crashed("b")];
+    let mut history = History::default();
+    let told = |whole: Whole| -> Vec<(&'static str, String)> {
+        whole
+            .events
+            .into_iter()
+            .map(|event| (event.reason, event.message))
+            .collect()
+    };
+    let first = told(carry_out(&mut d, &seen, &mut history, at(0)));
+    assert_eq!(first.len(), 1, "{first:?}");
+    assert_eq!(first[0].0, "Crashed");
+    assert!(
+        first[0].1.starts_with("a: ") && first[0].1.ends_with("the model needs 9.0 GiB"),
+        "{first:?}"
+    );
+    assert_eq!(told(carry_out(&mut d, &seen, &mut history, at(60))), []);
+}

@@ -14,7 +14,7 @@
 //! lets its last block go first, so that the beginning of a sequence, which more others share, stays longest.
 
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::sync::Arc;
 
 use kvasir_kernels::step::BlockId;
@@ -109,6 +109,27 @@ pub struct PoolCounts {
     pub cached: u32,
     /// Empty.
     pub free: u32,
+    /// Entries of all tables: what would be active if each sequence had blocks of its own only.
+    pub unshared: u32,
+}
+
+/// Token slots at one moment, or summed over steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotUse {
+    /// Slots of active blocks.
+    pub active: u64,
+    /// Those among them that hold no token: waste.
+    pub unwritten: u64,
+    /// Slots of the blocks that would be active if none were shared.
+    pub unshared: u64,
+}
+
+impl AddAssign for SlotUse {
+    fn add_assign(&mut self, other: Self) {
+        self.active += other.active;
+        self.unwritten += other.unwritten;
+        self.unshared += other.unshared;
+    }
 }
 
 /// What an allocation takes of the blocks that can be had.
@@ -139,6 +160,8 @@ pub struct BlockPool {
     free: Vec<BlockId>,
     /// Tables, and copies of the step being put together, that hold each block.
     references: Vec<u32>,
+    /// Their sum.
+    n_references: u32,
     prefix: Option<PrefixCache>,
     /// Held for the copies of the step being put together.
     sources: Vec<BlockId>,
@@ -161,6 +184,7 @@ impl BlockPool {
             groups,
             free: (0..n_blocks).rev().map(BlockId).collect(),
             references: vec![0; n_blocks as usize],
+            n_references: 0,
             prefix,
             sources: Vec::new(),
             n_held_sources: 0,
@@ -207,6 +231,28 @@ impl BlockPool {
             active: total - free - cached,
             cached,
             free,
+            unshared: self.n_references - self.sources.len() as u32,
+        }
+    }
+
+    /// Slots of the blocks of `tables`, all that there are, each with the number of its sequence's first tokens that are written
+    /// or under way. A recurrent state fills its blocks. Slots that aren't written are in no block of two tables.
+    pub fn slot_use<'a>(&self, tables: impl Iterator<Item = (&'a BlockTable, u32)>) -> SlotUse {
+        let size = u64::from(self.block_size());
+        let unwritten = |(table, n_tokens): (&BlockTable, u32)| -> u64 {
+            let groups = table.groups.iter().zip(&self.groups.kinds);
+            let with_tokens = groups.filter(|(_, kind)| !matches!(kind, GroupKind::State(_)));
+            let unwritten = with_tokens.map(|(group, _)| {
+                let first = u64::from(n_tokens).max(u64::from(group.first) * size);
+                (u64::from(group.end()) * size).saturating_sub(first)
+            });
+            unwritten.sum()
+        };
+        let counts = self.counts();
+        SlotUse {
+            active: u64::from(counts.active) * size,
+            unwritten: tables.map(unwritten).sum(),
+            unshared: u64::from(counts.unshared) * size,
         }
     }
 
@@ -548,6 +594,7 @@ impl BlockPool {
     fn hold(&mut self, block: BlockId) {
         let references = &mut self.references[block.0 as usize];
         *references += 1;
+        self.n_references += 1;
         if *references > 1 {
             return;
         }
@@ -567,6 +614,7 @@ impl BlockPool {
         }
         let block = self.free.pop().expect("as many can be had as are needed");
         self.references[block.0 as usize] = 1;
+        self.n_references += 1;
         block
     }
 
@@ -590,6 +638,7 @@ impl BlockPool {
         *references = references
             .checked_sub(1)
             .expect("a block in a table is counted");
+        self.n_references -= 1;
         if *references > 0 {
             return;
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use kvasir_crds::LoadReport;
 use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA, SlotCounts, TotalCounts};
 
-use super::blocks::PoolCounts;
+use super::blocks::{PoolCounts, SlotUse};
 use super::groups::CacheGroups;
 use super::prefix::PrefixChain;
 use super::scheduler::Load;
@@ -35,6 +35,8 @@ pub struct Counters {
     pub ended_sequences: u64,
     /// Sequences preempted.
     pub preemptions: u64,
+    /// Slots of the cache, summed over steps.
+    pub slots: SlotUse,
 }
 
 /// What the engine publishes, at the beginning and the end of each step.
@@ -60,7 +62,8 @@ impl Snapshot {
 /// Blocks that a request's sequences hold at most at once when each has `n_tokens` tokens.
 fn blocks_needed(groups: &CacheGroups, request: &Request, n_tokens: u32) -> u64 {
     let own = groups.own_blocks_for(request.prompt.len() as u32, n_tokens);
-    u64::from(groups.blocks_for(n_tokens)) + u64::from(request.n.get() - 1) * u64::from(own)
+    let n_others = request.n_sequences().get() - 1;
+    u64::from(groups.blocks_for(n_tokens)) + u64::from(n_others) * u64::from(own)
 }
 
 /// What a handle asks of the engine.
@@ -111,6 +114,7 @@ impl EngineHandle {
                 active: 0,
                 cached: 0,
                 free: total,
+                unshared: 0,
             },
             load: Load::default(),
             oldest_waiting: None,
@@ -247,6 +251,9 @@ impl EngineHandle {
                 ended_sequences: Some(counters.ended_sequences),
             }),
             held: None,
+            // Others know them.
+            model: None,
+            start: None,
         }
     }
 
@@ -269,10 +276,14 @@ impl EngineHandle {
                 max_model_len: info.max_model_len,
             });
         }
-        let (n, limit) = (request.n.get(), info.limits.max_sequences as u32);
+        let (n, limit) = (
+            request.n_sequences().get(),
+            info.limits.max_sequences as u32,
+        );
         if n > limit {
             return Err(SubmitError::TooManySequences { n, limit });
         }
+        check_beams(request, info.vocab_size)?;
         let n_tokens =
             (prompt_tokens + u64::from(request.max_tokens)).min(info.max_model_len.into());
         let needed_blocks = blocks_needed(&info.groups, request, n_tokens as u32);
@@ -343,6 +354,20 @@ impl State {
             }
         }
         snapshot
+    }
+}
+
+/// A device reports enough of the most likely tokens for a request's beams.
+fn check_beams(request: &Request, vocab_size: u32) -> Result<(), SubmitError> {
+    let limit = usize::from(u8::MAX).min(vocab_size as usize);
+    let n_stop_tokens = request.n_stop_tokens();
+    match request.beams {
+        Some(beams) if beams.n_candidates(n_stop_tokens) > limit => Err(SubmitError::TooWide {
+            width: beams.width.get(),
+            n_stop_tokens,
+            limit,
+        }),
+        _ => Ok(()),
     }
 }
 

@@ -1,15 +1,15 @@
 //! How many prompt tokens may join a step in which sequences decode, so that no stream stalls while long prompts arrive.
 //!
-//! Pure: it is told how long steps took and knows no clock. A step with prompts may take [`MOST_STRETCH`] times as long as one
-//! that only decodes. What prompt tokens add to a step is measured, as a cost of each token and one of each (query, key)
+//! Pure: it is told how long steps took and knows no clock. A step with prompts may take [`DECODE_STRETCH`] times as long as
+//! one that only decodes, or what the server was told. What prompt tokens add to a step is measured, as a cost of each token and one of each (query, key)
 //! pair, for a chunk deep in its prompt attends to more: so chunks grow smaller as a prompt is computed, and the time of a
 //! step stays level. Every [`CADENCE`]th step with decodes has no prompt tokens, and one when their number has changed by
 //! [`REGROUPED`], so that their own time stays known while prompts never end.
 
 use std::time::Duration;
 
-/// A step with prompt tokens may take this many times as long as one that only decodes.
-const MOST_STRETCH: f64 = 2.9;
+/// A step with prompt tokens may take this many times as long as one that only decodes, unless the server is told otherwise.
+pub const DECODE_STRETCH: f64 = 2.9;
 /// One in so many steps only decodes.
 const CADENCE: u32 = 32;
 /// The time of decodes is measured anew when there are so many times more, or fewer, than when it was.
@@ -111,6 +111,7 @@ impl PromptCost {
 pub struct PrefillPacer {
     max_tokens: u32,
     row_tile: u32,
+    max_stretch: Option<f64>,
     /// Of a step that only decodes, and the sequences of the last one.
     decode_s: Option<f64>,
     n_decodes: u32,
@@ -121,11 +122,13 @@ pub struct PrefillPacer {
 }
 
 impl PrefillPacer {
-    /// For steps of at most `max_tokens` tokens on a device that computes large ones `row_tile` rows at a time.
-    pub fn new(max_tokens: u32, row_tile: u32) -> Self {
+    /// For steps of at most `max_tokens` tokens on a device that computes large ones `row_tile` rows at a time. Without
+    /// a `max_stretch` prompts get all the tokens of a step.
+    pub fn new(max_tokens: u32, row_tile: u32, max_stretch: Option<f64>) -> Self {
         Self {
             max_tokens,
             row_tile,
+            max_stretch,
             decode_s: None,
             n_decodes: 0,
             cost: PromptCost::default(),
@@ -136,12 +139,15 @@ impl PrefillPacer {
 
     /// Prompt tokens that the next step may have beside decodes.
     pub fn budget(&self, next: NextStep) -> u32 {
+        let Some(max_stretch) = self.max_stretch else {
+            return self.max_tokens;
+        };
         let is_due = self.n_mixed >= CADENCE - 1;
         if is_due || (self.n_mixed > 0 && !self.is_like_measured(next.n_decodes)) {
             return 0;
         }
         let least = ((f64::from(self.max_tokens) * LEAST_SHARE) as u32).max(1);
-        let room_s = self.decode_s.unwrap_or(0.0) * (MOST_STRETCH - 1.0);
+        let room_s = self.decode_s.unwrap_or(0.0) * (max_stretch - 1.0);
         let fits = self.cost.tokens_in(room_s, next.position);
         let grown = (GROWTH * self.largest).max(self.largest + f64::from(self.row_tile));
         let n = fits.min(grown) as u32;
@@ -236,7 +242,10 @@ mod tests {
             ("almost flat", &flat),
         ] {
             for row_tile in [1, 128] {
-                let mixed = run(&mut PrefillPacer::new(8192, row_tile), cost);
+                let mixed = run(
+                    &mut PrefillPacer::new(8192, row_tile, Some(DECODE_STRETCH)),
+                    cost,
+                );
                 let (n, sum_us) = (
                     mixed.len() as u64,
                     mixed.iter().map(|step| step.1).sum::<u64>(),
@@ -264,7 +273,7 @@ mod tests {
 
     #[test]
     fn decodes_are_measured_again_when_many_more_run() {
-        let mut pacer = PrefillPacer::new(8192, 1);
+        let mut pacer = PrefillPacer::new(8192, 1, Some(DECODE_STRETCH));
         run(&mut pacer, |n, _| 5_000 + 5 * u64::from(n));
         let next = |n_decodes| NextStep {
             n_decodes,
@@ -293,7 +302,7 @@ mod tests {
 
     #[test]
     fn the_budget_follows_what_decodes_cost() {
-        let mut pacer = PrefillPacer::new(8192, 1);
+        let mut pacer = PrefillPacer::new(8192, 1, Some(DECODE_STRETCH));
         let mut settled = |decode_us: u64| {
             let mixed = run(&mut pacer, |n, _| decode_us + 5 * u64::from(n));
             mixed.last().map_or(0, |(n_prompt, _)| *n_prompt)
@@ -303,8 +312,25 @@ mod tests {
     }
 
     #[test]
+    fn the_bound_is_the_one_given() {
+        let cost = |n: u32, _| 5_000 + 5 * u64::from(n);
+        let most_us = |max_stretch| {
+            let mixed = run(&mut PrefillPacer::new(8192, 1, max_stretch), cost);
+            mixed.iter().map(|step| step.1).max().unwrap_or(0)
+        };
+        assert!((9_000..=10_500).contains(&most_us(Some(2.0))));
+        assert!((27_000..=31_500).contains(&most_us(Some(6.0))));
+        let unbounded = PrefillPacer::new(8192, 1, None);
+        let next = NextStep {
+            n_decodes: N_DECODES,
+            position: 0,
+        };
+        assert_eq!(unbounded.budget(next), 8192);
+    }
+
+    #[test]
     fn odd_measurements_leave_a_budget() {
-        let mut pacer = PrefillPacer::new(8192, 128);
+        let mut pacer = PrefillPacer::new(8192, 128, Some(DECODE_STRETCH));
         let next = |n_decodes, position| NextStep {
             n_decodes,
             position,
@@ -326,6 +352,9 @@ mod tests {
                 }
             }
         }
-        assert_eq!(PrefillPacer::new(4, 128).budget(next(1, 9)), 1);
+        assert_eq!(
+            PrefillPacer::new(4, 128, Some(DECODE_STRETCH)).budget(next(1, 9)),
+            1
+        );
     }
 }

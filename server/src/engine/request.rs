@@ -2,18 +2,21 @@
 //!
 //! Token ids only: it knows no text, no blocks and no device.
 
+use std::collections::BTreeSet;
 use std::num::NonZeroU32;
 use std::time::Instant;
 
 use kvasir_kernels::step::Sampled;
 pub use kvasir_kernels::step::SamplingParams;
 
+use super::logits::LogitsProcessors;
+
 /// Names a request for its whole life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub u64);
 
 /// A request, in tokens. Built by the HTTP side, which has checked every field.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Request {
     /// Unique for the life of the process.
     pub id: RequestId,
@@ -25,14 +28,64 @@ pub struct Request {
     pub stop_token_ids: Vec<u32>,
     /// How tokens are sampled.
     pub sampling: SamplingParams,
-    /// Sequences that continue the prompt; sequence `i` is what a request for one with the seed `seed + i` gets.
+    /// What changes the logits before.
+    pub logits: Option<Box<LogitsProcessors>>,
+    /// Answers: sequences that continue the prompt; sequence `i` is what a request for one with the seed `seed + i` gets. Of
+    /// beams, the best hypotheses, best first, all at the end; no more than beams.
     pub n: NonZeroU32,
+    /// Beams are searched; nothing is sampled.
+    pub beams: Option<BeamParams>,
     /// Report log-probabilities of the generated tokens, and of this many alternatives.
     pub logprobs: Option<u8>,
     /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
     pub prompt_logprobs: Option<u8>,
     /// Only requests with the same one find each other's cached prefixes.
     pub cache_salt: Option<String>,
+}
+
+/// How a request's beams are searched.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BeamParams {
+    /// Beams that live at once, and hypotheses that are kept.
+    pub width: NonZeroU32,
+    /// A hypothesis' score is the sum of its log-probabilities, divided by its generated length to this power: above 0 long
+    /// ones gain. Finite.
+    pub length_penalty: f64,
+    /// When to stop though beams live.
+    pub early_stopping: EarlyStopping,
+}
+
+impl BeamParams {
+    /// How many of the most likely next tokens of each beam a step needs, where `n_stop_tokens` different tokens end a
+    /// hypothesis: if all of these are among them, as many are left as there are beams.
+    pub fn n_candidates(&self, n_stop_tokens: usize) -> usize {
+        self.width.get() as usize + n_stop_tokens
+    }
+}
+
+/// When a search stops though beams live, once there are as many hypotheses as beams.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EarlyStopping {
+    /// `true`: at once.
+    WhenFull,
+    /// `false`: when the best beam, if it ended at its present length, would not be better than the worst hypothesis.
+    #[default]
+    WhenUnlikely,
+    /// `"never"`: when no beam can become better than the worst hypothesis, however long it grows.
+    WhenImpossible,
+}
+
+impl Request {
+    /// Sequences that run at once.
+    pub fn n_sequences(&self) -> NonZeroU32 {
+        self.beams.map_or(self.n, |beams| beams.width)
+    }
+
+    /// Different tokens that end an answer.
+    pub(super) fn n_stop_tokens(&self) -> usize {
+        let tokens: BTreeSet<u32> = self.stop_token_ids.iter().copied().collect();
+        tokens.len()
+    }
 }
 
 /// Why a sequence came to its end: the one way to say it, from the scheduler to the API. The scheduler never gives a
@@ -82,7 +135,7 @@ impl From<Sampled> for TokenLogprobs {
 pub struct RequestOutput {
     /// Whose.
     pub id: RequestId,
-    /// Which of the request's sequences; 0 where it has one only.
+    /// Which of the request's answers; 0 where it has one only.
     pub sequence: u32,
     /// Log-probabilities of further prompt tokens, in order (only where asked for).
     pub prompt_logprobs: Vec<TokenLogprobs>,
@@ -90,6 +143,8 @@ pub struct RequestOutput {
     pub tokens: Vec<TokenLogprobs>,
     /// Set on the last output of a sequence, whose blocks are free by then.
     pub finished: Option<FinishReason>,
+    /// Of a hypothesis of a beam search: [`BeamParams::length_penalty`] says how it is reckoned.
+    pub beam_score: Option<f32>,
 }
 
 /// A request has left the queue.
@@ -151,6 +206,18 @@ pub enum SubmitError {
         n: u32,
         /// `--max-num-seqs`.
         limit: u32,
+    },
+    /// Beams need more of each step's most likely tokens than a device reports, or than there are: HTTP 400.
+    #[error(
+        "{width} beams with {n_stop_tokens} stop tokens need as many of the most likely tokens of each step together, at most {limit} can be had"
+    )]
+    TooWide {
+        /// Beams of the request.
+        width: u32,
+        /// Different tokens that end a hypothesis.
+        n_stop_tokens: usize,
+        /// What a row of logits reports at most, or the size of the vocabulary.
+        limit: usize,
     },
     /// The engine has stopped: HTTP 503.
     #[error("the engine has stopped")]

@@ -1,7 +1,7 @@
 //! Continuous batching: which tokens of which sequences run in the next step, and what a finished step means.
 //!
-//! Longer than a file should be, because a step is decided in one piece; what can be told alone is in `sequence`, `group`
-//! and `fork`. Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
+//! Longer than a file should be, because a step is decided in one piece; what can be told alone is in `sequence`, `group`,
+//! `fork` and `beams`. Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
 //! first (one token each), then prefill chunks, then new groups in the order of service. A request's sequences are one
 //! group, admitted, preempted and resumed whole. A group is admitted only when all its known tokens fit, so that only
 //! decodes ask the pool for more; when it is empty, the group that is served last is preempted and computed again later
@@ -9,12 +9,13 @@
 //!
 //! The prompt of a group is computed once, by the first of its sequences, its leader. The others wait in rows of their
 //! own, with the blocks that only they will write, and fork from it when the prompt is complete: in the step after, whose
-//! copies see what the step before has left.
+//! copies see what the step before has left. Beams that were preempted do so where they first differ.
 //!
 //! At most one step is under way when the next is scheduled. Because a device runs its steps in order, the blocks of
 //! a sequence that has ended are free at once, even while a step that was scheduled too far still writes to them:
 //! whoever gets them writes later. What a step wrote is offered to the prefix cache when that step is collected.
 
+mod beams;
 mod fork;
 mod group;
 mod sequence;
@@ -23,15 +24,19 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Bound;
 
 use kvasir_kernels::shape::Limits;
-use kvasir_kernels::step::{DeviceOutput, LogitsRow, Span, StepInput, TableRow, TableUpdate};
+use kvasir_kernels::step::{
+    DeviceOutput, LogitsRequest, LogitsRow, Span, StepInput, TableRow, TableUpdate,
+};
 
-use super::blocks::{Allocation, Appended, BlockPool, BlockTable, Written};
+use super::blocks::{Allocation, Appended, BlockPool, BlockTable, SlotUse, Written};
+use super::logits::Edits;
 use super::pacer::{NextStep, StepSize};
 use super::prefix::{PrefixChain, PrefixHit};
 use super::{FinishReason, Request, RequestId, RequestOutput, TokenLogprobs};
+use beams::Beams;
 use fork::Fork;
 use group::{Need, SequenceGroup};
-use sequence::{PendingSample, Sequence};
+use sequence::{PendingSample, Sequence, max_outputs};
 
 /// A prompt with at most so many tokens left is short, or a quarter of a step where that is less: it need not wait for
 /// long ones.
@@ -50,7 +55,9 @@ struct ServiceKey {
 #[derive(Debug)]
 struct RunningGroup {
     id: RequestId,
+    /// Of beams, by slot.
     rows: Vec<TableRow>,
+    beams: Option<Beams>,
 }
 
 /// A sequence that has a row of the block tables.
@@ -59,6 +66,8 @@ struct RunningSequence {
     group: RequestId,
     sequence: Sequence,
     table: BlockTable,
+    /// Tokens that its group shared when it was admitted: where the others fork from the leader.
+    n_shared: u32,
     /// Tokens that are in the cache or under way there.
     n_scheduled: u32,
     /// Those among them that are in the cache for certain: the steps that wrote them were collected.
@@ -91,8 +100,14 @@ pub struct Schedule {
     pub input: StepInput,
     /// What is wanted of each of its rows of logits.
     pub requests: Vec<LogitsRow>,
+    /// When [`Scheduler::edit_logits`] is to be called for them.
+    pub edits: Edits,
     /// Its tokens that are decodes; the others are prompts'.
     pub n_decodes: u32,
+    /// Some rows are beams': the step is to be collected before another is scheduled.
+    pub has_beams: bool,
+    /// Slots of the cache when it ends.
+    pub slots: SlotUse,
     /// Requests that start to run.
     pub admitted: Vec<Admitted>,
     /// Requests that wait again.
@@ -203,19 +218,27 @@ impl Scheduler {
 
     /// Queues a request that fits the pool when it is alone there. `chain` has the keys of its prompt; `None` where its
     /// prefix is not cached.
-    pub fn add(&mut self, blocks: &BlockPool, request: Request, chain: Option<PrefixChain>) {
+    pub fn add(&mut self, blocks: &BlockPool, mut request: Request, chain: Option<PrefixChain>) {
         let key = ServiceKey {
             arrival: self.n_arrived,
         };
         self.n_arrived += 1;
         let id = request.id;
         self.keys.insert(id, key);
-        let n = request.n.get();
+        let max_outputs = max_outputs(&request, self.max_model_len);
+        if max_outputs == 0 {
+            // Where nothing is generated, nothing is searched.
+            request.beams = None;
+        }
+        let (n, n_prompt) = (request.n_sequences().get(), request.prompt.len() as u32);
+        let beams = Beams::new(&request, max_outputs);
         let first = Sequence::new(request, chain, self.max_model_len);
         let siblings: Vec<Sequence> = (1..n).map(|index| first.sibling(index)).collect();
         let mut group = SequenceGroup {
             id,
             sequences: std::iter::once(first).chain(siblings).collect(),
+            beams,
+            n_shared: n_prompt,
             is_counted: false,
             need: Need::default(),
         };
@@ -238,6 +261,22 @@ impl Scheduler {
         let Some(key) = self.keys.get(&id) else {
             return;
         };
+        let running = self
+            .running
+            .get_mut(key)
+            .and_then(|group| group.beams.as_mut());
+        let waiting = self
+            .waiting
+            .get_mut(key)
+            .and_then(|group| group.beams.as_mut());
+        if let Some(beams) = running.or(waiting) {
+            // The search goes on for the other answers.
+            beams.give_up(index);
+            if beams.wanted().next().is_none() {
+                self.abort(blocks, id);
+            }
+            return;
+        }
         let is_left = match (self.running.get(key), self.waiting.get(key)) {
             (Some(group), _) => group.rows.iter().any(|&row| {
                 let running = self.at(row);
@@ -260,12 +299,7 @@ impl Scheduler {
         for (key, id) in keys {
             let waiting = self.waiting.remove(&key);
             let group = waiting.unwrap_or_else(|| self.stop_running(blocks, key));
-            left.extend(
-                group
-                    .sequences
-                    .iter()
-                    .map(|sequence| (id, sequence.index())),
-            );
+            left.extend(group.answers().into_iter().map(|answer| (id, answer)));
         }
         self.keys.clear();
         left
@@ -281,8 +315,16 @@ impl Scheduler {
         let running = || self.rows_in_order().map(|row| self.at(row));
         let short_tokens = self.short_tokens();
         let is_long = |running: &&RunningSequence| running.n_ready() as usize > short_tokens;
+        let forking = self
+            .forking
+            .iter()
+            .filter_map(|id| self.running.get(&self.keys.get(id).copied()?));
+        let chosen = forking
+            .filter_map(|group| group.beams.as_ref())
+            .map(Beams::n_chosen);
+        let n_decodes = running().filter(|running| running.n_ready() == 1).count() as u32;
         NextStep {
-            n_decodes: running().filter(|running| running.n_ready() == 1).count() as u32,
+            n_decodes: n_decodes + chosen.sum::<u32>(),
             position: running()
                 .find(is_long)
                 .map_or(0, |running| running.n_scheduled),
@@ -318,6 +360,7 @@ impl Scheduler {
         blocks.release_sources();
         batch.schedule.n_decodes = n_decodes as u32;
         if batch.n_tokens() > 0 {
+            batch.schedule.slots = self.slot_use(blocks);
             self.in_flight.push_back(InFlight {
                 step: self.n_steps,
                 expected: batch.expected,
@@ -330,6 +373,29 @@ impl Scheduler {
             (self.replaced).retain(|update| rows[update.row.0 as usize].is_some());
         }
         batch.schedule
+    }
+
+    /// Fills in what changes the rows of logits of the step that was scheduled last.
+    pub fn edit_logits(&mut self, requests: &mut [LogitsRow]) {
+        let newest = self.in_flight.pop_back().expect("a step was scheduled");
+        let mut rows = requests.iter_mut();
+        for expected in &newest.expected {
+            let &Expected {
+                id, sequence, row, ..
+            } = expected;
+            let n_rows = expected.n_scores as usize + usize::from(expected.samples);
+            let last = rows.by_ref().take(n_rows).last();
+            // One that has ended meanwhile is sampled for nothing.
+            if let Some(sampled) = last.filter(|_| expected.samples)
+                && let Some(sequence) = self.find(id, sequence, row)
+                && let LogitsRequest::Sample {
+                    output_index, edit, ..
+                } = &mut sampled.request
+            {
+                *edit = sequence.edit(*output_index);
+            }
+        }
+        self.in_flight.push_back(newest);
     }
 
     /// Takes what the oldest step under way gave: appends outputs, ends sequences and requests, frees their blocks.
@@ -357,6 +423,7 @@ impl Scheduler {
                 prompt_logprobs: sampled.by_ref().take(n_scores as usize).collect(),
                 tokens: sampled.by_ref().take(usize::from(samples)).collect(),
                 finished: ends.then_some(FinishReason::Length),
+                beam_score: None,
             };
             assert_eq!(
                 output.prompt_logprobs.len() + output.tokens.len(),
@@ -366,6 +433,17 @@ impl Scheduler {
             let Some(sequence) = self.find(id, index, row) else {
                 continue;
             };
+            if sequence.is_beam() {
+                // Nobody learns of a beam's tokens before the search has ended.
+                let reported = output.tokens.pop();
+                if n_scores > 0 && self.is_wanted(id, index) {
+                    outputs.push(output);
+                }
+                if let Some(reported) = reported {
+                    outputs.extend(self.report(blocks, id, index, reported.top));
+                }
+                continue;
+            }
             if let Some(token) = output.tokens.first() {
                 output.finished = sequence.commit(token.token);
             }
@@ -607,16 +685,16 @@ impl Scheduler {
                     (table, n_found, leads)
                 }
                 false => {
-                    let n_prompt = sequence.n_prompt();
-                    let table = blocks.allocate_fork(n_prompt, n_known);
+                    let table = blocks.allocate_fork(group.n_shared, n_known);
                     let table = table.expect("blocks were counted before");
-                    (table, n_prompt, Fork::Waits)
+                    (table, group.n_shared, Fork::Waits)
                 }
             };
             self.rows[row.0 as usize] = Some(RunningSequence {
                 group: group.id,
                 sequence,
                 table,
+                n_shared: group.n_shared,
                 n_scheduled,
                 n_written: if fork == Fork::Waits { 0 } else { n_found },
                 last_step: None,
@@ -630,8 +708,8 @@ impl Scheduler {
             cached_tokens: (!group.is_counted && asks_cache).then_some(n_found),
         });
         let leader = rows[0];
-        self.running
-            .insert(key, RunningGroup { id: group.id, rows });
+        let (id, beams) = (group.id, group.beams);
+        self.running.insert(key, RunningGroup { id, rows, beams });
         self.add_span(leader, batch);
         true
     }
@@ -676,10 +754,11 @@ impl Scheduler {
         let input = &mut batch.schedule.input;
         let n_tokens = batch.most_tokens.saturating_sub(input.tokens.len()) as u32;
         let n_rows = (self.limits.max_logits_rows - input.logits.len()) as u32;
-        // The first of several sequences stops where the others fork from it.
+        // The first of several sequences stops where the others fork from it. Beams have one row of logits until they do.
         let (most, n_samples) = match running.fork {
             Fork::Done | Fork::Waits => (u32::MAX, u32::from(sequence.wants_output())),
-            Fork::Leads | Fork::LedAndEnded => (sequence.n_prompt(), 1 + siblings.len() as u32),
+            Fork::Leads if sequence.is_beam() => (running.n_shared, 1),
+            Fork::Leads | Fork::LedAndEnded => (running.n_shared, 1 + siblings.len() as u32),
         };
         let completes_at = (most < u32::MAX).then_some(most);
         let chunk = sequence.chunk(running.n_scheduled, most, n_samples, n_tokens, n_rows);
@@ -719,9 +798,14 @@ impl Scheduler {
                 step: self.n_steps,
                 logits_row: batch.schedule.input.logits.len() as u32,
             };
-            let output = sequence.ask_output(chunk.end, sample);
+            let output = match sequence.is_beam() && running.fork == Fork::Waits {
+                true => None,
+                false => sequence.ask_output(chunk.end, sample),
+            };
             let samples = output.is_some();
+            batch.schedule.has_beams |= samples && sequence.is_beam();
             if let Some(request) = output {
+                batch.schedule.edits = batch.schedule.edits.max(sequence.edits());
                 batch.schedule.input.logits.push(token_at(chunk.end - 1));
                 batch.schedule.requests.push(request);
             }
@@ -785,7 +869,8 @@ impl Scheduler {
 
     /// Takes a group out of the running batch; its blocks and its rows are free.
     fn stop_running(&mut self, blocks: &mut BlockPool, key: ServiceKey) -> SequenceGroup {
-        let RunningGroup { id, rows } = self.running.remove(&key).expect("the group runs");
+        let group = self.running.remove(&key).expect("the group runs");
+        let RunningGroup { id, rows, beams } = group;
         let mut sequences = Vec::with_capacity(rows.len());
         for row in rows {
             let has_ended = self.at(row).fork == Fork::LedAndEnded;
@@ -797,9 +882,15 @@ impl Scheduler {
         let mut group = SequenceGroup {
             id,
             sequences,
+            beams,
+            n_shared: 0,
             is_counted: true,
             need: Need::default(),
         };
+        if let Some(beams) = &mut group.beams {
+            beams.forget_reports();
+        }
+        group.count_shared();
         group.look_up(blocks);
         group
     }
@@ -815,6 +906,16 @@ impl Scheduler {
         });
         blocks.release(running.table, written);
         sequence
+    }
+
+    fn slot_use(&self, blocks: &BlockPool) -> SlotUse {
+        let tables = self.rows.iter().flatten().map(|running| {
+            // Before it forks, its blocks hold nothing.
+            let is_empty = running.fork == Fork::Waits;
+            let n_written = if is_empty { 0 } else { running.n_scheduled };
+            (&running.table, n_written)
+        });
+        blocks.slot_use(tables)
     }
 
     /// The rows in use, in the order of service.
@@ -850,9 +951,7 @@ impl RunningSequence {
     fn n_ready(&self) -> u32 {
         match self.fork {
             Fork::Done => self.sequence.n_target().saturating_sub(self.n_scheduled),
-            Fork::Leads | Fork::LedAndEnded => {
-                self.sequence.n_prompt().saturating_sub(self.n_scheduled)
-            }
+            Fork::Leads | Fork::LedAndEnded => self.n_shared.saturating_sub(self.n_scheduled),
             Fork::Waits => 0,
         }
     }

@@ -152,6 +152,8 @@ pub(super) struct RequestState {
     budget: ByteBudget,
     detokenizer: Detokenizer,
     stop: StopMatcher,
+    /// The token that ends the text is a part of it.
+    keeps_stop_token: bool,
     timeline: Timeline,
     prompt: Prompt,
     n_generated: u64,
@@ -177,6 +179,7 @@ impl RequestState {
             events,
             budget,
             detokenizer,
+            keeps_stop_token: stop.are_included(),
             stop: StopMatcher::new(stop),
             timeline: Timeline::new(times.0, times.1),
             prompt,
@@ -197,6 +200,7 @@ impl RequestState {
         let mut event = RequestEvent {
             prompt_logprobs,
             cached_tokens: self.cached_tokens.take(),
+            beam_score: output.beam_score,
             ..RequestEvent::default()
         };
         if !output.tokens.is_empty() {
@@ -211,9 +215,9 @@ impl RequestState {
         for (i, token) in output.tokens.into_iter().enumerate() {
             let id = token.token;
             event.tokens.push(token);
-            // The token that stopped the generation is no part of the text, whatever it is.
+            // The token that stopped the generation is no part of the text, whatever it is, unless that is wanted.
             let stopped_by = i + 1 == n_tokens && output.finished == Some(FinishReason::Stop(id));
-            if !stopped_by && self.push(id, &mut event) {
+            if (!stopped_by || self.keeps_stop_token) && self.push(id, &mut event) {
                 return event;
             }
         }

@@ -8,7 +8,8 @@ use tokio::sync::mpsc;
 use super::budget::ByteBudget;
 use super::outputs::{Prompt, RequestState};
 use super::stream::RequestEvent;
-use crate::engine::{Request, RequestId, SamplingParams};
+use crate::engine::logits::LogitsProcessors;
+use crate::engine::{BeamParams, Request, RequestId, SamplingParams};
 use crate::text::Detokenizer;
 use crate::text::stop::StopStrings;
 
@@ -21,11 +22,15 @@ pub struct GenerationRequest {
     pub max_tokens: u32,
     /// How tokens are sampled.
     pub sampling: SamplingParams,
+    /// What changes the logits before.
+    pub logits: Option<Box<LogitsProcessors>>,
     /// Sequences that continue the prompt, with the seeds that follow that of `sampling`.
     pub n: NonZeroU32,
+    /// They are the best hypotheses of a beam search, and nothing is sampled. Its text ends at tokens, at no string.
+    pub beams: Option<BeamParams>,
     /// Tokens that end the text, the model's own included unless they are ignored.
     pub stop_token_ids: Vec<u32>,
-    /// Strings that end the text and aren't part of it.
+    /// Strings that end the text, and whether what ends it is a part of it.
     pub stop: StopStrings,
     /// Report log-probabilities of the generated tokens, and of this many alternatives.
     pub logprobs: Option<u8>,
@@ -74,7 +79,9 @@ impl GenerationRequest {
             max_tokens: self.max_tokens,
             stop_token_ids: self.stop_token_ids,
             sampling: self.sampling,
+            logits: self.logits,
             n: self.n,
+            beams: self.beams,
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
             cache_salt: self.cache_salt,

@@ -25,6 +25,8 @@ pub struct RequestEvent {
     pub cached_tokens: Option<u32>,
     /// Set on the last event.
     pub finished: Option<FinishReason>,
+    /// Of a hypothesis of a beam search, on its last event.
+    pub beam_score: Option<f32>,
     /// Its bytes in the budget: to be kept as long as what it says is.
     pub lease: Option<Lease>,
 }

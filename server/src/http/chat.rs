@@ -9,11 +9,11 @@ use super::conversation::Conversation;
 use super::error::ApiError;
 use super::fields::{Fields, Interface};
 use super::generate::{
-    Answer, ChunkWriter, Frames, Prepared, collect, event_stream, json_response,
+    Answer, ChunkWriter, Frames, Prepared, collect_all, event_stream, json_response,
 };
 use super::incoming::Incoming;
-use super::logprobs::ChatLogprobs;
-use super::params::{MAX_LOGPROBS, Params, StreamUsage, take_n_logprobs};
+use super::logprobs::{ChatLogprobs, PromptLogprobs};
+use super::params::{MAX_LOGPROBS, Params, StreamUsage, take_n_logprobs, truncate};
 use super::wire::{Chat, ChatChoice, ChatDelta, Delta, Message, Usage, chunk_usage, reasons};
 use crate::engine::TokenLogprobs;
 use crate::frontend::RequestEvent;
@@ -51,7 +51,7 @@ impl ChatRequest {
         }
         let conversation = Conversation::take(&mut fields)?;
         fields.finish(Interface::Chat)?;
-        serving.check_n(params.n, 1)?;
+        serving.check_choices(&params.choices, 1)?;
         Ok(Self {
             params,
             conversation,
@@ -77,22 +77,27 @@ pub(super) async fn chat(
         logprobs,
     } = ChatRequest::parse(&serving, &body)?;
     drop(body);
+    let logits = serving.logits_options(params.logits.clone()).await?;
     let tokenizer = Arc::clone(&serving.tokenizer);
     let max_model_len = serving.engine.handle().model_info().max_model_len;
-    let prompt = serving
+    let keep = params.truncation.keeps(max_model_len, max_tokens)?;
+    // A prompt that is cut may be as long as it likes.
+    let longest = keep.is_none().then_some(max_model_len);
+    let mut prompt = serving
         .pool
         .run(conversation.n_bytes, move || {
-            conversation.encode(&tokenizer, Some(max_model_len))
+            conversation.encode(&tokenizer, longest)
         })
         .await?
         .map_err(|error| ApiError::from(error).about("messages"))?;
+    truncate(&mut prompt, keep);
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
     let call = Call {
         id: format!("chatcmpl-{}", serving.ids.call()),
         created: super::unix_time(),
         n_prompt: prompt.len(),
         n_cached: 0,
-        choices: vec![Choice::default(); params.n.get() as usize],
+        choices: vec![Choice::default(); params.choices.n.get() as usize],
         prompt: params.return_token_ids.then(|| prompt.clone()),
         with_logprobs: logprobs.is_some(),
         params,
@@ -106,17 +111,14 @@ pub(super) async fn chat(
         detokenizer,
         max_tokens,
         logprobs,
-        prompt_logprobs: None,
+        prompt_logprobs: call.params.prompt_logprobs,
     };
-    let streams = serving.submit(vec![prepared], &call.params, arrived)?;
+    let streams = serving.submit(vec![prepared], &call.params, &logits, arrived)?;
     drop(lease);
     if call.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
-    let mut answers = Vec::with_capacity(streams.len());
-    for stream in streams {
-        answers.push(collect(stream).await?);
-    }
+    let answers = collect_all(streams, &call.params.choices).await?;
     call.whole(answers)
 }
 
@@ -164,11 +166,18 @@ impl Call {
             choices,
             usage,
             prompt_token_ids,
+            prompt_logprobs: None,
         }
     }
 
     fn whole(mut self, answers: Vec<Answer>) -> Result<Response, ApiError> {
         let (mut choices, mut leases) = (Vec::with_capacity(answers.len()), Vec::new());
+        let vocabulary = self.serving.tokenizer.vocabulary();
+        let scored = answers.first().map(|answer| &answer.prompt_logprobs[..]);
+        let prompt_logprobs = self
+            .params
+            .prompt_logprobs
+            .map(|n_top| PromptLogprobs::new(vocabulary, scored.unwrap_or_default(), n_top.into()));
         for (index, answer) in answers.into_iter().enumerate() {
             let (finish_reason, stop_reason) = reasons(answer.reason, &self.params.stop_token_ids)?;
             choices.push(ChatChoice {
@@ -181,18 +190,20 @@ impl Call {
                 finish_reason,
                 stop_reason,
                 token_ids: self.ids_of(&answer.tokens),
+                beam_score: answer.beam_score,
             });
             self.n_cached += answer.cached_tokens as usize;
             self.choices[index].n_completion = answer.tokens.len();
             leases.extend(answer.leases);
         }
         let (usage, prompt_token_ids) = (self.usage(), self.prompt.take());
-        let whole = self.object(
+        let mut whole = self.object(
             "chat.completion",
             choices,
             Some(Some(usage)),
             prompt_token_ids,
         );
+        whole.prompt_logprobs = prompt_logprobs;
         json_response(&whole, self.serving.engine.budget().lease(Purpose::Answer))
     }
 

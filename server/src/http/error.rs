@@ -190,6 +190,10 @@ impl From<SubmitError> for ApiError {
                 )
             },
             SubmitError::TooManySequences { .. } => Self::field("n", message),
+            SubmitError::TooWide { .. } => Self::field(
+                "use_beam_search",
+                format!("{message}; ask for fewer beams (best_of, else n) or fewer stop_token_ids"),
+            ),
             SubmitError::Stopped => Self::unavailable(message),
         }
     }

@@ -52,26 +52,15 @@ const NO_EFFECT: &[(&str, &[Interface], NoEffect)] = &[
     ("prompt_cache_key", BOTH, Any),
     ("prompt_cache_retention", BOTH, Any),
     ("include_reasoning", BOTH, Any),
-    // Sampling and beams.
-    ("use_beam_search", BOTH, Only(&["false"])),
+    // Sampling; of beams, where none are asked for.
     ("length_penalty", BOTH, Any),
     ("early_stopping", BOTH, Any),
-    ("presence_penalty", BOTH, Only(&["0"])),
-    ("frequency_penalty", BOTH, Only(&["0"])),
-    ("repetition_penalty", BOTH, Only(&["1"])),
-    ("min_p", BOTH, Only(&["0"])),
     ("typical_p", BOTH, Only(&["1"])),
-    ("min_tokens", BOTH, Only(&["0"])),
-    ("logit_bias", BOTH, Only(&["{}"])),
     ("logits_processors", BOTH, Only(&["[]"])),
-    ("bad_words", BOTH, Only(&["[]"])),
-    ("allowed_token_ids", BOTH, Only(&["[]"])),
     // Prompt and text.
-    ("truncate_prompt_tokens", BOTH, Only(&[])),
-    ("prompt_logprobs", BOTH, Only(&[])),
     ("detokenize", BOTH, Only(&["true"])),
-    ("include_stop_str_in_output", BOTH, Only(&["false"])),
-    ("spaces_between_special_tokens", BOTH, Only(&["true"])),
+    // The decoders of the models that are served put no spaces there (ByteLevel, Metaspace).
+    ("spaces_between_special_tokens", BOTH, Any),
     ("priority", BOTH, Only(&["0"])),
     ("response_format", BOTH, Only(&[r#"{"type":"text"}"#])),
     ("structured_outputs", BOTH, Only(&["{}"])),
@@ -130,6 +119,17 @@ impl<'a> Fields<'a> {
         serde_json::from_str(raw.get())
             .map(Some)
             .map_err(|e| ApiError::field(name, without_position(&e.to_string())))
+    }
+
+    /// A field that is to be taken later is given, and is none of these short values in JSON.
+    pub(super) fn is_other_than(&self, name: &str, values: &[&str]) -> bool {
+        const LONGEST: usize = 64;
+        let Some(raw) = self.0.get(name).map(|raw| raw.get()) else {
+            return false;
+        };
+        let parsed = |raw| serde_json::from_str::<serde_json::Value>(raw).unwrap_or_default();
+        raw != "null"
+            && (raw.len() > LONGEST || !values.iter().any(|value| equals(&parsed(raw), value)))
     }
 
     /// Takes a field that must be given.
@@ -211,16 +211,8 @@ impl<'a> Fields<'a> {
         let Some(value) = self.take::<serde_json::Value>(name)? else {
             return Ok(());
         };
-        let equals = |text: &&str| {
-            serde_json::from_str::<serde_json::Value>(text).is_ok_and(|other| {
-                match (other.as_f64(), value.as_f64()) {
-                    (Some(a), Some(b)) => a == b,
-                    _ => other == value,
-                }
-            })
-        };
         match values {
-            _ if values.iter().any(equals) => Ok(()),
+            _ if values.iter().any(|text| equals(&value, text)) => Ok(()),
             [] => Err(ApiError::field(
                 name,
                 "not supported by this server; leave it out",
@@ -265,6 +257,16 @@ impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
 
 fn missing(name: &str) -> ApiError {
     ApiError::field(name, "missing; the field is required")
+}
+
+/// The value is the one that `text` writes in JSON; numbers are equal whatever their form.
+fn equals(value: &serde_json::Value, text: &str) -> bool {
+    serde_json::from_str::<serde_json::Value>(text).is_ok_and(|other| {
+        match (other.as_f64(), value.as_f64()) {
+            (Some(a), Some(b)) => a == b,
+            _ => other == *value,
+        }
+    })
 }
 
 /// How many values a JSON text has, at most.
@@ -358,15 +360,9 @@ mod tests {
             ("metadata", &[r#"{"a": "b"}"#], &[]),
             ("store", &["false", "true"], &[]),
             ("service_tier", &["\"auto\""], &[]),
-            ("use_beam_search", &["false"], &["true"]),
-            ("presence_penalty", &["0", "0.0"], &["0.1"]),
-            ("frequency_penalty", &["0", "-0.0"], &["1"]),
-            ("repetition_penalty", &["1", "1.0"], &["1.1"]),
-            ("min_p", &["0", "0.0"], &["0.05"]),
-            ("min_tokens", &["0"], &["1"]),
-            ("logit_bias", &["{}", "null"], &[r#"{"5": 1}"#]),
-            ("allowed_token_ids", &["[]", "null"], &["[5]"]),
-            ("bad_words", &["[]"], &[r#"["a"]"#]),
+            ("length_penalty", &["2"], &[]),
+            ("typical_p", &["1", "1.0"], &["0.9"]),
+            ("spaces_between_special_tokens", &["true", "false"], &[]),
             (
                 "response_format",
                 &[r#"{"type": "text"}"#],

@@ -3,7 +3,7 @@
 //! Shared by completions and chat. It knows events and text, and no wire format but that of an event stream.
 
 use std::convert::Infallible;
-use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::Instant;
 
 use axum::body::{Body, Bytes};
@@ -13,8 +13,11 @@ use futures::stream::{SelectAll, StreamExt};
 use serde::Serialize;
 
 use super::Serving;
+use super::choices::Choices;
 use super::error::ApiError;
+use super::logits_fields::LogitsFields;
 use super::params::Params;
+use crate::engine::logits::{LogitsOptions, LogitsProcessors};
 use crate::engine::{FinishReason, TokenLogprobs};
 use crate::frontend::budget::Lease;
 use crate::frontend::{GenerationRequest, RequestEvent, RequestStream};
@@ -71,19 +74,24 @@ impl Serving {
     }
 
     /// Checks that so many choices for each of so many prompts may be asked for.
-    pub(super) fn check_n(&self, n: NonZeroU32, n_prompts: usize) -> Result<(), ApiError> {
+    pub(super) fn check_choices(
+        &self,
+        choices: &Choices,
+        n_prompts: usize,
+    ) -> Result<(), ApiError> {
+        let (field, n) = choices.n_sequences();
         let n = n.get() as usize;
         let most = self.engine.handle().model_info().limits.max_sequences;
         if n > most {
             return Err(ApiError::field(
-                "n",
+                field,
                 format!("{n} choices; the server runs {most} sequences at once (--max-num-seqs)"),
             ));
         }
         let most = self.max_prompts;
         if n > 1 && n_prompts > 1 && n * n_prompts > most {
             return Err(ApiError::field(
-                "n",
+                field,
                 format!(
                     "{n} choices for each of {n_prompts} prompts; at most {most} together (--max-prompts)"
                 ),
@@ -92,12 +100,29 @@ impl Serving {
         Ok(())
     }
 
+    /// What a call changes in its logits: bad words are tokenized where other text is.
+    pub(super) async fn logits_options(
+        &self,
+        fields: LogitsFields,
+    ) -> Result<LogitsOptions, ApiError> {
+        let vocab_size = self.engine.handle().model_info().vocab_size;
+        let tokenizer = Arc::clone(&self.tokenizer);
+        match fields.n_bytes() {
+            0 => fields.resolve(&tokenizer, vocab_size),
+            n => {
+                let resolve = move || fields.resolve(&tokenizer, vocab_size);
+                self.pool.run(n, resolve).await?
+            }
+        }
+    }
+
     /// Submits every prompt, or none: the first refusal takes the others back. The streams are those of the first prompt's
     /// choices, then the second's.
     pub(super) fn submit(
         &self,
         prepared: Vec<Prepared>,
         params: &Params,
+        logits: &LogitsOptions,
         arrived: Instant,
     ) -> Result<Vec<RequestStream>, ApiError> {
         let info = self.engine.handle().model_info();
@@ -105,15 +130,28 @@ impl Serving {
         if !params.ignore_eos {
             stop_token_ids.extend(&info.eos_token_ids);
         }
+        for one in &prepared {
+            params.logits.check_max_tokens(one.max_tokens)?;
+        }
         let submit = |one: Prepared| {
+            let logits = match params.choices.beams() {
+                // A default of the model's may be left: beams know no changes of logits.
+                Some(_) => None,
+                None => {
+                    let (options, n_ids) = (logits.clone(), info.vocab_size);
+                    LogitsProcessors::new(options, &one.prompt, &stop_token_ids, n_ids)
+                }
+            };
             self.engine.generate(GenerationRequest {
                 prompt: one.prompt,
                 max_tokens: one.max_tokens,
                 sampling: params.sampling(|| self.ids.seed()),
-                n: params.n,
+                logits: logits.map(Box::new),
+                n: params.choices.n_answers(),
+                beams: params.choices.beams(),
                 stop_token_ids: stop_token_ids.clone(),
                 stop: params.stop.clone(),
-                logprobs: one.logprobs,
+                logprobs: params.choices.logprobs(one.logprobs),
                 prompt_logprobs: one.prompt_logprobs,
                 cache_salt: params.cache_salt.clone(),
                 detokenizer: one.detokenizer,
@@ -135,12 +173,59 @@ pub(super) struct Answer {
     /// Of the prompt, from the prefix cache.
     pub(super) cached_tokens: u32,
     pub(super) reason: FinishReason,
+    /// With beams.
+    pub(super) beam_score: Option<f32>,
     /// Its bytes in the budget.
     pub(super) leases: Vec<Lease>,
 }
 
+/// Waits for the answers of all prompts' requests, and keeps the choices that are returned.
+pub(super) async fn collect_all(
+    streams: Vec<RequestStream>,
+    choices: &Choices,
+) -> Result<Vec<Answer>, ApiError> {
+    let mut answers = Vec::with_capacity(streams.len());
+    for stream in streams {
+        answers.push(collect(stream).await?);
+    }
+    match choices.best_of() {
+        Some(best_of) => pick_best(answers, best_of.get() as usize, choices.n.get() as usize),
+        None => Ok(answers),
+    }
+}
+
+/// The `n` most likely of each `best_of` answers.
+fn pick_best(answers: Vec<Answer>, best_of: usize, n: usize) -> Result<Vec<Answer>, ApiError> {
+    let mut picked = Vec::with_capacity(answers.len() / best_of * n);
+    let mut answers = answers.into_iter().peekable();
+    while answers.peek().is_some() {
+        let mut of_prompt: Vec<Answer> = answers.by_ref().take(best_of).collect();
+        let failed = of_prompt.iter().find_map(|answer| match &answer.reason {
+            FinishReason::Error(why) => Some(why.clone()),
+            _ => None,
+        });
+        if let Some(why) = failed {
+            return Err(ApiError::internal(why));
+        }
+        // One of them tells what the cache held of their prompt.
+        let mut cached_tokens = of_prompt.iter().map(|answer| answer.cached_tokens).sum();
+        of_prompt.sort_by(|a, b| sum_of_logprobs(b).total_cmp(&sum_of_logprobs(a)));
+        of_prompt.truncate(n);
+        for answer in &mut of_prompt {
+            answer.cached_tokens = std::mem::take(&mut cached_tokens);
+        }
+        picked.extend(of_prompt);
+    }
+    Ok(picked)
+}
+
+fn sum_of_logprobs(answer: &Answer) -> f64 {
+    let logprobs = answer.tokens.iter().filter_map(|token| token.logprob);
+    logprobs.map(f64::from).sum()
+}
+
 /// Waits for the end of one request.
-pub(super) async fn collect(mut stream: RequestStream) -> Result<Answer, ApiError> {
+async fn collect(mut stream: RequestStream) -> Result<Answer, ApiError> {
     let (mut text, mut tokens, mut prompt_logprobs) = (String::new(), Vec::new(), Vec::new());
     let (mut leases, mut cached_tokens) = (Vec::new(), 0);
     while let Some(event) = stream.next().await {
@@ -156,6 +241,7 @@ pub(super) async fn collect(mut stream: RequestStream) -> Result<Answer, ApiErro
                 prompt_logprobs,
                 cached_tokens,
                 reason,
+                beam_score: event.beam_score,
                 leases,
             });
         }
@@ -289,4 +375,56 @@ pub(super) fn finished_stream(first: Frames, writer: impl ChunkWriter) -> Respon
     let head = first.into_bytes(None);
     *rest.body_mut() = Body::from_stream(futures::stream::once(async { Ok(head) }).chain(end));
     rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_are_those_of_the_greatest_sum_and_count_what_was_cached() {
+        let answer = |text: &str, logprobs: &[f32], cached_tokens| Answer {
+            text: text.to_owned(),
+            tokens: logprobs
+                .iter()
+                .map(|&logprob| TokenLogprobs {
+                    logprob: Some(logprob),
+                    ..TokenLogprobs::default()
+                })
+                .collect(),
+            prompt_logprobs: Vec::new(),
+            cached_tokens,
+            reason: FinishReason::Length,
+            beam_score: None,
+            leases: Vec::new(),
+        };
+        let answers = || {
+            vec![
+                answer("last of the first prompt", &[-1.0, -1.0], 16),
+                answer("second", &[-1.5], 0),
+                answer("first", &[-0.1, -0.1, -0.1], 0),
+                answer("equal ones stay in order", &[-2.0], 0),
+                answer("as here", &[-2.0], 0),
+                answer("worst", &[-2.5], 0),
+            ]
+        };
+        let picked = pick_best(answers(), 3, 2).unwrap();
+        let found: Vec<(&str, u32)> = picked
+            .iter()
+            .map(|answer| (answer.text.as_str(), answer.cached_tokens))
+            .collect();
+        let want = [
+            ("first", 16),
+            ("second", 0),
+            ("equal ones stay in order", 0),
+            ("as here", 0),
+        ];
+        assert_eq!(found, want);
+        let mut failed = answers();
+        failed[0].reason = FinishReason::Error("the engine has stopped".to_owned());
+        assert!(
+            pick_best(failed, 3, 2).is_err(),
+            "though it is not among the best"
+        );
+    }
 }

@@ -1,9 +1,10 @@
-//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`). Plain data.
+//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`, `prompt_logprobs`) and ours
+//! (`beam_score`). Plain data.
 
 use serde::Serialize;
 
 use super::error::ApiError;
-use super::logprobs::{ChatLogprobs, CompletionLogprobs};
+use super::logprobs::{ChatLogprobs, CompletionLogprobs, PromptLogprobs};
 use super::params::StreamUsage;
 use crate::engine::FinishReason;
 
@@ -74,7 +75,12 @@ pub(super) struct CompletionChoice {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,
+    /// With `use_beam_search`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) beam_score: Option<f32>,
 }
 
 /// `/v1/chat/completions`: `C` is [`ChatChoice`] or, in a stream, [`ChatDelta`].
@@ -89,6 +95,8 @@ pub(super) struct Chat<'a, C> {
     pub(super) usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) prompt_logprobs: Option<PromptLogprobs>,
 }
 
 #[derive(Debug, Serialize)]
@@ -100,6 +108,9 @@ pub(super) struct ChatChoice {
     pub(super) stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,
+    /// With `use_beam_search`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) beam_score: Option<f32>,
 }
 
 #[derive(Debug, Serialize)]

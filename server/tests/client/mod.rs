@@ -36,10 +36,16 @@ impl Deref for Server {
 impl Server {
     /// Serves the demo model with these flags, and waits until it says so.
     pub(crate) fn start(flags: &[&str]) -> Self {
+        Self::start_in(flags, &[])
+    }
+
+    /// The same with these variables in its environment.
+    pub(crate) fn start_in(flags: &[&str], variables: &[(&str, &str)]) -> Self {
         let has_management = flags.contains(&"--management-port");
         let mut child = Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
             .args(["--port", "0", "--num-gpu-blocks-override", "256"])
             .args(flags)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()

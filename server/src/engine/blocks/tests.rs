@@ -305,6 +305,7 @@ impl Model {
         let counts = self.pool.counts();
         prop_assert_eq!(counts.cached, n_cached);
         prop_assert_eq!(counts.active as usize, references.len());
+        prop_assert_eq!(counts.unshared, references.values().sum::<u32>());
         prop_assert_eq!(counts.total, counts.active + counts.cached + counts.free);
         prop_assert!(self.pool.sources.is_empty());
         Ok(())

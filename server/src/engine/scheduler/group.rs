@@ -1,5 +1,6 @@
 //! The sequences of one request while they wait, and what they need to run. It looks at the pool and changes nothing there.
 
+use super::beams::Beams;
 use super::sequence::Sequence;
 use crate::engine::RequestId;
 use crate::engine::blocks::BlockPool;
@@ -10,6 +11,10 @@ use crate::engine::prefix::PrefixHit;
 pub(super) struct SequenceGroup {
     pub(super) id: RequestId,
     pub(super) sequences: Vec<Sequence>,
+    /// Where its sequences are beams.
+    pub(super) beams: Option<Beams>,
+    /// Its first tokens, which one of the sequences computes for all.
+    pub(super) n_shared: u32,
     /// It has run before: what the cache held for it is counted.
     pub(super) is_counted: bool,
     /// What it needs to run, as last looked up.
@@ -33,7 +38,29 @@ impl SequenceGroup {
         self.sequences.iter().any(Sequence::is_pending)
     }
 
-    /// The one that computes the prompt, and the others, which fork from it.
+    /// The tokens that all of its sequences begin with. Of sequences that are sampled only the prompt is taken as such.
+    pub(super) fn count_shared(&mut self) {
+        let (leader, siblings) = self.split();
+        let (known, n_prompt) = (leader.tokens(), leader.n_prompt());
+        let n_equal = |sibling: &Sequence| {
+            let pairs = known.iter().zip(sibling.tokens());
+            pairs.take_while(|(a, b)| a == b).count() as u32
+        };
+        self.n_shared = match &self.beams {
+            Some(_) => siblings.iter().map(n_equal).min().unwrap_or(n_prompt),
+            None => n_prompt,
+        };
+    }
+
+    /// Which answers are left to give.
+    pub(super) fn answers(&self) -> Vec<u32> {
+        match &self.beams {
+            Some(beams) => beams.wanted().collect(),
+            None => self.sequences.iter().map(Sequence::index).collect(),
+        }
+    }
+
+    /// The one that computes what they share, and the others, which fork from it.
     pub(super) fn split(&self) -> (&Sequence, &[Sequence]) {
         self.sequences.split_first().expect("a group has sequences")
     }
@@ -45,7 +72,7 @@ impl SequenceGroup {
         let n_cached = hit.n_tokens(blocks.block_size());
         let n_outputs = siblings
             .iter()
-            .map(|s| u64::from(s.n_known() - s.n_prompt()));
+            .map(|s| u64::from(s.n_known() - self.n_shared));
         self.need = Need {
             n_blocks: u64::from(blocks.cost(leader.n_known(), &hit).n_blocks)
                 + self.n_sibling_blocks(blocks),
@@ -57,11 +84,11 @@ impl SequenceGroup {
     /// Blocks that only one of the siblings will hold.
     pub(super) fn n_sibling_blocks(&self, blocks: &BlockPool) -> u64 {
         let siblings = self.split().1.iter();
-        let own = siblings.map(|s| blocks.own_blocks_for(s.n_prompt(), s.n_known()));
+        let own = siblings.map(|s| blocks.own_blocks_for(self.n_shared, s.n_known()));
         own.map(u64::from).sum()
     }
 
-    /// What the cache holds for its leader. Where others fork from it, it computes the last token of the prompt at least.
+    /// What the cache holds for its leader. Where others fork from it, it computes the last token that they share at least.
     pub(super) fn find_prefix(&self, blocks: &BlockPool) -> PrefixHit {
         let (leader, siblings) = self.split();
         let Some(chain) = leader.chain() else {
@@ -69,7 +96,7 @@ impl SequenceGroup {
         };
         let most = match siblings {
             [] => leader.n_cacheable(),
-            _ => leader.n_cacheable().min(leader.n_prompt() - 1),
+            _ => leader.n_cacheable().min(self.n_shared - 1),
         };
         blocks.find_prefix(chain, leader.tokens(), most)
     }

@@ -4,16 +4,34 @@
 
 use std::ops::Range;
 
-use kvasir_kernels::step::{LogitsRequest, LogitsRow, SamplingParams, TokenInput};
+use kvasir_kernels::step::{LogitsEdit, LogitsRequest, LogitsRow, SamplingParams, TokenInput};
 
+use crate::engine::logits::{Edits, LogitsProcessors};
 use crate::engine::prefix::PrefixChain;
 use crate::engine::{FinishReason, Request};
+
+/// Of a beam's row of logits only the most likely tokens are used.
+const GREEDY: SamplingParams = SamplingParams {
+    temperature: 0.0,
+    top_p: 1.0,
+    top_k: None,
+    min_p: 0.0,
+    seed: 0,
+};
 
 /// Where a token that is still under way will appear: a row of logits of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PendingSample {
     pub(super) step: u64,
     pub(super) logits_row: u32,
+}
+
+/// Outputs that a request's sequences generate at most.
+pub(super) fn max_outputs(request: &Request, max_model_len: u32) -> u32 {
+    let n_prompt = request.prompt.len() as u32;
+    request
+        .max_tokens
+        .min(max_model_len.saturating_sub(n_prompt))
 }
 
 /// The tokens of one sequence of a request and its wishes. Waiting or running: the KV cache is not its concern.
@@ -28,7 +46,11 @@ pub(super) struct Sequence {
     max_outputs: u32,
     stop_token_ids: Vec<u32>,
     sampling: SamplingParams,
+    /// What changes its logits.
+    logits: Option<Box<LogitsProcessors>>,
     logprobs: Option<u8>,
+    /// Of a beam: so many of the most likely next tokens are asked for, and the search chooses among those of all beams.
+    n_candidates: Option<u8>,
     prompt_logprobs: Option<u8>,
     /// Outputs that were asked for and haven't been committed; 1 at most whenever a step is scheduled.
     n_pending: u32,
@@ -44,16 +66,22 @@ impl Sequence {
     /// `chain` has the keys of the prompt.
     pub(super) fn new(request: Request, chain: Option<PrefixChain>, max_model_len: u32) -> Self {
         let n_prompt = request.prompt.len() as u32;
+        let n_stop_tokens = request.n_stop_tokens();
+        let n_candidates = request.beams.map(|beams| {
+            let n = beams.n_candidates(n_stop_tokens);
+            u8::try_from(n).expect("a request has as many beams as a row can report candidates for")
+        });
         Self {
             index: 0,
+            max_outputs: max_outputs(&request, max_model_len),
             tokens: request.prompt,
             n_prompt,
-            max_outputs: request
-                .max_tokens
-                .min(max_model_len.saturating_sub(n_prompt)),
             stop_token_ids: request.stop_token_ids,
             sampling: request.sampling,
+            // Beams are searched in the model's own.
+            logits: request.logits.filter(|_| n_candidates.is_none()),
             logprobs: request.logprobs,
+            n_candidates,
             prompt_logprobs: request.prompt_logprobs,
             n_pending: 0,
             last_sample: None,
@@ -69,6 +97,24 @@ impl Sequence {
         sibling.sampling.seed = self.sampling.seed.wrapping_add(index.into());
         sibling.prompt_logprobs = None;
         sibling
+    }
+
+    /// A search chooses how it goes on.
+    pub(super) fn is_beam(&self) -> bool {
+        self.n_candidates.is_some()
+    }
+
+    /// Becomes another beam of the same prompt.
+    pub(super) fn branch_from(&mut self, parent: &Self) {
+        self.tokens.truncate(self.n_prompt as usize);
+        self.tokens
+            .extend_from_slice(&parent.tokens[self.n_prompt as usize..]);
+        self.chain.clone_from(&parent.chain);
+    }
+
+    /// Appends the token that the search has chosen.
+    pub(super) fn choose(&mut self, token: u32) {
+        self.tokens.push(token);
     }
 
     /// Tokens of the prompt.
@@ -221,10 +267,21 @@ impl Sequence {
         })
     }
 
-    /// Asks for an output if `end` is where one is sampled.
+    /// Asks for an output if `end` is where one is sampled, or for what a search chooses it from: that one is not under way,
+    /// and nothing follows before it was chosen.
     pub(super) fn ask_output(&mut self, end: u32, sample: PendingSample) -> Option<LogitsRow> {
         if !self.samples(end) {
             return None;
+        }
+        if let Some(n_candidates) = self.n_candidates {
+            return Some(LogitsRow {
+                request: LogitsRequest::Sample {
+                    params: GREEDY,
+                    output_index: self.n_outputs(),
+                    edit: LogitsEdit::default(),
+                },
+                n_logprobs: Some(n_candidates.max(self.logprobs.unwrap_or(0))),
+            });
         }
         let output_index = self.n_outputs();
         self.n_pending += 1;
@@ -233,9 +290,23 @@ impl Sequence {
             request: LogitsRequest::Sample {
                 params: self.sampling,
                 output_index,
+                edit: LogitsEdit::default(),
             },
             n_logprobs: self.logprobs,
         })
+    }
+
+    /// When the edit of the output that was asked for last can be made.
+    pub(super) fn edits(&self) -> Edits {
+        let processors = self.logits.as_deref();
+        processors.map_or(Edits::None, |logits| logits.edits(self.n_pending > 1))
+    }
+
+    /// What changes the logits of output `index`, the one that was asked for last.
+    pub(super) fn edit(&mut self, index: u32) -> LogitsEdit {
+        let outputs = &self.tokens[self.n_prompt as usize..];
+        let processors = self.logits.as_deref_mut();
+        processors.map_or_else(LogitsEdit::default, |logits| logits.edit(outputs, index))
     }
 
     /// Nothing is to be generated: the request ends when its prompt is computed.
@@ -251,11 +322,14 @@ impl Sequence {
             .expect("an output is committed once");
         self.tokens.push(token);
         if self.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop(token))
-        } else if self.n_known() - self.n_prompt == self.max_outputs {
-            Some(FinishReason::Length)
-        } else {
-            None
+            return Some(FinishReason::Stop(token));
         }
+        if self.n_known() - self.n_prompt == self.max_outputs {
+            return Some(FinishReason::Length);
+        }
+        if let Some(logits) = &mut self.logits {
+            logits.advance(token);
+        }
+        None
     }
 }

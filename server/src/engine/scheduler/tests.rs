@@ -8,44 +8,193 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
 
-use kvasir_kernels::step::{BlockId, LogitsRequest, Sampled, SamplingParams, TokenInput};
+use kvasir_kernels::step::{
+    BlockId, LogitsEdit, LogitsRequest, Sampled, SamplingParams, TokenInput,
+};
 use proptest::prelude::*;
 
 use super::*;
+use crate::engine::beam::BeamSearch;
+use crate::engine::beam::tests::{logprobs, most_likely, run as run_search};
+use crate::engine::constraint::Constraint;
 use crate::engine::groups::{CacheGroups, GroupKind};
+use crate::engine::logits::{LogitsOptions, LogitsProcessors};
 use crate::engine::prefix::{PrefixCaching, PrefixKey};
+use crate::engine::{BeamParams, EarlyStopping};
+
+mod beams;
+mod memory;
 
 const VOCABULARY: u32 = 11;
 const STOP: u32 = 7;
 
-/// The token after `tokens`, as output `index` of a request with this seed.
-fn next_token(tokens: &[u32], seed: u64, index: u32) -> u32 {
+/// The token after `tokens`, as output `index` of a request with this seed: of those that `may` come the first from a place
+/// that depends on all that was, and on what stands for the arithmetic of edits.
+fn next_token(
+    tokens: &[u32],
+    (seed, index): (u64, u32),
+    digest: u64,
+    may: impl Fn(u32) -> bool,
+) -> u32 {
     let hash = tokens
         .iter()
-        .fold(seed ^ u64::from(index) << 32, |hash, &token| {
+        .fold(seed ^ u64::from(index) << 32 ^ digest, |hash, &token| {
             (hash ^ u64::from(token))
                 .wrapping_mul(0x9E37_79B9_7F4A_7C15)
                 .rotate_left(23)
         });
-    (hash >> 17) as u32 % VOCABULARY
+    let first = (hash >> 17) as u32 % VOCABULARY;
+    let mut tokens = (0..VOCABULARY).map(|i| (first + i) % VOCABULARY);
+    tokens.find(|&token| may(token)).unwrap()
+}
+
+/// Stands for penalties: each token seen and its count.
+fn digest(seen: impl Iterator<Item = (u32, u32)>) -> u64 {
+    let each = seen.map(|(token, n)| {
+        (u64::from(token) << 32 | u64::from(n) << 8 | 1).wrapping_mul(0xD1B5_4A32_D192_ED03)
+    });
+    each.fold(0, u64::wrapping_add)
+}
+
+/// What a request changes in its logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Changes {
+    Nothing,
+    Penalties,
+    /// And no stop token among the first three.
+    BadWords,
+    Allowed,
+    /// Even and odd tokens by turns.
+    Constraint,
+}
+
+const BAD_WORDS: [&[u32]; 3] = [&[1], &[2, 3], &[4, 4, 0]];
+const ALLOWED: [u32; 5] = [0, 3, 5, 7, 9];
+
+/// Even and odd tokens by turns; counts for itself what it was told.
+#[derive(Clone, Debug)]
+struct Alternating(u32);
+
+impl Constraint for Alternating {
+    fn advance(&mut self, token: u32) {
+        assert_eq!(token % 2, self.0 % 2);
+        self.0 += 1;
+    }
+
+    fn fill_mask(&mut self, mask: &mut [u32]) {
+        mask[0] = 0b101_0101_0101 << (self.0 % 2);
+    }
+
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}
+
+impl Changes {
+    fn options(self) -> LogitsOptions {
+        let options = LogitsOptions::default();
+        match self {
+            Self::Nothing => options,
+            Self::Penalties => LogitsOptions {
+                repetition_penalty: 1.1,
+                ..options
+            },
+            Self::BadWords => LogitsOptions {
+                bad_words: BAD_WORDS.map(<[u32]>::to_vec).to_vec(),
+                min_tokens: 3,
+                ..options
+            },
+            Self::Allowed => LogitsOptions {
+                allowed_token_ids: ALLOWED.to_vec(),
+                ..options
+            },
+            Self::Constraint => LogitsOptions {
+                constraint: Some(Box::new(Alternating(0))),
+                ..options
+            },
+        }
+    }
+
+    /// By definition, from all that was.
+    fn oracle(self, prompt: &[u32], outputs: &[u32], stops: &[u32], token: u32) -> bool {
+        let longer = [outputs, &[token]].concat();
+        assert!(!prompt.is_empty());
+        match self {
+            Self::Nothing | Self::Penalties => true,
+            Self::BadWords => {
+                !BAD_WORDS.iter().any(|word| longer.ends_with(word))
+                    && (outputs.len() >= 3 || !stops.contains(&token))
+            }
+            Self::Allowed => ALLOWED.contains(&token),
+            Self::Constraint => token % 2 == outputs.len() as u32 % 2,
+        }
+    }
+
+    fn oracle_digest(self, prompt: &[u32], outputs: &[u32]) -> u64 {
+        if self != Self::Penalties {
+            return 0;
+        }
+        let count = |of: &[u32], token| of.iter().filter(|t| **t == token).count() as u32;
+        let seen = (0..VOCABULARY).filter(|t| prompt.contains(t) || outputs.contains(t));
+        digest(seen.map(|token| (token, count(outputs, token))))
+    }
 }
 
 /// What a sequence of a request must give: its outputs and how it ends.
-fn oracle(request: &Request, sequence: u32, max_model_len: u32) -> (Vec<u32>, FinishReason) {
+fn oracle(request: &Request, changes: Changes, sequence: u32, max_model_len: u32) -> Received {
     let mut tokens = request.prompt.clone();
-    let n_outputs = request.max_tokens.min(max_model_len - tokens.len() as u32);
+    let n_prompt = tokens.len();
+    let n_outputs = request.max_tokens.min(max_model_len - n_prompt as u32);
+    if let Some(beams) = request.beams.filter(|_| n_outputs > 0) {
+        return beam_oracle(request, beams, n_outputs).swap_remove(sequence as usize);
+    }
+    let mut finished = FinishReason::Length;
     for index in 0..n_outputs {
         let seed = request.sampling.seed + u64::from(sequence);
-        let token = next_token(&tokens, seed, index);
+        let (prompt, outputs) = tokens.split_at(n_prompt);
+        let digest = changes.oracle_digest(prompt, outputs);
+        let may = |token| changes.oracle(prompt, outputs, &request.stop_token_ids, token);
+        let token = next_token(&tokens, (seed, index), digest, may);
         tokens.push(token);
         if request.stop_token_ids.contains(&token) {
-            return (
-                tokens.split_off(request.prompt.len()),
-                FinishReason::Stop(token),
-            );
+            finished = FinishReason::Stop(token);
+            break;
         }
     }
-    (tokens.split_off(request.prompt.len()), FinishReason::Length)
+    Received {
+        tokens: tokens.split_off(n_prompt),
+        finished: Some(finished),
+        ..Received::default()
+    }
+}
+
+/// What a search over whole rows of logits gives, without a scheduler.
+fn beam_oracle(request: &Request, beams: BeamParams, n_outputs: u32) -> Vec<Received> {
+    let stops = request.stop_token_ids.clone();
+    let search = BeamSearch::new(beams, stops, n_outputs, request.logprobs);
+    let expand = |outputs: &[u32]| {
+        let context = [&request.prompt, outputs].concat();
+        most_likely(&logprobs(0, &context, VOCABULARY), VOCABULARY as usize)
+    };
+    let answers = run_search(search, request.n.get() as usize, expand).into_iter();
+    let received = answers.map(|answer| Received {
+        scores: Vec::new(),
+        tokens: answer.tokens.iter().map(|token| token.token).collect(),
+        finished: Some(answer.finished),
+        beam_score: Some(answer.score),
+    });
+    received.collect()
+}
+
+/// What a device makes of an edit.
+fn sample_edited(context: &[u32], of: (u64, u32), edit: &LogitsEdit) -> u32 {
+    let may = |token: u32| {
+        let allowed = edit.allowed.as_ref().is_none_or(|m| m[0] >> token & 1 == 1);
+        allowed && edit.biases.iter().all(|bias| bias.token != token)
+    };
+    let seen = edit.penalties.iter().flat_map(|p| p.seen.iter());
+    let digest = digest(seen.map(|seen| (seen.token, seen.n_outputs)));
+    next_token(context, of, digest, may)
 }
 
 /// What a slot or a state of the cache holds: what was written, after what, and when. No two writes are at one time.
@@ -103,6 +252,8 @@ struct CheckingDevice {
     seen: HashMap<(usize, usize, usize), u64>,
     n_written: u64,
     previous: Vec<u32>,
+    /// Row and position of each row of logits of the step that was submitted and not sampled.
+    unsampled: Option<Vec<(usize, usize)>>,
     results: VecDeque<DeviceOutput>,
 }
 
@@ -120,6 +271,7 @@ impl CheckingDevice {
             seen: HashMap::new(),
             n_written: 0,
             previous: Vec::new(),
+            unsampled: None,
             results: VecDeque::new(),
         }
     }
@@ -235,6 +387,10 @@ impl CheckingDevice {
         let Schedule {
             input, requests, ..
         } = schedule;
+        assert!(
+            self.unsampled.is_none(),
+            "the step before was sampled first"
+        );
         assert!(!input.tokens.is_empty() && input.tokens.len() <= self.limits.max_tokens);
         assert!(input.spans.len() <= self.limits.max_sequences);
         assert!(input.logits.len() <= self.limits.max_logits_rows);
@@ -266,21 +422,32 @@ impl CheckingDevice {
         for &(row, position) in &place {
             self.read(row, position);
         }
-        let sampled = input.logits.iter().zip(requests).map(|(&token, request)| {
-            let (row, last) = place[token as usize];
+        let rows = input.logits.iter().map(|&token| place[token as usize]);
+        self.unsampled = Some(rows.collect());
+    }
+
+    fn sample(&mut self, requests: &[LogitsRow]) {
+        let rows = self.unsampled.take().expect("a step was submitted");
+        let sampled = rows.iter().zip(requests).map(|(&(row, last), request)| {
             let context: Vec<u32> = self.contexts[row].1[..=last]
                 .iter()
                 .map(|w| w.token)
                 .collect();
-            let token = match request.request {
+            let token = match &request.request {
                 LogitsRequest::Sample {
                     params,
                     output_index,
-                } => next_token(&context, params.seed, output_index),
-                LogitsRequest::Score { token } => token,
+                    edit,
+                } => sample_edited(&context, (params.seed, *output_index), edit),
+                LogitsRequest::Score { token } => *token,
+            };
+            let top = match request.n_logprobs {
+                Some(n) if n > 0 => most_likely(&logprobs(0, &context, VOCABULARY), n.into()),
+                _ => Vec::new(),
             };
             Sampled {
                 token,
+                top,
                 ..Sampled::default()
             }
         });
@@ -301,8 +468,10 @@ struct Arrival {
     family: u32,
     n_shared: u32,
     salted: bool,
-    /// Sequences.
+    /// Answers: sequences, or the best hypotheses of beams.
     n: u32,
+    beams: Option<BeamParams>,
+    changes: Changes,
     /// Steps after its arrival at which the client wants no more of one of them.
     drops: Option<(u32, u32)>,
     /// Steps after its arrival at which the client leaves.
@@ -320,6 +489,8 @@ const PLAIN: Arrival = Arrival {
     n_shared: 0,
     salted: false,
     n: 1,
+    beams: None,
+    changes: Changes::Nothing,
     drops: None,
     leaves_after: None,
 };
@@ -366,6 +537,21 @@ fn kind() -> impl Strategy<Value = GroupKind> {
     ]
 }
 
+fn beams() -> impl Strategy<Value = BeamParams> {
+    let early_stopping = prop_oneof![
+        Just(EarlyStopping::WhenFull),
+        Just(EarlyStopping::WhenUnlikely),
+        Just(EarlyStopping::WhenImpossible),
+    ];
+    (1..6u32, -1.0..2.0, early_stopping).prop_map(|(width, length_penalty, early_stopping)| {
+        BeamParams {
+            width: NonZeroU32::new(width).unwrap(),
+            length_penalty,
+            early_stopping,
+        }
+    })
+}
+
 fn settings() -> impl Strategy<Value = Setting> {
     let arrival = (
         0..30u32,
@@ -378,7 +564,15 @@ fn settings() -> impl Strategy<Value = Setting> {
             0..20u32,
             prop::bool::weighted(0.2),
             prop_oneof![Just(1u32), 1..5u32],
+            prop_oneof![
+                3 => Just(Changes::Nothing),
+                1 => Just(Changes::Penalties),
+                1 => Just(Changes::BadWords),
+                1 => Just(Changes::Allowed),
+                1 => Just(Changes::Constraint),
+            ],
             prop::option::weighted(0.2, (0..20u32, 0..4u32)),
+            prop::option::weighted(0.3, beams()),
         ),
         prop::option::weighted(0.2, 0..20u32),
     )
@@ -393,7 +587,9 @@ fn settings() -> impl Strategy<Value = Setting> {
                 n_shared: shares.1,
                 salted: shares.2,
                 n: shares.3,
-                drops: shares.4,
+                changes: shares.4,
+                drops: shares.5,
+                beams: shares.6,
                 leaves_after,
             },
         );
@@ -412,9 +608,17 @@ fn settings() -> impl Strategy<Value = Setting> {
     let arrivals = prop::collection::vec(arrival, 1..16);
     (sizes, kinds, caching, arrivals).prop_map(|(sizes, kinds, caching, mut arrivals)| {
         let (depth, block_size, spare_blocks, max_sequences, more_tokens, more_rows) = sizes;
-        arrivals
-            .iter_mut()
-            .for_each(|a| a.n = a.n.min(max_sequences as u32));
+        for arrival in &mut arrivals {
+            arrival.n = arrival.n.min(max_sequences as u32);
+            if let Some(beams) = &mut arrival.beams {
+                beams.width = NonZeroU32::new(max_sequences as u32)
+                    .unwrap()
+                    .min(beams.width);
+                arrival.n = arrival.n.min(beams.width.get());
+                // They are searched in the logits as they are.
+                arrival.changes = Changes::Nothing;
+            }
+        }
         let longest = arrivals
             .iter()
             .map(|a| a.n_prompt + a.max_tokens)
@@ -438,7 +642,8 @@ fn settings() -> impl Strategy<Value = Setting> {
         let groups = setting.groups();
         let alone = setting.arrivals.iter().map(|a| {
             let own = groups.own_blocks_for(a.n_prompt, max_model_len);
-            groups.blocks_for(max_model_len) + (a.n - 1) * own
+            let n = request(0, a).n_sequences().get();
+            groups.blocks_for(max_model_len) + (n - 1) * own
         });
         setting.n_blocks = alone.max().unwrap() + spare_blocks;
         setting
@@ -446,27 +651,33 @@ fn settings() -> impl Strategy<Value = Setting> {
 }
 
 fn request(i: usize, arrival: &Arrival) -> Request {
+    let prompt: Vec<u32> = (0..arrival.n_prompt)
+        .map(|p| match p < arrival.n_shared {
+            true => (arrival.family * 5 + p * 3) % VOCABULARY,
+            false => (i as u32 * 5 + p * 3) % VOCABULARY,
+        })
+        .collect();
+    let stop_token_ids = if arrival.stops {
+        vec![STOP]
+    } else {
+        Vec::new()
+    };
+    let options = arrival.changes.options();
     Request {
         id: RequestId(i as u64),
-        prompt: (0..arrival.n_prompt)
-            .map(|p| match p < arrival.n_shared {
-                true => (arrival.family * 5 + p * 3) % VOCABULARY,
-                false => (i as u32 * 5 + p * 3) % VOCABULARY,
-            })
-            .collect(),
+        logits: LogitsProcessors::new(options, &prompt, &stop_token_ids, VOCABULARY).map(Box::new),
+        prompt,
         max_tokens: arrival.max_tokens,
-        stop_token_ids: if arrival.stops {
-            vec![STOP]
-        } else {
-            Vec::new()
-        },
+        stop_token_ids,
         sampling: SamplingParams {
             temperature: 1.0,
             top_p: 1.0,
             top_k: None,
+            min_p: 0.0,
             seed: i as u64,
         },
         n: NonZeroU32::new(arrival.n).unwrap(),
+        beams: arrival.beams,
         logprobs: None,
         prompt_logprobs: arrival.scored.then_some(0),
         cache_salt: arrival.salted.then(|| "salt".to_owned()),
@@ -487,15 +698,21 @@ fn add(scheduler: &mut Scheduler, blocks: &BlockPool, setting: &Setting, request
 #[derive(Default)]
 struct Totals {
     n_preempted: usize,
+    /// Blocks that were active, and that would have been without sharing: when these were most, and summed over the steps.
+    most: (u64, u64),
+    sum: (u64, u64),
+    /// Steps that were sampled after the commit of the one before.
+    n_waited: usize,
     /// Prompt tokens that the cache held, by request that asked it.
     cached: BTreeMap<RequestId, u32>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default, PartialEq)]
 struct Received {
     scores: Vec<u32>,
     tokens: Vec<u32>,
     finished: Option<FinishReason>,
+    beam_score: Option<f32>,
 }
 
 /// Runs a setting to its end.
@@ -543,7 +760,7 @@ fn run(setting: &Setting) -> Totals {
         }
         // Some steps have no room for prompts beside decodes, some a little, some all.
         let prompt_tokens = [0, 1, 3, u32::MAX][step as usize % 4];
-        let schedule = scheduler.schedule(&mut blocks, prompt_tokens);
+        let mut schedule = scheduler.schedule(&mut blocks, prompt_tokens);
         let is_idle = schedule.input.tokens.is_empty();
         for row in scheduler.rows_in_order() {
             let running = scheduler.at(row);
@@ -566,42 +783,73 @@ fn run(setting: &Setting) -> Totals {
                 assert_eq!(counted, None, "counted once, preempted or not");
             }
         }
-        if !is_idle {
-            device.submit(&schedule);
-        }
         totals.n_preempted += schedule.preempted.len();
-        if is_idle || device.results.len() == *depth {
-            if let Some(output) = device.results.pop_front() {
-                for output in scheduler.commit(&mut blocks, output) {
-                    let sequence = (output.id, output.sequence);
-                    assert!(!left.contains(&sequence), "no output after an abort");
-                    let received = received.entry(sequence).or_default();
-                    assert_eq!(received.finished, None, "no output after the last");
-                    received
-                        .scores
-                        .extend(output.prompt_logprobs.iter().map(|s| s.token));
-                    received
-                        .tokens
-                        .extend(output.tokens.iter().map(|s| s.token));
-                    received.finished = output.finished;
+        totals.n_waited += usize::from(schedule.edits == Edits::AfterCommit);
+        let counts = blocks.counts();
+        let counts = (u64::from(counts.active), u64::from(counts.unshared));
+        if counts.1 > totals.most.1 {
+            totals.most = counts;
+        }
+        totals.sum = (totals.sum.0 + counts.0, totals.sum.1 + counts.1);
+        let mut collect = |scheduler: &mut Scheduler, results: &mut VecDeque<DeviceOutput>| {
+            let Some(output) = results.pop_front() else {
+                return false;
+            };
+            for output in scheduler.commit(&mut blocks, output) {
+                let sequence = (output.id, output.sequence);
+                assert!(!left.contains(&sequence), "no output after an abort");
+                let received = received.entry(sequence).or_default();
+                assert_eq!(received.finished, None, "no output after the last");
+                received
+                    .scores
+                    .extend(output.prompt_logprobs.iter().map(|s| s.token));
+                received
+                    .tokens
+                    .extend(output.tokens.iter().map(|s| s.token));
+                received.finished = output.finished;
+                received.beam_score = output.beam_score;
+            }
+            true
+        };
+        if is_idle {
+            if !collect(&mut scheduler, &mut device.results) {
+                if n_arrived < arrivals.len() {
+                    continue;
                 }
-            } else if n_arrived < arrivals.len() {
-                continue;
-            } else {
                 assert!(
                     scheduler.is_idle(),
                     "nothing runs and nothing is under way, but requests are left"
                 );
                 break;
             }
+        } else {
+            device.submit(&schedule);
+            if schedule.edits == Edits::AfterCommit {
+                let is_collected = collect(&mut scheduler, &mut device.results);
+                assert!(is_collected, "the step before is under way");
+            }
+            if schedule.edits != Edits::None {
+                scheduler.edit_logits(&mut schedule.requests);
+            }
+            device.sample(&schedule.requests);
+            let n_left = if schedule.has_beams { 0 } else { depth - 1 };
+            while device.results.len() > n_left {
+                collect(&mut scheduler, &mut device.results);
+            }
         }
         let rows: Vec<TableRow> = scheduler.rows_in_order().collect();
         let held = rows
             .iter()
             .flat_map(|&row| scheduler.at(row).table.blocks());
+        let held: Vec<BlockId> = held.collect();
+        assert_eq!(
+            blocks.counts().unshared as usize,
+            held.len(),
+            "every reference is a table's"
+        );
         assert_eq!(
             blocks.counts().active as usize,
-            held.collect::<HashSet<_>>().len(),
+            held.into_iter().collect::<HashSet<_>>().len(),
             "every active block is in a table"
         );
         assert_eq!(scheduler.free_rows.len() + rows.len(), limits.max_sequences);
@@ -612,27 +860,21 @@ fn run(setting: &Setting) -> Totals {
     for (i, arrival) in arrivals.iter().enumerate() {
         let request = request(i, arrival);
         for sequence in 0..arrival.n {
-            let (tokens, reason) = oracle(&request, sequence, max_model_len);
+            let mut want = oracle(&request, arrival.changes, sequence, max_model_len);
             let sequence = (request.id, sequence);
             let received = received.remove(&sequence).unwrap_or_default();
             if left.contains(&sequence) && received.finished.is_none() {
                 assert!(
-                    tokens.starts_with(&received.tokens),
+                    want.tokens.starts_with(&received.tokens),
                     "what came before the abort was right"
                 );
                 continue;
             }
-            assert_eq!(
-                (received.tokens, received.finished),
-                (tokens, Some(reason)),
-                "{sequence:?}"
-            );
             // The first reports the prompt for all.
-            let scores = match arrival.scored && sequence.1 == 0 {
-                true => &request.prompt[1..],
-                false => &[],
-            };
-            assert_eq!(received.scores, scores, "scores of {sequence:?}");
+            if arrival.scored && sequence.1 == 0 {
+                want.scores = request.prompt[1..].to_vec();
+            }
+            assert_eq!(received, want, "{sequence:?}");
         }
     }
     totals
@@ -643,6 +885,52 @@ proptest! {
     #[test]
     fn a_request_gives_in_any_crowd_what_it_gives_alone(setting in settings()) {
         run(&setting);
+    }
+}
+
+#[test]
+fn edits_that_depend_on_the_step_before_wait_for_it_and_others_do_not() {
+    for (changes, depth, waits) in [
+        (Changes::Nothing, 2, false),
+        (Changes::Allowed, 2, false),
+        (Changes::Penalties, 1, false),
+        (Changes::Penalties, 2, true),
+        (Changes::BadWords, 2, true),
+        (Changes::Constraint, 1, false),
+        (Changes::Constraint, 2, true),
+    ] {
+        let arrival = Arrival {
+            n_prompt: 9,
+            max_tokens: 8,
+            n: 3,
+            changes,
+            ..PLAIN
+        };
+        let setting = Setting {
+            depth,
+            block_size: 4,
+            n_blocks: 64,
+            limits: Limits {
+                max_tokens: 8,
+                max_sequences: 4,
+                max_logits_rows: 8,
+                max_blocks_per_sequence: 8,
+            },
+            kinds: vec![GroupKind::Full],
+            caching: None,
+            arrivals: vec![
+                arrival,
+                Arrival {
+                    n_prompt: 3,
+                    max_tokens: 20,
+                    ..PLAIN
+                },
+            ],
+        };
+        let n_waited = run(&setting).n_waited;
+        let why = format!("{changes:?} at depth {depth}: {n_waited}");
+        assert_eq!(n_waited > 0, waits, "{why}");
+        assert!(n_waited < 9, "only its own steps: {why}");
     }
 }
 
@@ -701,9 +989,12 @@ fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
                 temperature: 0.0,
                 top_p: 1.0,
                 top_k: None,
+                min_p: 0.0,
                 seed: 0,
             },
+            logits: None,
             n: NonZeroU32::MIN,
+            beams: None,
             logprobs: None,
             prompt_logprobs: None,
             cache_salt: None,
