@@ -650,7 +650,8 @@ fn prompts_that_wait_for_slots_or_blocks_say_nothing_of_the_rate() {
         })
     };
     let another = |load| load;
-    let changes: [(&str, &dyn Fn(ReplicaLoad) -> ReplicaLoad, &str); 3] = [
+    type Change<'a> = &'a dyn Fn(ReplicaLoad) -> ReplicaLoad;
+    let changes: [(&str, Change<'_>, &str); 3] = [
         ("no slot", &full, "a"),
         ("no block", &none_free, "a"),
         ("another start of the replica", &another, "b"),
