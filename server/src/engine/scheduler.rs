@@ -154,6 +154,8 @@ pub struct Load {
     pub n_running: u32,
     /// Their sequences.
     pub n_sequences: u32,
+    /// Output tokens that these have.
+    pub generated_tokens: u64,
     /// Requests that wait, preempted ones included.
     pub n_waiting: u32,
     /// Blocks that the waiting requests need to start, beyond those of others that they share.
@@ -499,6 +501,9 @@ impl Scheduler {
         Load {
             n_running: self.running.len() as u32,
             n_sequences: (self.rows.len() - self.free_rows.len()) as u32,
+            generated_tokens: (self.rows_in_order())
+                .map(|row| u64::from(self.at(row).sequence.n_outputs()))
+                .sum(),
             n_waiting: self.waiting.len() as u32,
             waiting_blocks: waiting.clone().map(|need| need.n_blocks).sum(),
             prefill_backlog_tokens: waiting.map(|need| need.n_prompt).sum::<u64>()

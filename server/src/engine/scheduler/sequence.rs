@@ -185,7 +185,7 @@ impl Sequence {
     }
 
     /// Outputs sampled or under way; the output index of the next one.
-    fn n_outputs(&self) -> u32 {
+    pub(super) fn n_outputs(&self) -> u32 {
         self.n_known() - self.n_prompt + self.n_pending
     }
 

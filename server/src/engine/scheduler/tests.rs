@@ -1183,6 +1183,10 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
         (load.n_running, load.prefill_backlog_tokens),
         (2, 40 - 5 - 7 * 3)
     );
+    assert_eq!(
+        load.generated_tokens, 4,
+        "of the first; the other has its prompt yet"
+    );
 }
 
 #[test]
