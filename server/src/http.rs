@@ -26,6 +26,7 @@ mod management;
 mod middleware;
 mod params;
 mod prompts;
+mod resume;
 pub mod serve;
 mod structured;
 mod tokenize;

@@ -585,6 +585,32 @@ fn reasoning_comes_apart_and_the_answer_behind_it_is_held() {
     );
 }
 
+/// The first part of a stream, its tokens, and what another server sends behind it.
+#[test]
+fn a_call_that_broke_off_goes_on_where_it_was() {
+    let server = Server::start(&[]);
+    let body = json!({"messages": question(), "tools": tools(), "tool_choice": "required", "parallel_tool_calls": false,
+        "temperature": TEMPERATURE, "seed": 6, "stream": true, "return_token_ids": true});
+    let events = server.open("POST", CHAT, &body.to_string()).events();
+    let ids_of = |event: &Value| {
+        let ids = event["choices"][0]["token_ids"].as_array().cloned();
+        ids.unwrap_or_default()
+    };
+    let whole = streamed_calls(&events);
+    let id = &whole[0].0;
+    assert!(!id.is_empty() && events.len() > 8, "{events:?}");
+    for n_events in [2, events.len() / 2, events.len() - 3] {
+        let ids: Vec<Value> = events[..n_events].iter().flat_map(ids_of).collect();
+        let resume =
+            json!({"id": events[0]["id"], "created": events[0]["created"], "choices": [ids]});
+        let resumed = with(body.clone(), json!({"kvasir_resume": resume}));
+        let rest = server.open("POST", CHAT, &resumed.to_string()).events();
+        assert!(rest.len() < events.len() && rest[0]["id"] == events[0]["id"]);
+        let joined: Vec<Value> = events[..n_events].iter().chain(&rest).cloned().collect();
+        assert_eq!(streamed_calls(&joined), whole, "from event {n_events} on");
+    }
+}
+
 #[test]
 fn a_conversation_with_calls_goes_back_to_the_model() {
     let server = Server::start(&[]);

@@ -33,11 +33,14 @@ fn the_replica_that_is_least_busy_goes() {
     let left = ns.until("one is left", 60, || {
         let pods = ns.pods("demo")?;
         Ok(match pods.as_slice() {
-            [pod] => Seen::Yes(pod["metadata"]["name"].clone()),
+            [pod] => Seen::Yes(pod["metadata"].clone()),
             pods => Seen::NotYet(format!("{} pods", pods.len())),
         })
     });
-    assert_eq!(left, name, "the busy one stays");
+    assert_eq!(left["name"], name, "the busy one stays");
+    let cost = left["annotations"]["controller.kubernetes.io/pod-deletion-cost"].as_str();
+    let tokens: i32 = cost.and_then(|cost| cost.parse().ok()).expect("its cost");
+    assert!(tokens > 0, "not by chance: {left}");
     Clients::finish(vec![clients]).assert_whole();
 }
 

@@ -26,9 +26,10 @@ use crate::frontend::RequestEvent;
 use crate::frontend::budget::Purpose;
 use crate::grammar::CompiledGrammar;
 use crate::grammar::lark::{Reasoning, after_reasoning};
-use crate::text::Detokenizer;
 use crate::text::reasoning::{PromptEnd, THINK, THINK_END};
+use crate::text::stop::StopStrings;
 use crate::text::tool_calls::ToolCallFormat;
+use crate::text::{Detokenizer, StopMatcher};
 
 /// What a body asks for.
 struct ChatRequest {
@@ -115,6 +116,17 @@ impl Serving {
         Ok((rendered.tokens, rendered.end))
     }
 
+    /// An answer's id, and when it was begun.
+    fn answer_name(&self, params: &Params) -> (Arc<str>, u64) {
+        match &params.resume {
+            Some(resume) => (resume.id.as_str().into(), resume.created),
+            None => {
+                let id = format!("chatcmpl-{}", self.ids.call());
+                (id.into(), super::unix_time())
+            }
+        }
+    }
+
     /// How the answer to a prompt that ends so is taken apart.
     fn answer_format(&self, tools: &Tools, end: PromptEnd) -> AnswerFormat {
         AnswerFormat {
@@ -172,6 +184,22 @@ impl Serving {
     }
 }
 
+/// The choices of a call, as far as its client has them.
+fn choices(
+    format: &AnswerFormat,
+    id: &Arc<str>,
+    params: &Params,
+    detokenizer: &Detokenizer,
+) -> Vec<Choice> {
+    let resume = params.resume.as_ref();
+    let choice = |index| {
+        let resumed = resume.and_then(|resume| resume.choices.get(index));
+        let said = resumed.map(|tokens| (tokens.as_slice(), detokenizer.clone(), &params.stop));
+        Choice::new(format.parser(id, index), said)
+    };
+    (0..params.choices.n.get() as usize).map(choice).collect()
+}
+
 /// Answers one call.
 pub(super) async fn chat(
     Incoming {
@@ -182,7 +210,7 @@ pub(super) async fn chat(
     }: Incoming,
 ) -> Result<Response, ApiError> {
     let ChatRequest {
-        params,
+        mut params,
         conversation,
         tools,
         structured,
@@ -191,6 +219,7 @@ pub(super) async fn chat(
         logprobs,
     } = ChatRequest::parse(&serving, &body)?;
     drop(body);
+    params.settle_seed(|| serving.ids.seed());
     let logits = serving.logits_options(params.logits.clone()).await?;
     let (prompt, end) = serving
         .encode_chat(conversation, &params, max_tokens)
@@ -198,22 +227,20 @@ pub(super) async fn chat(
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
     let format = serving.answer_format(&tools, end);
     let grammar = serving.answer_grammar(&tools, structured, &format).await?;
-    let id: Arc<str> = format!("chatcmpl-{}", serving.ids.call()).into();
-    let choice = |index| Choice {
-        parser: format.parser(&id, index),
-        started: false,
-        n_completion: 0,
-    };
     // An answer is a text of its own, unlike a completion.
     let vocabulary = Arc::clone(serving.tokenizer.vocabulary());
     let calls = format.calls.as_ref().map(|calls| calls.format);
     let skip_special = serving.skips_special_tokens(params.skip_special_tokens, calls);
-    let call = Call {
-        created: super::unix_time(),
+    let detokenizer = Detokenizer::new(vocabulary, skip_special);
+    let (id, created) = serving.answer_name(&params);
+    let choices = choices(&format, &id, &params, &detokenizer);
+    let tells_prompt = params.return_token_ids && params.resume.is_none();
+    let mut call = Call {
+        created,
         n_prompt: prompt.len(),
         n_cached: 0,
-        choices: (0..params.choices.n.get() as usize).map(choice).collect(),
-        prompt: params.return_token_ids.then(|| prompt.clone()),
+        choices,
+        prompt: tells_prompt.then(|| prompt.clone()),
         options: Options {
             with_logprobs: logprobs.is_some(),
             include_reasoning,
@@ -225,7 +252,7 @@ pub(super) async fn chat(
     };
     let prepared = Prepared {
         prompt,
-        detokenizer: Detokenizer::new(vocabulary, skip_special),
+        detokenizer,
         max_tokens,
         logprobs,
         prompt_logprobs: call.params.prompt_logprobs,
@@ -233,6 +260,9 @@ pub(super) async fn chat(
     };
     let streams = serving.submit(vec![prepared], &call.params, &logits, arrived)?;
     drop(lease);
+    for (choice, stream) in call.choices.iter_mut().zip(&streams) {
+        choice.was_over = stream.was_over();
+    }
     if call.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
@@ -246,7 +276,31 @@ struct Choice {
     parser: AnswerParser,
     /// Its role is sent.
     started: bool,
+    /// Its client has seen the end of it before.
+    was_over: bool,
     n_completion: usize,
+}
+
+impl Choice {
+    /// `said`: the tokens that its client has already, what makes text of them, and what ends it.
+    fn new(mut parser: AnswerParser, said: Option<(&[u32], Detokenizer, &StopStrings)>) -> Self {
+        let n_completion = said.as_ref().map_or(0, |(tokens, ..)| tokens.len());
+        let started = said.is_some();
+        if let Some((tokens, mut detokenizer, stop)) = said {
+            let (mut text, mut decided) = (String::new(), String::new());
+            tokens
+                .iter()
+                .for_each(|&id| detokenizer.push(id, &mut text));
+            StopMatcher::new(stop.clone()).push(&text, &mut decided);
+            parser.push(decided, false);
+        }
+        Self {
+            parser,
+            started,
+            was_over: false,
+            n_completion,
+        }
+    }
 }
 
 /// What a call wants of its answer.
@@ -291,6 +345,7 @@ impl Call {
             object,
             created: *created,
             model: &serving.model_name,
+            seed: self.params.seed(),
             choices,
             usage,
             prompt_token_ids,
@@ -401,6 +456,9 @@ impl ChunkWriter for Call {
         event: RequestEvent,
         out: &mut Frames,
     ) -> Result<(), ApiError> {
+        if self.choices[index].was_over {
+            return Ok(());
+        }
         self.n_cached += event.cached_tokens.unwrap_or(0) as usize;
         if !std::mem::replace(&mut self.choices[index].started, true) {
             let delta = Delta {
