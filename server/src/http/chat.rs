@@ -192,7 +192,7 @@ fn choices(
     detokenizer: &Detokenizer,
 ) -> Vec<Choice> {
     let resume = params.resume.as_ref();
-    let choice = |index| {
+    let choice = |index: usize| {
         let resumed = resume.and_then(|resume| resume.choices.get(index));
         let said = resumed.map(|tokens| (tokens.as_slice(), detokenizer.clone(), &params.stop));
         Choice::new(format.parser(id, index), said)
