@@ -1,6 +1,8 @@
 //! Answers that are held to a grammar, and tool calls, as clients see them: a real process with the demo model. At a temperature
 //! this high its weights say nothing any more: it is a model of random weights.
 
+#![allow(clippy::unwrap_used)] // A test's helpers, outside of #[test] functions.
+
 mod client;
 
 use client::Server;
