@@ -22,8 +22,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use status::{
-    ConditionType, EndedPods, LLMDeploymentStatus, LastScaling, ModelDownload, ModelStatus,
-    NotReadyReplica, PhaseTimes, Reason, StartTimes,
+    AutoscalingStatus, ConditionType, EndedPods, LLMDeploymentStatus, LastScaling, LearnedCapacity,
+    ModelDownload, ModelStatus, NextScaling, NotReadyReplica, PhaseTimes, Reason, StartTimes,
 };
 
 /// The label that selects the pods of one deployment, and the selector of its children: it never changes.
@@ -67,8 +67,8 @@ pub const SELECTOR_LABEL: &str = "kvasir.dev/llmdeployment";
         .message("metadata.name must have at most 50 characters: lower-case letters, digits and '-', beginning with a letter and not ending with '-' (its Service takes the same name)")
 )]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.replicas) != has(self.autoscaling)")
-    .message("exactly one of spec.replicas and spec.autoscaling must be set: where spec.autoscaling is, the operator owns the number of replicas (set its minReplicas and maxReplicas instead)"))]
+#[x_kube(validation = Rule::new("has(self.replicas) != (has(self.autoscaling) && (!has(self.autoscaling.mode) || self.autoscaling.mode == 'Auto'))")
+    .message("spec.replicas must be set exactly where spec.autoscaling is absent or its mode is Observe: in mode Auto the operator owns the number of replicas (set its minReplicas and maxReplicas instead)"))]
 pub struct LLMDeploymentSpec {
     /// The model and the name it is served under.
     pub model: Model,
@@ -92,7 +92,8 @@ pub struct LLMDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 10_000))]
     pub replicas: Option<i32>,
-    /// Lets the operator choose the number of replicas by what the block pools and queues report.
+    /// Lets the operator choose the number of replicas by what they report: KV blocks, sequence slots, prefill, queues. In
+    /// mode Observe it only says what it would choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
     /// How a change of the pods is rolled out.
@@ -327,6 +328,10 @@ pub enum RolloutStrategy {
 #[x_kube(validation = Rule::new("self.minReplicas <= self.maxReplicas")
     .message("autoscaling.minReplicas must not exceed autoscaling.maxReplicas"))]
 pub struct Autoscaling {
+    /// Auto: the operator sets the number of replicas. Observe: it reports what it would set, and spec.replicas, an HPA or
+    /// KEDA decides.
+    #[serde(default)]
+    pub mode: AutoscalingMode,
     /// The fewest replicas.
     #[serde(default = "default_min_replicas")]
     #[schemars(with = "i32", range(min = 1, max = 10_000))]
@@ -335,7 +340,8 @@ pub struct Autoscaling {
     #[schemars(with = "i32", range(min = 1, max = 10_000))]
     pub max_replicas: NonZeroU32,
     /// Replicas are added when the KV blocks held by running and needed by waiting requests exceed this part
-    /// of the block pools. Blocks that only cache count as free.
+    /// of the block pools, or the sequences that run and wait this part of the sequence slots. Blocks that only cache count
+    /// as free.
     #[serde(default = "default_target_block_utilization_percent")]
     #[schemars(with = "i32", range(min = 1, max = 100))]
     pub target_block_utilization_percent: NonZeroU32,
@@ -343,10 +349,21 @@ pub struct Autoscaling {
     #[serde(default = "default_target_queue_depth")]
     #[schemars(with = "i32", range(min = 1, max = 100_000))]
     pub target_queue_depth: NonZeroU32,
-    /// How long the demand must have stayed low before replicas are taken away.
+    /// How long the demand must have stayed low before replicas are taken away; at least twice the time that a replica
+    /// was measured to need until it serves.
     #[serde(default = "default_scale_down_stabilization_seconds")]
     #[schemars(with = "i32", range(min = 0, max = 86_400))]
     pub scale_down_stabilization_seconds: u32,
+}
+
+/// Who carries the autoscaler's decisions out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum AutoscalingMode {
+    /// The operator.
+    #[default]
+    Auto,
+    /// Nobody: they are reported.
+    Observe,
 }
 
 /// The CustomResourceDefinition as the committed file holds it.
@@ -367,6 +384,15 @@ fn default_drain_seconds() -> i32 {
     300
 }
 
+impl LLMDeploymentSpec {
+    /// The policy by which the operator sets the number of replicas; `None` where it doesn't.
+    #[must_use]
+    pub fn autoscaled(&self) -> Option<&Autoscaling> {
+        let policy = self.autoscaling.as_ref();
+        policy.filter(|policy| policy.mode == AutoscalingMode::Auto)
+    }
+}
+
 fn default_min_replicas() -> NonZeroU32 {
     NonZeroU32::MIN
 }
@@ -380,7 +406,7 @@ fn default_target_queue_depth() -> NonZeroU32 {
 }
 
 fn default_scale_down_stabilization_seconds() -> u32 {
-    300
+    60
 }
 
 #[cfg(test)]

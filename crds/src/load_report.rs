@@ -36,6 +36,11 @@ pub struct LoadReport {
     pub prefill_backlog_tokens: Option<u64>,
     /// Sequences preempted since the start.
     pub preemptions: Option<u64>,
+    /// Counts since the start: how much they rise between two reports is a rate.
+    pub totals: Option<TotalCounts>,
+    /// Demand that waits outside of any replica, at whoever reports it (a front door that holds requests while none
+    /// serves). A report of nothing else is no replica's.
+    pub held: Option<HeldCounts>,
     /// What is served, and what it takes.
     pub model: Option<ModelReport>,
     /// How the start goes, or went.
@@ -153,6 +158,32 @@ pub struct SlotCounts {
     pub running: Option<u64>,
     /// All slots: the most sequences that run at once.
     pub limit: Option<u64>,
+    /// Output tokens that the sequences of the running batch have by now.
+    pub generated_tokens: Option<u64>,
+}
+
+/// Counts since the start of the replica.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TotalCounts {
+    /// Prompt tokens whose KV was computed, those of recomputed sequences again.
+    pub prompt_tokens: Option<u64>,
+    /// Output tokens.
+    pub generated_tokens: Option<u64>,
+    /// Sequences that ended.
+    pub ended_sequences: Option<u64>,
+}
+
+/// Requests that are held for a deployment and that no replica knows of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HeldCounts {
+    /// Requests.
+    pub requests: Option<u64>,
+    /// Tokens of their prompts.
+    pub prompt_tokens: Option<u64>,
+    /// Age of the oldest in milliseconds; 0 where none is held.
+    pub oldest_ms: Option<u64>,
 }
 
 /// Requests by state.
@@ -184,6 +215,7 @@ mod tests {
         assert_eq!(report.page_demand, None, "a replica of before the field");
         let slots = report.slots.unwrap();
         assert_eq!((slots.running, slots.limit), (Some(2), None));
+        assert_eq!((report.totals, report.held), (None, None));
         let start: StartReport =
             serde_json::from_str(r#"{"phase":"compile","totalBytes":0,"doneBytes":0}"#).unwrap();
         assert_eq!(start.phase, Some(StartPhase::Other), "of a newer replica");
@@ -200,8 +232,19 @@ mod tests {
             slots: Some(SlotCounts {
                 running: Some(3),
                 limit: Some(64),
+                generated_tokens: Some(90),
             }),
             prefill_backlog_tokens: Some(5),
+            totals: Some(TotalCounts {
+                prompt_tokens: Some(7),
+                generated_tokens: Some(8),
+                ended_sequences: Some(9),
+            }),
+            held: Some(HeldCounts {
+                requests: Some(1),
+                prompt_tokens: Some(2),
+                oldest_ms: Some(3),
+            }),
             start: Some(StartReport {
                 phase: Some(StartPhase::WarmUp),
                 done_bytes: Some(2),
@@ -219,7 +262,14 @@ mod tests {
         assert_eq!(json["pageDemand"]["perTokenBlock"], 1);
         assert_eq!(json["slots"]["running"], 3);
         assert_eq!(json["slots"]["limit"], 64);
+        assert_eq!(json["slots"]["generatedTokens"], 90);
         assert_eq!(json["prefillBacklogTokens"], 5);
+        assert_eq!(json["totals"]["promptTokens"], 7);
+        assert_eq!(json["totals"]["generatedTokens"], 8);
+        assert_eq!(json["totals"]["endedSequences"], 9);
+        assert_eq!(json["held"]["requests"], 1);
+        assert_eq!(json["held"]["promptTokens"], 2);
+        assert_eq!(json["held"]["oldestMs"], 3);
         assert_eq!(json["start"]["phase"], "warmUp");
         assert_eq!(json["model"]["kvBytesPerToken"], 8);
         assert_eq!(report.start.and_then(|start| start.percent()), Some(66));

@@ -307,6 +307,7 @@ async fn look(stored: Arc<Stored>, context: &Context) -> Result<Option<Duration>
             desired,
             load,
             refused: report.refused,
+            decision: report.decision.as_ref(),
             pods: &observed.pods,
             status: report.status.as_ref().or(stored.status()),
         },

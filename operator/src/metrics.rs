@@ -10,7 +10,8 @@ use prometheus::{
 };
 
 use crate::error::Error;
-use crate::plan::autoscale::LoadSummary;
+use crate::plan::autoscale::demand::Constraint;
+use crate::plan::autoscale::{Decision, LoadSummary};
 use crate::pod;
 use crate::stored::Stored;
 
@@ -26,6 +27,8 @@ pub struct Figures<'a> {
     pub load: Option<LoadSummary>,
     /// The reason of the condition Accepted, where it is False.
     pub refused: Option<Reason>,
+    /// What the autoscaler decided, carried out or not; `None` where there is none.
+    pub decision: Option<&'a Decision>,
     /// Its pods.
     pub pods: &'a [Arc<Pod>],
     /// What is told of it.
@@ -101,6 +104,7 @@ pub struct Metrics {
     utilization: GaugeVec,
     waiting: IntGaugeVec,
     refused: IntGaugeVec,
+    autoscaling: AutoscalingMetrics,
     not_ready: NotReadyMetrics,
     leading: IntGauge,
     reconciles: IntCounter,
@@ -147,6 +151,7 @@ impl Metrics {
             "1 while an LLMDeployment is refused as a whole or in part, with the reason of its condition Accepted.",
             &["namespace", "name", "reason"],
         )?;
+        let autoscaling = AutoscalingMetrics::new(counts)?;
         let not_ready = NotReadyMetrics::new(&registry)?;
         let leading = IntGauge::new(
             "kvasir_operator_leading",
@@ -177,6 +182,7 @@ impl Metrics {
             utilization,
             waiting,
             refused,
+            autoscaling,
             not_ready,
             leading,
             reconciles,
@@ -200,6 +206,7 @@ impl Metrics {
             for gauges in [&self.target, &self.utilization] {
                 gauges.reset();
             }
+            self.autoscaling.reset();
             self.not_ready.replicas.reset();
             self.not_ready.start.reset();
         }
@@ -239,6 +246,10 @@ impl Metrics {
             }
             None => drop(self.target.remove_label_values(labels)),
         }
+        self.autoscaling.forget(labels);
+        if let Some(decision) = figures.decision {
+            self.autoscaling.decided(labels, decision);
+        }
         match figures.load {
             Some(load) => {
                 let ratio = load.active_blocks as f64 / load.blocks.max(1) as f64;
@@ -271,6 +282,7 @@ impl Metrics {
         let _ = self.target.remove_label_values(&[namespace, name]);
         self.forget_refusals(namespace, name);
         self.forget_load(&[namespace, name]);
+        self.autoscaling.forget(&[namespace, name]);
         self.not_ready.looked([namespace, name], None);
     }
 
@@ -285,6 +297,95 @@ impl Metrics {
     /// What the encoder says.
     pub fn text(&self) -> prometheus::Result<String> {
         TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+/// What the autoscaler sees and decides.
+#[derive(Debug)]
+struct AutoscalingMetrics {
+    desired: IntGaugeVec,
+    demand: IntGaugeVec,
+    unmet: IntGaugeVec,
+    silent: IntGaugeVec,
+    binding: IntGaugeVec,
+}
+
+impl AutoscalingMetrics {
+    fn new(
+        counts: impl Fn(&str, &str, &[&str]) -> prometheus::Result<IntGaugeVec>,
+    ) -> prometheus::Result<Self> {
+        let of_deployment = &["namespace", "name"];
+        Ok(Self {
+            desired: counts(
+                "kvasir_operator_autoscaler_replicas",
+                "Replicas that the autoscaler sets, or in mode Observe would set.",
+                of_deployment,
+            )?,
+            demand: counts(
+                "kvasir_operator_demand_replicas",
+                "Replicas that the load is work for, whatever minReplicas and maxReplicas allow.",
+                of_deployment,
+            )?,
+            unmet: counts(
+                "kvasir_operator_unmet_replicas",
+                "Replicas that the load needs and that neither serve nor start in time.",
+                of_deployment,
+            )?,
+            silent: counts(
+                "kvasir_operator_silent_replicas",
+                "Replicas that have started and don't report their load.",
+                of_deployment,
+            )?,
+            binding: counts(
+                "kvasir_operator_binding_constraint",
+                "1 for what asks for the most replicas.",
+                &["namespace", "name", "constraint"],
+            )?,
+        })
+    }
+
+    fn plain(&self) -> [&IntGaugeVec; 4] {
+        let Self {
+            desired,
+            demand,
+            unmet,
+            silent,
+            binding: _,
+        } = self;
+        [desired, demand, unmet, silent]
+    }
+
+    fn decided(&self, labels: &[&str; 2], decision: &Decision) {
+        let set = |gauge: &IntGaugeVec, n: u32| gauge.with_label_values(labels).set(n.into());
+        set(&self.desired, decision.replicas);
+        set(&self.silent, decision.silent);
+        // Where no replica reports, the demand isn't known.
+        if decision.demand > 0 {
+            set(&self.demand, decision.demand);
+            set(&self.unmet, decision.unmet);
+        }
+        if let Some(constraint) = decision.constraint {
+            let labels = &[labels[0], labels[1], constraint.as_str()];
+            self.binding.with_label_values(labels).set(1);
+        }
+    }
+
+    /// An error says that the series did not exist.
+    fn forget(&self, labels: &[&str; 2]) {
+        for gauge in self.plain() {
+            let _ = gauge.remove_label_values(labels);
+        }
+        for constraint in Constraint::ALL {
+            let labels = &[labels[0], labels[1], constraint.as_str()];
+            let _ = self.binding.remove_label_values(labels);
+        }
+    }
+
+    fn reset(&self) {
+        for gauge in self.plain() {
+            gauge.reset();
+        }
+        self.binding.reset();
     }
 }
 
@@ -306,6 +407,7 @@ mod tests {
             desired: 1,
             load,
             refused: None,
+            decision: None,
             pods: &[],
             status: None,
         };
@@ -345,6 +447,34 @@ mod tests {
             1,
             "one reason at a time"
         );
+        let decision = Decision {
+            replicas: 3,
+            demand: 5,
+            constraint: Some(Constraint::Slots),
+            unmet: 2,
+            silent: 1,
+            ..Decision::default()
+        };
+        let decided = Figures {
+            decision: Some(&decision),
+            ..known
+        };
+        metrics.looked(&deployment, &decided);
+        for series in [
+            "autoscaler_replicas{name=\"m\",namespace=\"n\"} 3",
+            "demand_replicas{name=\"m\",namespace=\"n\"} 5",
+            "unmet_replicas{name=\"m\",namespace=\"n\"} 2",
+            "silent_replicas{name=\"m\",namespace=\"n\"} 1",
+            "binding_constraint{constraint=\"Slots\",name=\"m\",namespace=\"n\"} 1",
+        ] {
+            assert!(holds(&format!("kvasir_operator_{series}")), "{series}");
+        }
+        let unknown = Figures {
+            decision: Some(&Decision::default()),
+            ..known
+        };
+        metrics.looked(&deployment, &unknown);
+        assert!(!holds("demand_replicas{") && !holds("binding_constraint{"));
         let status: LLMDeploymentStatus = serde_json::from_value(json!({
             "notReady": [{ "reason": "Crashed", "message": "x" }, { "reason": "Crashed", "message": "y" }],
             "start": { "samples": 1, "phases": [

@@ -23,6 +23,7 @@ mod management;
 mod middleware;
 mod params;
 mod prompts;
+mod resume;
 pub mod serve;
 mod tokenize;
 mod wire;

@@ -196,6 +196,7 @@ fn requests(case: &Path) -> Vec<Request> {
                 beams: None,
                 prompt_logprobs: (i % 2 == 1).then_some(1),
                 cache_salt: None,
+                resumed: Vec::new(),
             });
         }
     }

@@ -41,6 +41,9 @@ pub struct LLMDeploymentStatus {
     /// The last change of the number of replicas by the operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_scaling: Option<LastScaling>,
+    /// What the autoscaler sees and decides; absent where spec.autoscaling is. Written at most every 15 seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<AutoscalingStatus>,
     /// Replicas that don't serve, and why; the first ten, the most telling first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
@@ -132,6 +135,61 @@ pub struct PhaseTimes {
     pub p50_milliseconds: i64,
     /// Nine in ten took no longer.
     pub p90_milliseconds: i64,
+}
+
+/// What the autoscaler sees and decides.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AutoscalingStatus {
+    /// Replicas that it sets, or in mode Observe would set.
+    #[serde(default)]
+    pub desired_replicas: i32,
+    /// Replicas that the load is work for, whatever minReplicas and maxReplicas allow; absent where no replica reports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub demand_replicas: Option<i32>,
+    /// What asks for the most replicas: Blocks, Slots, PrefillRate, QueueDepth or QueueAge; absent without load.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binding_constraint: Option<String>,
+    /// Replicas that the load needs and that neither serve nor start in time.
+    #[serde(default)]
+    pub unmet_replicas: i32,
+    /// Replicas that have started and don't report their load.
+    #[serde(default)]
+    pub silent_replicas: i32,
+    /// The next change that the load allows, if it stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_scaling: Option<NextScaling>,
+    /// What was measured of the replicas, read back after a restart of the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<LearnedCapacity>,
+}
+
+/// A change of the number of replicas that waits.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NextScaling {
+    /// Replicas after it.
+    pub replicas: i32,
+    /// The earliest time.
+    pub not_before: Time,
+}
+
+/// What replicas were measured to carry.
+#[derive(KubeSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LearnedCapacity {
+    /// Prompt tokens a second that a replica computes while more wait.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill_tokens_per_second: Option<i64>,
+    /// The part of its blocks that a replica can fill before sequences are preempted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_percent: Option<i32>,
+    /// Seconds from a pod's creation until it is ready: the ninth of ten.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_seconds: Option<i32>,
+    /// How much the load grows while a replica starts, in percent, four times of five.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth_percent: Option<i32>,
 }
 
 /// One change of the number of replicas.
@@ -280,6 +338,10 @@ reasons! {
     Starting,
     /// The operator decides the number of replicas.
     Autoscaled,
+    /// The operator reports what it would decide.
+    Observing,
+    /// A replica takes longer to start than its like were measured to need.
+    StartOverdue,
     /// `spec.replicas` decides it.
     FixedReplicas,
     /// No replica reports its load: the number is held.

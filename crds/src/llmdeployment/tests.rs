@@ -51,13 +51,37 @@ fn rules_refuse_contradictions_and_say_the_remedy() {
             "two owners of the number",
             "demo",
             json!({ "model": demo, "replicas": 1, "autoscaling": { "maxReplicas": 3 } }),
-            "exactly one of spec.replicas and spec.autoscaling",
+            "spec.replicas must be set exactly where",
         ),
         (
             "no owner of the number",
             "demo",
             json!({ "model": demo }),
-            "exactly one of spec.replicas and spec.autoscaling",
+            "spec.replicas must be set exactly where",
+        ),
+        (
+            "an observer beside a number",
+            "demo",
+            json!({ "model": demo, "replicas": 2, "autoscaling": { "mode": "Observe", "maxReplicas": 3 } }),
+            "",
+        ),
+        (
+            "an observer of no number",
+            "demo",
+            json!({ "model": demo, "autoscaling": { "mode": "Observe", "maxReplicas": 3 } }),
+            "spec.replicas must be set exactly where",
+        ),
+        (
+            "an owner of the number that says so, beside another",
+            "demo",
+            json!({ "model": demo, "replicas": 2, "autoscaling": { "mode": "Auto", "maxReplicas": 3 } }),
+            "spec.replicas must be set exactly where",
+        ),
+        (
+            "an owner of the number that says so",
+            "demo",
+            json!({ "model": demo, "autoscaling": { "mode": "Auto", "maxReplicas": 3 } }),
+            "",
         ),
         (
             "empty range",
@@ -243,10 +267,11 @@ fn absent_fields_take_their_defaults() {
     let parsed: LLMDeployment = serde_json::from_value(named("demo", spec)).unwrap();
     let autoscaling = parsed.spec.autoscaling.unwrap();
     assert_eq!(parsed.spec.drain_seconds, 300);
+    assert_eq!(autoscaling.mode, AutoscalingMode::Auto);
     assert_eq!(autoscaling.min_replicas.get(), 1);
     assert_eq!(autoscaling.target_block_utilization_percent.get(), 80);
     assert_eq!(autoscaling.target_queue_depth.get(), 4);
-    assert_eq!(autoscaling.scale_down_stabilization_seconds, 300);
+    assert_eq!(autoscaling.scale_down_stabilization_seconds, 60);
 }
 
 #[test]

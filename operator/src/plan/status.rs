@@ -10,13 +10,15 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{
-    ConditionType, EndedPods, LLMDeploymentStatus, LastScaling, ModelDownload, ModelSource,
-    ModelStatus, NotReadyReplica, Reason, SELECTOR_LABEL,
+    Autoscaling, AutoscalingStatus, ConditionType, EndedPods, LLMDeploymentSpec,
+    LLMDeploymentStatus, LastScaling, LearnedCapacity, ModelDownload, ModelSource, ModelStatus,
+    NextScaling, NotReadyReplica, Reason, SELECTOR_LABEL,
 };
 
 use super::autoscale::{Decision, LoadSummary};
 use super::children::{PROGRESS_DEADLINE_SECONDS, endpoint, revision, revision_of};
 use super::counted::{counted, counted_are};
+use super::overdue_sentence;
 use super::rollout::{failure, good_revision};
 use crate::observed::{Observed, ReplicaLoad};
 use crate::pod::{is_ready, replicas};
@@ -47,6 +49,8 @@ pub struct StatusInput<'a> {
     pub failing: Option<&'a str>,
     /// The autoscaler's answer.
     pub decision: Option<&'a Decision>,
+    /// What it has measured.
+    pub learned: Option<LearnedCapacity>,
     /// A change of the number of replicas that was carried out and isn't told yet.
     pub scaling: Option<&'a LastScaling>,
     /// What the replicas report; `None` where none does.
@@ -87,6 +91,7 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
             .load
             .map(|load| i32::try_from(load.waiting_requests).unwrap_or(i32::MAX)),
         last_scaling: input.scaling.cloned().or(before.last_scaling),
+        autoscaling: autoscaling(input, before.autoscaling),
         not_ready,
         ended_pods,
         current_revision: input
@@ -97,6 +102,35 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
         model: model(input, before.model),
         start: start::start_times(input.observed, before.start),
     }
+}
+
+/// What the autoscaler sees and decides. While the spec can't be read, or nothing may be touched, what was learned is kept.
+fn autoscaling(
+    input: &StatusInput<'_>,
+    before: Option<AutoscalingStatus>,
+) -> Option<AutoscalingStatus> {
+    let is_wanted = |spec: &LLMDeploymentSpec| spec.autoscaling.is_some();
+    let Some(decision) = input.decision else {
+        return before.filter(|_| input.stored.spec().is_none_or(is_wanted));
+    };
+    let count = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
+    let next = decision.next.map(|next| {
+        let at = input.now.checked_add(next.after).unwrap_or(input.now);
+        NextScaling {
+            replicas: count(next.replicas),
+            // Whole seconds: the same moment at every look.
+            not_before: Time(Timestamp::from_second(at.as_second()).unwrap_or(at)),
+        }
+    });
+    Some(AutoscalingStatus {
+        desired_replicas: count(decision.replicas),
+        demand_replicas: (decision.demand > 0).then(|| count(decision.demand)),
+        binding_constraint: decision.constraint.map(|c| c.as_str().to_owned()),
+        unmet_replicas: count(decision.unmet),
+        silent_replicas: count(decision.silent),
+        next_scaling: next,
+        learned: input.learned,
+    })
 }
 
 /// What a replica says of the model; what one said before stands while none does.
@@ -187,7 +221,7 @@ fn conditions(input: &StatusInput<'_>, before: &[Condition], seen: Seen<'_>) -> 
         (ConditionType::ScalingActive, Some(scaling_active(input))),
         (
             ConditionType::CapacityUnavailable,
-            capacity_unavailable(seen),
+            capacity_unavailable(input, seen),
         ),
         (ConditionType::ScalingLimited, scaling_limited(input)),
         (
@@ -289,24 +323,37 @@ fn progressing(
     }
 }
 
-/// A replica has no place in the cluster.
-fn capacity_unavailable(seen: Seen<'_>) -> Option<Verdict> {
+/// A replica has no place in the cluster, or doesn't start there.
+fn capacity_unavailable(input: &StatusInput<'_>, seen: Seen<'_>) -> Option<Verdict> {
     let refusals = [Reason::Unschedulable, Reason::PodRefused];
     let mut not_ready = seen.not_ready.iter();
-    let homeless =
-        not_ready.find(|replica| refusals.iter().any(|r| replica.reason == r.as_str()))?;
-    Some(why_not_ready(homeless).but("True"))
+    let homeless = not_ready.find(|replica| refusals.iter().any(|r| replica.reason == r.as_str()));
+    let overdue = || {
+        let overdue = input.decision?.overdue?;
+        Some(Verdict::yes(
+            Reason::StartOverdue,
+            overdue_sentence(overdue),
+        ))
+    };
+    homeless
+        .map(|replica| why_not_ready(replica).but("True"))
+        .or_else(overdue)
 }
 
 /// The load is work for more replicas than are allowed.
 fn scaling_limited(input: &StatusInput<'_>) -> Option<Verdict> {
-    let policy = input.stored.spec()?.autoscaling.as_ref()?;
+    let policy = autoscaled(input)?;
     let (decision, most) = (input.decision?, policy.max_replicas.get());
     (decision.demand > most).then(|| {
         let work = counted(decision.demand, "replica");
         let message = format!("the load is work for {work}, of at most {most}: raise maxReplicas");
         Verdict::yes(Reason::AtMaxReplicas, message)
     })
+}
+
+/// The policy by which the operator sets the number of replicas.
+fn autoscaled<'a>(input: &StatusInput<'a>) -> Option<&'a Autoscaling> {
+    input.stored.spec()?.autoscaled()
 }
 
 fn serving(n_ready: i32) -> String {
@@ -413,7 +460,7 @@ impl Rollout {
         let is_current = spec.and_then(|spec| revision_of(&spec.template)) == Some(&revision)
             && status.observed_generation == child.metadata.generation;
         let of_generation = is_current && status.updated_replicas.unwrap_or(0) == n_pods;
-        let asked = match input.decision {
+        let asked = match input.decision.filter(|_| autoscaled(input).is_some()) {
             Some(decision) => i32::try_from(decision.replicas).ok(),
             None => input.stored.spec().and_then(|spec| spec.replicas),
         };
@@ -437,15 +484,15 @@ impl Rollout {
 /// Whether the operator decides the number of replicas. The numbers change at every look: they stand in `lastScaling` and
 /// the figures, not here.
 fn scaling_active(input: &StatusInput<'_>) -> Verdict {
-    let policy = input
-        .stored
-        .spec()
-        .and_then(|spec| spec.autoscaling.as_ref());
-    let Some((decision, policy)) = input.decision.zip(policy) else {
-        return match input.refused {
+    let Some((decision, policy)) = input.decision.zip(autoscaled(input)) else {
+        return match (input.refused, input.decision) {
             // Nothing is decided, whatever the load.
-            Some(refusal) => Verdict::no(refusal.reason, &refusal.sentence),
-            None => Verdict::no(Reason::FixedReplicas, ""),
+            (Some(refusal), None) => Verdict::no(refusal.reason, &refusal.sentence),
+            (_, Some(_)) => Verdict::no(
+                Reason::Observing,
+                "status.autoscaling tells what would be decided",
+            ),
+            (None, None) => Verdict::no(Reason::FixedReplicas, ""),
         };
     };
     if input.load.is_none() {

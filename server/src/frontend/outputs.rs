@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::budget::{ByteBudget, Purpose};
 use super::stream::RequestEvent;
 use super::timeline::Timeline;
-use super::{Command, Shared};
+use super::{Command, GenerationRequest, Shared};
 use crate::engine::{
     Admission, EngineOutputs, FinishReason, RequestId, RequestOutput, TokenLogprobs,
 };
@@ -68,7 +68,6 @@ impl OutputThread {
         for command in self.shared.take_commands() {
             match command {
                 Command::Add(id, sequences) => {
-                    let sequences = sequences.into_iter().map(Some).collect();
                     self.requests.insert(id, sequences);
                 }
                 Command::Remove(id, index) => self.remove(id, index),
@@ -192,6 +191,25 @@ impl RequestState {
 
     pub(super) fn settled(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.settled)
+    }
+
+    /// Takes tokens that its client has already, and says how they end the text, where they do.
+    pub(super) fn replay(
+        &mut self,
+        tokens: &[u32],
+        request: &GenerationRequest,
+    ) -> Option<FinishReason> {
+        let mut known = RequestEvent::default();
+        for &id in tokens {
+            self.n_generated += 1;
+            if request.stop_token_ids.contains(&id) {
+                return Some(FinishReason::Stop(id));
+            }
+            if self.push(id, &mut known) {
+                return known.finished;
+            }
+        }
+        (self.n_generated >= u64::from(request.max_tokens)).then_some(FinishReason::Length)
     }
 
     fn take(&mut self, output: RequestOutput, now: Instant, metrics: &Metrics) -> RequestEvent {

@@ -71,12 +71,13 @@ pub(super) async fn chat(
     }: Incoming,
 ) -> Result<Response, ApiError> {
     let ChatRequest {
-        params,
+        mut params,
         conversation,
         max_tokens,
         logprobs,
     } = ChatRequest::parse(&serving, &body)?;
     drop(body);
+    params.settle_seed(|| serving.ids.seed());
     let logits = serving.logits_options(params.logits.clone()).await?;
     let tokenizer = Arc::clone(&serving.tokenizer);
     let max_model_len = serving.engine.handle().model_info().max_model_len;
@@ -92,13 +93,29 @@ pub(super) async fn chat(
         .map_err(|error| ApiError::from(error).about("messages"))?;
     truncate(&mut prompt, keep);
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
-    let call = Call {
-        id: format!("chatcmpl-{}", serving.ids.call()),
-        created: super::unix_time(),
+    let n = params.choices.n.get() as usize;
+    let (id, created, choices) = match &params.resume {
+        Some(resume) => {
+            let choices = resume.choices.iter().map(|tokens| Choice {
+                started: true,
+                was_over: false,
+                n_completion: tokens.len(),
+            });
+            (resume.id.clone(), resume.created, choices.collect())
+        }
+        None => {
+            let id = format!("chatcmpl-{}", serving.ids.call());
+            (id, super::unix_time(), vec![Choice::default(); n])
+        }
+    };
+    let tells_prompt = params.return_token_ids && params.resume.is_none();
+    let mut call = Call {
+        id,
+        created,
         n_prompt: prompt.len(),
         n_cached: 0,
-        choices: vec![Choice::default(); params.choices.n.get() as usize],
-        prompt: params.return_token_ids.then(|| prompt.clone()),
+        choices,
+        prompt: tells_prompt.then(|| prompt.clone()),
         with_logprobs: logprobs.is_some(),
         params,
         serving: Arc::clone(&serving),
@@ -115,6 +132,9 @@ pub(super) async fn chat(
     };
     let streams = serving.submit(vec![prepared], &call.params, &logits, arrived)?;
     drop(lease);
+    for (choice, stream) in call.choices.iter_mut().zip(&streams) {
+        choice.was_over = stream.was_over();
+    }
     if call.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
@@ -127,6 +147,8 @@ pub(super) async fn chat(
 struct Choice {
     /// Its role is sent.
     started: bool,
+    /// Its client has seen the end of it before.
+    was_over: bool,
     n_completion: usize,
 }
 
@@ -163,6 +185,7 @@ impl Call {
             object,
             created: *created,
             model: &serving.model_name,
+            seed: self.params.seed(),
             choices,
             usage,
             prompt_token_ids,
@@ -248,6 +271,9 @@ impl ChunkWriter for Call {
         event: RequestEvent,
         out: &mut Frames,
     ) -> Result<(), ApiError> {
+        if self.choices[index].was_over {
+            return Ok(());
+        }
         self.n_cached += event.cached_tokens.unwrap_or(0) as usize;
         if !std::mem::replace(&mut self.choices[index].started, true) {
             let delta = Delta {

@@ -100,7 +100,10 @@ impl CompletionRequest {
 impl Options {
     /// Log-probabilities of the prompt's tokens, and of so many alternatives: for themselves, or with the echo.
     fn scores_of_prompt(&self) -> Option<u8> {
-        let echoed = self.logprobs.filter(|_| self.echo);
+        // Whoever resumes an answer has them.
+        let echoed = self
+            .logprobs
+            .filter(|_| self.echo && self.params.resume.is_none());
         self.params.prompt_logprobs.max(echoed)
     }
 }
@@ -114,8 +117,14 @@ pub(super) async fn completions(
         arrived,
     }: Incoming,
 ) -> Result<Response, ApiError> {
-    let CompletionRequest { prompts, options } = CompletionRequest::parse(&serving, &body)?;
+    let CompletionRequest {
+        prompts,
+        mut options,
+    } = CompletionRequest::parse(&serving, &body)?;
     drop(body);
+    if prompts.len() == 1 {
+        options.params.settle_seed(|| serving.ids.seed());
+    }
     let logits = serving
         .logits_options(options.params.logits.clone())
         .await?;
@@ -129,14 +138,12 @@ pub(super) async fn completions(
     } in encoded
     {
         let max_tokens = serving.check_prompt(&prompt, options.max_tokens, "prompt")?;
-        for _ in 0..options.params.choices.n.get() {
-            choices.push(Choice::new(
-                &serving,
-                &options,
-                &prompt,
-                &text,
-                &detokenizer,
-            ));
+        for index in 0..options.params.choices.n.get() {
+            let mut choice = Choice::new(&serving, &options, &prompt, &text, &detokenizer);
+            if let Some(resume) = &options.params.resume {
+                choice.resume(&prompt, resume.choices.get(index as usize));
+            }
+            choices.push(choice);
         }
         prepared.push(Prepared {
             prompt,
@@ -147,9 +154,13 @@ pub(super) async fn completions(
         });
     }
     let prompt_is_unscored = options.scores_of_prompt().is_none();
-    let call = Call {
-        id: format!("cmpl-{}", serving.ids.call()),
-        created: super::unix_time(),
+    let (id, created) = match &options.params.resume {
+        Some(resume) => (resume.id.clone(), resume.created),
+        None => (format!("cmpl-{}", serving.ids.call()), super::unix_time()),
+    };
+    let mut call = Call {
+        id,
+        created,
         choices,
         options,
         serving: Arc::clone(&serving),
@@ -160,6 +171,9 @@ pub(super) async fn completions(
     }
     let streams = serving.submit(prepared, &call.options.params, &logits, arrived)?;
     drop(lease);
+    for (choice, stream) in call.choices.iter_mut().zip(&streams) {
+        choice.was_over = stream.was_over();
+    }
     if call.options.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
@@ -243,6 +257,8 @@ struct Choice {
     /// Where asked for, until it is sent.
     prompt_token_ids: Option<Vec<u32>>,
     started: bool,
+    /// Its client has seen the end of it before.
+    was_over: bool,
     n_prompt: usize,
     n_cached: usize,
     n_completion: usize,
@@ -275,10 +291,25 @@ impl Choice {
             echo: if options.echo { text } else { "" }.to_owned(),
             prompt_token_ids: params.return_token_ids.then(|| prompt.to_vec()),
             started: false,
+            was_over: false,
             n_prompt: prompt.len(),
             n_cached: 0,
             n_completion: 0,
         }
+    }
+
+    /// Goes on after these tokens: what comes before them is sent.
+    fn resume(&mut self, prompt: &[u32], tokens: Option<&Vec<u32>>) {
+        let tokens = tokens.map_or(&[][..], Vec::as_slice);
+        let echoed = if self.unscored.is_some() { prompt } else { &[] };
+        if let Some(scorer) = &mut self.scorer {
+            scorer.skip(echoed.iter().chain(tokens));
+        }
+        self.unscored = None;
+        self.echo.clear();
+        self.prompt_token_ids = None;
+        self.started = true;
+        self.n_completion = tokens.len();
     }
 
     /// Counts what an event brings.
@@ -319,6 +350,7 @@ impl Call {
             object: "text_completion",
             created: *created,
             model: &serving.model_name,
+            seed: self.options.params.seed(),
             choices,
             usage,
         }
@@ -431,6 +463,9 @@ impl ChunkWriter for Call {
             ..
         } = &self.options;
         let choice = &mut self.choices[index];
+        if choice.was_over {
+            return Ok(());
+        }
         // Text that is held back is sent with what follows; tokens only where somebody asked for them.
         let wanted = params.return_token_ids || logprobs.is_some() || (!choice.started && *echo);
         if event.text.is_empty() && event.finished.is_none() && !wanted {

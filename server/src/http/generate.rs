@@ -130,8 +130,13 @@ impl Serving {
         if !params.ignore_eos {
             stop_token_ids.extend(&info.eos_token_ids);
         }
+        let mut resumed = Vec::new();
         for one in &prepared {
             params.logits.check_max_tokens(one.max_tokens)?;
+            if let Some(resume) = &params.resume {
+                resume.check(prepared.len(), one.max_tokens, info.vocab_size)?;
+                resumed.clone_from(&resume.choices);
+            }
         }
         let submit = |one: Prepared| {
             let logits = match params.choices.beams() {
@@ -154,6 +159,7 @@ impl Serving {
                 logprobs: params.choices.logprobs(one.logprobs),
                 prompt_logprobs: one.prompt_logprobs,
                 cache_salt: params.cache_salt.clone(),
+                resumed: resumed.clone(),
                 detokenizer: one.detokenizer,
                 arrived,
             })

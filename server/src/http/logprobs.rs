@@ -121,6 +121,13 @@ impl CompletionScorer {
         scores
     }
 
+    /// Takes tokens whose log-probabilities are not wanted.
+    pub(super) fn skip<'a>(&mut self, tokens: impl Iterator<Item = &'a u32>) {
+        tokens.for_each(|&id| {
+            self.offsets.next(id);
+        });
+    }
+
     fn push(
         &mut self,
         id: u32,

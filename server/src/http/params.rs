@@ -12,6 +12,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::logits_fields::LogitsFields;
 use super::logprobs::TokenNames;
+use super::resume::{Asked, Resume};
 use crate::engine::SamplingParams;
 use crate::text::stop::StopStrings;
 
@@ -47,6 +48,8 @@ pub(super) struct Params {
     pub(super) cache_salt: Option<String>,
     /// `None`: the answer comes whole.
     pub(super) stream: Option<StreamOptions>,
+    /// It goes on after what its client has.
+    pub(super) resume: Option<Resume>,
 }
 
 /// How an answer is streamed.
@@ -126,10 +129,17 @@ impl Params {
         let names_by_id = fields.take("return_tokens_as_token_ids")?.unwrap_or(false);
         let logits = LogitsFields::take(fields, defaults)?;
         let stream = take_stream(fields)?;
+        let temperature = take_temperature(fields, defaults)?;
+        let asked = Asked {
+            is_stream: stream.is_some(),
+            choices: &choices,
+            has_seed: seed.is_some() || temperature == 0.0,
+        };
+        let resume = Resume::take(fields, asked)?;
         Ok(Self {
             model: fields.take("model")?,
             sampling: SamplingParams {
-                temperature: take_temperature(fields, defaults)?,
+                temperature,
                 top_p: take_top_p(fields, defaults)?,
                 top_k: take_top_k(fields, defaults)?,
                 min_p: fields.number("min_p", 0.0, 1.0)?.unwrap_or(defaults.min_p),
@@ -151,7 +161,19 @@ impl Params {
             choices,
             cache_salt: take_cache_salt(fields)?,
             stream,
+            resume,
         })
+    }
+
+    /// Settles the seed of the whole call, a fresh one where the caller named none.
+    pub(super) fn settle_seed(&mut self, fresh_seed: impl FnOnce() -> u64) {
+        self.sampling = self.sampling(fresh_seed);
+        self.has_seed = true;
+    }
+
+    /// The seed, as a call names it, where all prompts have one.
+    pub(super) fn seed(&self) -> Option<i64> {
+        self.has_seed.then(|| self.sampling.seed.cast_signed())
     }
 
     /// For one prompt; the seed is a fresh one where the caller named none.

@@ -59,6 +59,9 @@ pub(super) struct Completion<'a> {
     pub(super) object: &'static str,
     pub(super) created: u64,
     pub(super) model: &'a str,
+    /// What its tokens are drawn with, as a call names it; left out where prompts have seeds of their own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) seed: Option<i64>,
     pub(super) choices: Vec<CompletionChoice>,
     /// In a stream: see [`chunk_usage`].
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -90,6 +93,9 @@ pub(super) struct Chat<'a, C> {
     pub(super) object: &'static str,
     pub(super) created: u64,
     pub(super) model: &'a str,
+    /// What its tokens are drawn with, as a call names it; left out where prompts have seeds of their own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) seed: Option<i64>,
     pub(super) choices: Vec<C>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) usage: Option<Option<Usage>>,

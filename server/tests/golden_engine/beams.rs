@@ -52,6 +52,7 @@ fn request(id: u64, prompt: Vec<u32>, beams: BeamParams) -> Request {
         logprobs: None,
         prompt_logprobs: None,
         cache_salt: None,
+        resumed: Vec::new(),
     }
 }
 
@@ -251,7 +252,7 @@ fn cuda_beams_are_scored_as_their_tokens_are() {
     for case in [&windowed[0], &plain[0]] {
         let bound = golden(case)["margin_bound"].as_f64().unwrap() as f32;
         let shape = Shape {
-            block_size: 4,
+            block_size: 8,
             n_blocks: 256,
             max_num_seqs: 16,
             max_num_batched_tokens: 24,

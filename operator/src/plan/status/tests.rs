@@ -39,6 +39,7 @@ fn input<'a>(
         refused: None,
         failing: None,
         decision: None,
+        learned: None,
         scaling: None,
         load: None,
         now: Timestamp::UNIX_EPOCH,
@@ -330,7 +331,7 @@ fn what_limits_the_scaling_is_told_where_it_does() {
         let decision = Decision {
             replicas: 2,
             demand,
-            reason: String::new(),
+            ..Decision::default()
         };
         let limited = StatusInput {
             decision: Some(&decision),
