@@ -87,6 +87,7 @@ impl CommandLine {
         // The flags of the server bring its own words along.
         let command = command::<PlanArgs>()
             .name("kvasir-server plan")
+            .bin_name("kvasir-server plan")
             .about("Tells what serving a model takes and what fits, from config.json and the headers of its weights' files.")
             .after_help(Resettable::Reset);
         let matches = matches(&command, &line)?;

@@ -144,6 +144,18 @@ fn a_plan_takes_the_servers_flags_and_the_model_alone() {
     assert_eq!(args.server.model.max_model_len, Some(7));
     assert_eq!(args.server.model.served_name(), "a/b");
     assert!(!args.json);
+    let Err(ArgsError::Usage(help)) = parse(&["plan", "--help"]) else {
+        panic!("help is no command");
+    };
+    let help = help.to_string();
+    assert!(
+        help.contains("Usage: kvasir-server plan [OPTIONS] [MODEL]"),
+        "{help}"
+    );
+    assert!(
+        !help.contains("KVASIR_HELP") && help.contains("--max-model-len"),
+        "{help}"
+    );
     let plan = parse(&["plan", "--model", "hf://a/b", "--json"]);
     assert!(matches!(plan, Ok(CommandLine::Plan(args)) if args.json));
     assert!(matches!(

@@ -212,8 +212,8 @@ impl MemoryPlan {
         } = self.memory;
         let mut lines = vec![
             format!(
-                "{model}: {:.2} billion parameters in {}",
-                self.n_parameters as f64 / 1e9,
+                "{model}: {} parameters in {}",
+                counted(self.n_parameters),
                 self.precision.name()
             ),
             format!("weights            {}", size(weights)),
@@ -315,6 +315,15 @@ impl Needed {
         (available / self.block_bytes.max(1))
             .min(most)
             .min(u64::from(u32::MAX / 2)) as u32
+    }
+}
+
+/// A number of parameters for people.
+fn counted(n: u64) -> String {
+    let n = n as f64;
+    match n {
+        1e9.. => format!("{:.2} billion", n / 1e9),
+        _ => format!("{:.2} million", n / 1e6),
     }
 }
 

@@ -206,3 +206,31 @@ fn the_plan_counts_what_a_gpu_takes() {
     }
     assert!(n_cases >= 3, "the golden files are there");
 }
+
+#[test]
+fn figures_are_for_people() {
+    for (bytes, near, enough) in [
+        (1023, "1023 bytes", "1023 bytes"),
+        (1 << 30, "1.0 GiB", "1.0 GiB"),
+        ((1 << 30) + 1, "1.0 GiB", "1.1 GiB"),
+        (1_500_000_000, "1.4 GiB", "1.4 GiB"),
+        (5 << 20, "5.0 MiB", "5.0 MiB"),
+    ] {
+        assert_eq!(
+            (size(bytes).as_str(), size_up(bytes).as_str()),
+            (near, enough)
+        );
+    }
+    assert_eq!(counted(8_030_261_248), "8.03 billion");
+    assert_eq!(counted(4_656_384), "4.66 million");
+    let plan = MemoryPlan::new(&options(None, None), &figures(128), memory(2_600), 100);
+    let told = plan.describe("m");
+    assert!(
+        told.starts_with("m: 0.00 million parameters in bfloat16\nweights"),
+        "{told}"
+    );
+    assert!(
+        told.ends_with("10 blocks = 160 tokens, 1 request at once of 128 tokens"),
+        "{told}"
+    );
+}
