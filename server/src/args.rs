@@ -15,6 +15,9 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
 pub use kvasir_kernels::choice::DeviceChoice;
 
+use crate::access::keys::{ApiKey, KEY_FORM};
+use crate::access::origins::AllowedOrigins;
+
 /// What to serve, and how; only valid values.
 #[derive(Clone, Debug, PartialEq, Parser)]
 #[command(
@@ -35,6 +38,12 @@ pub struct Args {
     /// What clients may cost.
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// Who may ask.
+    #[command(flatten)]
+    pub access: AccessArgs,
+    /// How connections are encrypted.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// How the server ends.
     #[command(flatten)]
     pub drain: DrainArgs,
@@ -165,6 +174,62 @@ pub struct LimitArgs {
     pub heartbeat_timeout: Duration,
 }
 
+/// Who may ask, and how much. What is limited is limited for each API key, on this replica.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
+pub struct AccessArgs {
+    /// A key that every route of --port asks for but /health and /ready, as KEY or NAME:KEY; may be given again. Prefer
+    /// --api-key-file: command lines are seen by others.
+    #[arg(long = "api-key", value_name = "KEY", num_args(1..), hide_env_values = true, value_parser = api_key)]
+    pub api_keys: Vec<ApiKey>,
+    /// A file of such keys, one a line; it is read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Calls to the model that each key may make in a minute on this replica; 0: any number.
+    #[arg(long, default_value = "0", value_parser = within(0_u32, u32::MAX))]
+    pub requests_per_minute: u32,
+    /// Tokens, of prompts and generated, that each key may use in a minute on this replica; 0: any number.
+    #[arg(long, default_value = "0", value_parser = within(0_u32, u32::MAX))]
+    pub tokens_per_minute: u32,
+    /// Calls to the model that each key may have under way at once on this replica; 0: any number.
+    #[arg(long, default_value = "0", value_parser = within(0_u32, u32::MAX))]
+    pub max_concurrent_requests: u32,
+    /// Log a line for each request to --port: route, status, tokens, times and the key's name, no prompts.
+    #[arg(long)]
+    pub access_log: bool,
+    /// Serve /tokenizer_info: tokenizer_config.json with the chat template.
+    #[arg(long)]
+    pub enable_tokenizer_info_endpoint: bool,
+    /// Web pages that may call --port from a browser: a JSON list of their origins, or ["*"] [default: none].
+    #[arg(long, value_name = "ORIGINS", default_value = "[]", hide_default_value = true, value_parser = AllowedOrigins::parse)]
+    pub allowed_origins: AllowedOrigins,
+}
+
+impl AccessArgs {
+    /// Keys are asked for.
+    pub fn has_keys(&self) -> bool {
+        !self.api_keys.is_empty() || self.api_key_file.is_some()
+    }
+
+    fn limits(&self) -> [(&'static str, u32); 3] {
+        [
+            ("requests-per-minute", self.requests_per_minute),
+            ("tokens-per-minute", self.tokens_per_minute),
+            ("max-concurrent-requests", self.max_concurrent_requests),
+        ]
+    }
+}
+
+/// How connections to the API's port are encrypted.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
+pub struct TlsArgs {
+    /// The certificate in PEM, and those that it is signed by: --port then speaks TLS. It is read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    pub ssl_certfile: Option<PathBuf>,
+    /// Its private key in PEM, not encrypted.
+    #[arg(long, value_name = "FILE")]
+    pub ssl_keyfile: Option<PathBuf>,
+}
+
 /// How the server ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
 pub struct DrainArgs {
@@ -264,6 +329,22 @@ impl Args {
                 "--max-num-batched-tokens: {tokens} is less than --max-num-seqs, {seqs}; a step needs one token for each request"
             ));
         }
+        for (flag, n) in self.access.limits() {
+            if n > 0 && !self.access.has_keys() {
+                found.push(format!(
+                    "--{flag}: it is a limit for each API key; give keys with --api-key-file"
+                ));
+            }
+        }
+        let TlsArgs {
+            ssl_certfile,
+            ssl_keyfile,
+        } = &self.tls;
+        if ssl_certfile.is_some() != ssl_keyfile.is_some() {
+            found.push(
+                "--ssl-certfile and --ssl-keyfile: TLS needs both; give the other too".to_owned(),
+            );
+        }
         found
     }
 }
@@ -316,8 +397,13 @@ fn mistake(command: &Command, error: &clap::Error) -> Option<(clap::Id, String)>
     let found = text(ContextKind::InvalidValue)?;
     let expected = std::error::Error::source(error)?;
     let is_flag = |arg: &&Arg| arg.get_long() == flag.strip_prefix("--");
-    let id = command.get_arguments().find(is_flag)?.get_id().clone();
-    Some((id, format!("{flag}: {found:?} is not {expected}")))
+    let arg = command.get_arguments().find(is_flag)?;
+    let mistake = match arg.is_hide_env_values_set() {
+        // A secret.
+        true => format!("{flag}: what was given is not {expected}"),
+        false => format!("{flag}: {found:?} is not {expected}"),
+    };
+    Some((arg.get_id().clone(), mistake))
 }
 
 // What follows reads one value; the error is what was expected.
@@ -389,6 +475,10 @@ fn model_source(found: &str) -> Result<ModelSource, String> {
         path if path.is_dir() => Ok(ModelSource::Directory(path.to_owned())),
         _ => Err("\"demo\" or an existing directory".to_owned()),
     }
+}
+
+fn api_key(found: &str) -> Result<ApiKey, String> {
+    ApiKey::parse(found).ok_or_else(|| KEY_FORM.to_owned())
 }
 
 fn name(found: &str) -> Result<String, String> {
@@ -515,6 +605,37 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_never_shown() {
+        let flags = ["--api-key", "red:hush-1", "hush-2", "--api-key", "hush-3"];
+        let args = parse(&flags).unwrap();
+        assert_eq!(args.access.api_keys.len(), 3);
+        let shown = format!("{args:?}");
+        assert!(shown.contains("red") && !shown.contains("hush"), "{shown}");
+        let mistakes = parse(&["--api-key", "hush hush"]).unwrap_err();
+        let want = format!("--api-key: what was given is not {KEY_FORM}");
+        assert_eq!(mistakes, [want]);
+    }
+
+    #[test]
+    fn limits_need_keys_and_tls_both_files() {
+        let mistakes = |flags: &[&str]| parse(flags).unwrap_err();
+        assert_eq!(
+            mistakes(&["--tokens-per-minute", "9", "--ssl-keyfile", "key.pem"]),
+            [
+                "--tokens-per-minute: it is a limit for each API key; give keys with --api-key-file",
+                "--ssl-certfile and --ssl-keyfile: TLS needs both; give the other too",
+            ]
+        );
+        let args = parse(&["--tokens-per-minute", "9", "--api-key", "k"]).unwrap();
+        assert_eq!(args.access.tokens_per_minute, 9);
+        let origins = mistakes(&["--allowed-origins", "https://a.example"]);
+        assert!(
+            origins[0].contains("is not a JSON list of origins"),
+            "{origins:?}"
+        );
+    }
+
+    #[test]
     fn a_directory_gives_the_name() {
         let directory = tempfile::tempdir().unwrap();
         let model = directory.path().join("my-model");
@@ -533,7 +654,7 @@ mod tests {
             .get_arguments()
             .map(|arg| arg.get_env().unwrap().to_str().unwrap())
             .collect();
-        assert_eq!(variables.len(), 27);
+        assert_eq!(variables.len(), 37);
         for variable in [
             "KVASIR_MODEL",
             "KVASIR_PORT",
@@ -541,6 +662,8 @@ mod tests {
             "KVASIR_GPU_MEMORY_UTILIZATION",
             "KVASIR_NUM_GPU_BLOCKS_OVERRIDE",
             "KVASIR_DRAIN_SECONDS",
+            "KVASIR_API_KEY",
+            "KVASIR_SSL_CERTFILE",
         ] {
             assert!(variables.contains(&variable), "{variable}");
         }

@@ -4,15 +4,17 @@
 //!
 //! - [`incoming`], [`fields`], [`params`], [`choices`], [`prompts`], [`conversation`]: requests are read in time and parsed
 //!   once, in bounded memory; every mistake names its field.
-//! - [`completions`], [`chat`], [`tokenize`]: the interfaces; [`generate`] is what the first two share.
-//! - [`management`]: probes, load, metrics. [`middleware`]: around every request.
+//! - [`completions`], [`chat`], [`tokenize`], [`detokenize`]: the interfaces; [`generate`] is what the first two share.
+//! - [`management`]: probes, load, metrics. [`middleware`]: around every request. [`access`]: who may call the API.
 //! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client reads too slowly.
 
+pub mod access;
 mod chat;
 mod choices;
 mod completions;
 mod conversation;
 mod defaults;
+mod detokenize;
 pub mod error;
 mod fields;
 mod generate;
@@ -44,6 +46,7 @@ use tokio::sync::watch;
 use crate::frontend::AsyncEngine;
 use crate::metrics::Metrics;
 use crate::text::{TextPool, Tokenizer};
+use access::Access;
 pub use defaults::SamplingDefaults;
 use error::ApiError;
 use serve::Phase;
@@ -116,18 +119,23 @@ pub struct App {
     phase: watch::Sender<Phase>,
     metrics: Arc<Metrics>,
     limits: Limits,
+    access: Access,
+    ids: Ids,
     boot_id: String,
 }
 
 impl App {
     /// Nothing is loaded yet.
-    pub fn new(metrics: Arc<Metrics>, limits: Limits) -> Arc<Self> {
-        let boot_id = Ids::default().call();
+    pub fn new(metrics: Arc<Metrics>, limits: Limits, access: Access) -> Arc<Self> {
+        let ids = Ids::default();
+        let boot_id = ids.call();
         Arc::new(Self {
             serving: OnceLock::new(),
             phase: watch::Sender::new(Phase::Loading),
             metrics,
             limits,
+            access,
+            ids,
             boot_id,
         })
     }
@@ -188,7 +196,12 @@ pub fn router(app: Arc<App>, routes: Routes) -> Router {
             .route("/v1/models/{*name}", get(model))
             .route("/v1/completions", post(completions::completions))
             .route("/v1/chat/completions", post(chat::chat))
-            .route("/tokenize", post(tokenize::tokenize));
+            .route("/tokenize", post(tokenize::tokenize))
+            .route("/detokenize", post(detokenize::detokenize))
+            .route("/version", get(version));
+        if app.access.tokenizer_info() {
+            router = router.route("/tokenizer_info", get(detokenize::tokenizer_info));
+        }
     }
     if routes != Routes::Api {
         router = router
@@ -196,8 +209,7 @@ pub fn router(app: Arc<App>, routes: Routes) -> Router {
             .route("/metrics", get(management::metrics))
             .route("/load", get(management::load));
     }
-    let middleware = axum::middleware::from_fn_with_state(Arc::clone(&app), middleware::middleware);
-    router
+    router = router
         .fallback(async |request: Request| {
             ApiError::new(
                 StatusCode::NOT_FOUND,
@@ -211,9 +223,15 @@ pub fn router(app: Arc<App>, routes: Routes) -> Router {
                 request.method()
             );
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
-        })
-        .layer(middleware)
-        .with_state(app)
+        });
+    let middleware = axum::middleware::from_fn_with_state(Arc::clone(&app), middleware::middleware);
+    let router = match routes {
+        Routes::Management => router.layer(middleware),
+        Routes::All | Routes::Api => {
+            access::outer(access::inner(router, &app).layer(middleware), &app)
+        }
+    };
+    router.with_state(app)
 }
 
 fn model_object(serving: &Serving) -> serde_json::Value {
@@ -224,6 +242,10 @@ fn model_object(serving: &Serving) -> serde_json::Value {
         "owned_by": "kvasir",
         "max_model_len": serving.engine.handle().model_info().max_model_len,
     })
+}
+
+async fn version() -> Json<serde_json::Value> {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
 }
 
 async fn models(State(app): State<Arc<App>>) -> Result<Response, ApiError> {

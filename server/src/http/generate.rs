@@ -3,7 +3,6 @@
 //! Shared by completions and chat. It knows events and text, and no wire format but that of an event stream.
 
 use std::convert::Infallible;
-use std::time::Instant;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
@@ -17,7 +16,7 @@ use super::error::ApiError;
 use super::params::Params;
 use crate::engine::{FinishReason, TokenLogprobs};
 use crate::frontend::budget::Lease;
-use crate::frontend::{GenerationRequest, RequestEvent, RequestStream};
+use crate::frontend::{Arrival, GenerationRequest, RequestEvent, RequestStream};
 use crate::text::Detokenizer;
 
 /// One prompt, ready to run.
@@ -103,7 +102,7 @@ impl Serving {
         &self,
         prepared: Vec<Prepared>,
         params: &Params,
-        arrived: Instant,
+        arrived: Arrival,
     ) -> Result<Vec<RequestStream>, ApiError> {
         let info = self.engine.handle().model_info();
         let mut stop_token_ids = params.stop_token_ids.clone();
@@ -124,7 +123,7 @@ impl Serving {
                 prompt_logprobs: one.prompt_logprobs,
                 cache_salt: params.cache_salt.clone(),
                 detokenizer: one.detokenizer,
-                arrived,
+                arrived: arrived.clone(),
             })
         };
         let streams: Result<Vec<Vec<RequestStream>>, _> =
