@@ -22,7 +22,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use status::{
-    ConditionType, EndedPods, LLMDeploymentStatus, LastScaling, NotReadyReplica, Reason,
+    AutoscalingStatus, ConditionType, EndedPods, LLMDeploymentStatus, LastScaling, LearnedCapacity,
+    ModelDownload, ModelStatus, NextScaling, NotReadyReplica, PhaseTimes, Reason, StartTimes,
 };
 
 /// The label that selects the pods of one deployment, and the selector of its children: it never changes.
@@ -66,8 +67,8 @@ pub const SELECTOR_LABEL: &str = "kvasir.dev/llmdeployment";
         .message("metadata.name must have at most 50 characters: lower-case letters, digits and '-', beginning with a letter and not ending with '-' (its Service takes the same name)")
 )]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.replicas) != has(self.autoscaling)")
-    .message("exactly one of spec.replicas and spec.autoscaling must be set: where spec.autoscaling is, the operator owns the number of replicas (set its minReplicas and maxReplicas instead)"))]
+#[x_kube(validation = Rule::new("has(self.replicas) != (has(self.autoscaling) && (!has(self.autoscaling.mode) || self.autoscaling.mode == 'Auto'))")
+    .message("spec.replicas must be set exactly where spec.autoscaling is absent or its mode is Observe: in mode Auto the operator owns the number of replicas (set its minReplicas and maxReplicas instead)"))]
 pub struct LLMDeploymentSpec {
     /// The model and the name it is served under.
     pub model: Model,
@@ -91,9 +92,13 @@ pub struct LLMDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 10_000))]
     pub replicas: Option<i32>,
-    /// Lets the operator choose the number of replicas by what the block pools and queues report.
+    /// Lets the operator choose the number of replicas by what they report: KV blocks, sequence slots, prefill, queues. In
+    /// mode Observe it only says what it would choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
+    /// How a change of the pods is rolled out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutPolicy>,
     /// How long a replica that is told to stop may take to finish its streams.
     #[serde(default = "default_drain_seconds")]
     #[schemars(range(min = 5, max = 86_400))]
@@ -110,6 +115,8 @@ pub struct LLMDeploymentSpec {
 /// The model and its name.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.cache) || has(self.source.huggingFace)")
+    .message("model.cache is for models that are fetched: it needs model.source.huggingFace"))]
 pub struct Model {
     /// The name that requests give in `model`. Where absent: `kvasir-demo` for the demo model, and otherwise
     /// the name of the LLMDeployment.
@@ -119,6 +126,20 @@ pub struct Model {
     /// Where the model comes from.
     #[schemars(with = "schema::SourceUnion")]
     pub source: ModelSource,
+    /// Where the replicas keep what they fetch. Where absent each replica fetches the model for itself, again at each
+    /// start of its pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<ModelCache>,
+}
+
+/// A cache that replicas share, in the layout of Hugging Face's own tools: one of them fetches for all.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelCache {
+    /// A PersistentVolumeClaim in the LLMDeployment's namespace, which all replicas can write (ReadWriteMany, unless they
+    /// run on one node).
+    #[schemars(length(min = 1, max = 253))]
+    pub claim_name: String,
 }
 
 /// Where the model comes from: exactly one source.
@@ -129,6 +150,8 @@ pub enum ModelSource {
     Demo(DemoSource),
     /// A Hugging Face model directory on a PersistentVolumeClaim.
     Pvc(PvcSource),
+    /// A repository on a Hugging Face hub or a mirror of one.
+    HuggingFace(HuggingFaceSource),
 }
 
 /// The model inside the server's binary.
@@ -148,6 +171,45 @@ pub struct PvcSource {
     #[x_kube(validation = Rule::new("!self.startsWith('/') && !self.split('/').exists(part, part == '..')")
         .message("model.source.pvc.path is relative to the volume's root and must not begin with '/' or hold '..'"))]
     pub path: Option<String>,
+}
+
+/// A repository on a Hugging Face hub. The replicas fetch it themselves; the operator reads no Secret.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HuggingFaceSource {
+    /// OWNER/NAME.
+    #[schemars(
+        length(max = 200),
+        regex(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*$")
+    )]
+    pub repository: String,
+    /// A branch, a tag or a commit; `main` where absent. A branch may be another commit at the next start of a replica:
+    /// status.model.revision tells which one is served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(
+        length(max = 200),
+        regex(pattern = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")
+    )]
+    pub revision: Option<String>,
+    /// The access token, for a private or gated repository.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_secret: Option<SecretKey>,
+    /// Another hub than https://huggingface.co, such as a mirror.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 500), regex(pattern = r"^https?://[^/\s]+(/[^\s]*)?$"))]
+    pub endpoint: Option<String>,
+}
+
+/// A value in a Secret of the LLMDeployment's namespace.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretKey {
+    /// The Secret's name.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// The key in it.
+    #[schemars(length(min = 1, max = 253))]
+    pub key: String,
 }
 
 /// Settings of the engine, under vLLM's names where the meaning is the same.
@@ -180,8 +242,8 @@ pub struct Engine {
     /// More arguments of the server, after the operator's own.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 4096)))]
-    #[x_kube(validation = Rule::new("self.all(arg, !arg.matches('^--(model|host|port|management-port|device|served-model-name)(=|$)'))")
-        .message("engine.extraArgs must not hold --model, --host, --port, --management-port, --device or --served-model-name: the operator sets them"))]
+    #[x_kube(validation = Rule::new("self.all(arg, !arg.matches('^--(model|download-dir|host|port|management-port|device|served-model-name)(=|$)'))")
+        .message("engine.extraArgs must not hold --model, --download-dir, --host, --port, --management-port, --device or --served-model-name: the operator sets them"))]
     pub extra_args: Vec<String>,
     /// Environment variables of the server.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -236,12 +298,40 @@ impl ImagePullPolicy {
     }
 }
 
+/// How a change of the pods is rolled out. A revision that can't become ready is taken back in any case: the one before it
+/// runs on until the spec changes again.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutPolicy {
+    /// How replicas are replaced; Auto where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<RolloutStrategy>,
+    /// While true a change of the spec replaces no replica; the number of replicas still follows.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
+}
+
+/// How replicas are replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RolloutStrategy {
+    /// As Surge, and as Replace once the scheduler finds no place for a replica more.
+    Auto,
+    /// A new replica serves before an old one goes: it takes the room of one replica more.
+    Surge,
+    /// An old replica is drained, and a new one takes its place: one replica fewer serves meanwhile.
+    Replace,
+}
+
 /// When and how far the operator scales.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("self.minReplicas <= self.maxReplicas")
     .message("autoscaling.minReplicas must not exceed autoscaling.maxReplicas"))]
 pub struct Autoscaling {
+    /// Auto: the operator sets the number of replicas. Observe: it reports what it would set, and spec.replicas, an HPA or
+    /// KEDA decides.
+    #[serde(default)]
+    pub mode: AutoscalingMode,
     /// The fewest replicas.
     #[serde(default = "default_min_replicas")]
     #[schemars(with = "i32", range(min = 1, max = 10_000))]
@@ -250,7 +340,8 @@ pub struct Autoscaling {
     #[schemars(with = "i32", range(min = 1, max = 10_000))]
     pub max_replicas: NonZeroU32,
     /// Replicas are added when the KV blocks held by running and needed by waiting requests exceed this part
-    /// of the block pools. Blocks that only cache count as free.
+    /// of the block pools, or the sequences that run and wait this part of the sequence slots. Blocks that only cache count
+    /// as free.
     #[serde(default = "default_target_block_utilization_percent")]
     #[schemars(with = "i32", range(min = 1, max = 100))]
     pub target_block_utilization_percent: NonZeroU32,
@@ -258,10 +349,21 @@ pub struct Autoscaling {
     #[serde(default = "default_target_queue_depth")]
     #[schemars(with = "i32", range(min = 1, max = 100_000))]
     pub target_queue_depth: NonZeroU32,
-    /// How long the demand must have stayed low before replicas are taken away.
+    /// How long the demand must have stayed low before replicas are taken away; at least twice the time that a replica
+    /// was measured to need until it serves.
     #[serde(default = "default_scale_down_stabilization_seconds")]
     #[schemars(with = "i32", range(min = 0, max = 86_400))]
     pub scale_down_stabilization_seconds: u32,
+}
+
+/// Who carries the autoscaler's decisions out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum AutoscalingMode {
+    /// The operator.
+    #[default]
+    Auto,
+    /// Nobody: they are reported.
+    Observe,
 }
 
 /// The CustomResourceDefinition as the committed file holds it.
@@ -282,6 +384,15 @@ fn default_drain_seconds() -> i32 {
     300
 }
 
+impl LLMDeploymentSpec {
+    /// The policy by which the operator sets the number of replicas; `None` where it doesn't.
+    #[must_use]
+    pub fn autoscaled(&self) -> Option<&Autoscaling> {
+        let policy = self.autoscaling.as_ref();
+        policy.filter(|policy| policy.mode == AutoscalingMode::Auto)
+    }
+}
+
 fn default_min_replicas() -> NonZeroU32 {
     NonZeroU32::MIN
 }
@@ -295,7 +406,7 @@ fn default_target_queue_depth() -> NonZeroU32 {
 }
 
 fn default_scale_down_stabilization_seconds() -> u32 {
-    300
+    60
 }
 
 #[cfg(test)]

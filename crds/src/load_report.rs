@@ -36,6 +36,84 @@ pub struct LoadReport {
     pub prefill_backlog_tokens: Option<u64>,
     /// Sequences preempted since the start.
     pub preemptions: Option<u64>,
+    /// Counts since the start: how much they rise between two reports is a rate.
+    pub totals: Option<TotalCounts>,
+    /// Demand that waits outside of any replica, at whoever reports it (a front door that holds requests while none
+    /// serves). A report of nothing else is no replica's.
+    pub held: Option<HeldCounts>,
+    /// What is served, and what it takes.
+    pub model: Option<ModelReport>,
+    /// How the start goes, or went.
+    pub start: Option<StartReport>,
+}
+
+/// A model on its device, in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ModelReport {
+    /// Numbers that the model learned.
+    pub parameters: Option<u64>,
+    /// Bytes of its weights on the device.
+    pub weights_bytes: Option<u64>,
+    /// Bytes of the device's workspace.
+    pub workspace_bytes: Option<u64>,
+    /// Bytes of the KV cache.
+    pub kv_cache_bytes: Option<u64>,
+    /// Bytes of the KV cache that a token of a long sequence takes.
+    pub kv_bytes_per_token: Option<u64>,
+    /// Blocks of the pool.
+    pub blocks: Option<u64>,
+    /// The longest context in tokens, prompt and answer together.
+    pub max_model_len: Option<u64>,
+    /// Sequences of that length that the pool holds at once.
+    pub requests_at_context: Option<u64>,
+    /// The commit of its repository, where it came from one.
+    pub revision: Option<String>,
+}
+
+/// What a replica does before it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StartPhase {
+    /// It fetches the model's files.
+    Fetch,
+    /// It reads the weights onto the device.
+    Load,
+    /// It allocates the KV cache and starts the engine.
+    WarmUp,
+    /// One that this reader doesn't know.
+    #[serde(other)]
+    Other,
+}
+
+/// How a start goes, or went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct StartReport {
+    /// What goes on; absent once the replica serves.
+    pub phase: Option<StartPhase>,
+    /// Bytes that the phase has come to, of [`StartReport::total_bytes`].
+    pub done_bytes: Option<u64>,
+    /// Bytes that the phase has to do with.
+    pub total_bytes: Option<u64>,
+    /// How long fetching took; absent where nothing had to be.
+    pub fetch_ms: Option<u64>,
+    /// How long loading took.
+    pub load_ms: Option<u64>,
+    /// How long the rest took.
+    pub warm_up_ms: Option<u64>,
+}
+
+impl StartReport {
+    /// How far the phase has come.
+    #[must_use]
+    pub fn percent(&self) -> Option<u8> {
+        let (done, total) = self
+            .done_bytes
+            .zip(self.total_bytes.filter(|total| *total > 0))?;
+        let percent = u128::from(done) * 100 / u128::from(total);
+        Some(u8::try_from(percent.min(100)).unwrap_or(100))
+    }
 }
 
 /// Blocks of the pool by state: `total = active + cached + free`, never two states at once.
@@ -80,6 +158,32 @@ pub struct SlotCounts {
     pub running: Option<u64>,
     /// All slots: the most sequences that run at once.
     pub limit: Option<u64>,
+    /// Output tokens that the sequences of the running batch have by now.
+    pub generated_tokens: Option<u64>,
+}
+
+/// Counts since the start of the replica.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct TotalCounts {
+    /// Prompt tokens whose KV was computed, those of recomputed sequences again.
+    pub prompt_tokens: Option<u64>,
+    /// Output tokens.
+    pub generated_tokens: Option<u64>,
+    /// Sequences that ended.
+    pub ended_sequences: Option<u64>,
+}
+
+/// Requests that are held for a deployment and that no replica knows of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HeldCounts {
+    /// Requests.
+    pub requests: Option<u64>,
+    /// Tokens of their prompts.
+    pub prompt_tokens: Option<u64>,
+    /// Age of the oldest in milliseconds; 0 where none is held.
+    pub oldest_ms: Option<u64>,
 }
 
 /// Requests by state.
@@ -111,6 +215,11 @@ mod tests {
         assert_eq!(report.page_demand, None, "a replica of before the field");
         let slots = report.slots.unwrap();
         assert_eq!((slots.running, slots.limit), (Some(2), None));
+        assert_eq!((report.totals, report.held), (None, None));
+        let start: StartReport =
+            serde_json::from_str(r#"{"phase":"compile","totalBytes":0,"doneBytes":0}"#).unwrap();
+        assert_eq!(start.phase, Some(StartPhase::Other), "of a newer replica");
+        assert_eq!(start.percent(), None);
     }
 
     #[test]
@@ -123,8 +232,29 @@ mod tests {
             slots: Some(SlotCounts {
                 running: Some(3),
                 limit: Some(64),
+                generated_tokens: Some(90),
             }),
             prefill_backlog_tokens: Some(5),
+            totals: Some(TotalCounts {
+                prompt_tokens: Some(7),
+                generated_tokens: Some(8),
+                ended_sequences: Some(9),
+            }),
+            held: Some(HeldCounts {
+                requests: Some(1),
+                prompt_tokens: Some(2),
+                oldest_ms: Some(3),
+            }),
+            start: Some(StartReport {
+                phase: Some(StartPhase::WarmUp),
+                done_bytes: Some(2),
+                total_bytes: Some(3),
+                ..StartReport::default()
+            }),
+            model: Some(ModelReport {
+                kv_bytes_per_token: Some(8),
+                ..ModelReport::default()
+            }),
             ..LoadReport::default()
         };
         let json = serde_json::to_value(&report).unwrap();
@@ -132,7 +262,17 @@ mod tests {
         assert_eq!(json["pageDemand"]["perTokenBlock"], 1);
         assert_eq!(json["slots"]["running"], 3);
         assert_eq!(json["slots"]["limit"], 64);
+        assert_eq!(json["slots"]["generatedTokens"], 90);
         assert_eq!(json["prefillBacklogTokens"], 5);
+        assert_eq!(json["totals"]["promptTokens"], 7);
+        assert_eq!(json["totals"]["generatedTokens"], 8);
+        assert_eq!(json["totals"]["endedSequences"], 9);
+        assert_eq!(json["held"]["requests"], 1);
+        assert_eq!(json["held"]["promptTokens"], 2);
+        assert_eq!(json["held"]["oldestMs"], 3);
+        assert_eq!(json["start"]["phase"], "warmUp");
+        assert_eq!(json["model"]["kvBytesPerToken"], 8);
+        assert_eq!(report.start.and_then(|start| start.percent()), Some(66));
         let back: LoadReport = serde_json::from_value(json).unwrap();
         assert_eq!(back, report);
     }

@@ -7,6 +7,8 @@ Stages, each under 9 minutes, each leaving RESULTS/<stage>.json behind, in any o
   kernels    attention and products alone, beside the copy's bandwidth and PyTorch's attention
   serving    the whole server over HTTP on random weights of Llama-3.1-8B's shape
   2048_128, 128_2048, 2048_2048  the longer workloads: tokens in and out of each request
+  2048_128_unbounded  the first of them with --max-decode-stretch 0: prompts fill every step
+  defaults   600 requests at once on a server without a flag but the device: how many it refuses
   pacing     gaps in 1, 16 and 64 streams while prompts of 8k arrive without end, and how fast these are computed
   soak       160 clients with random lengths and sampling, a quarter of whom leave: memory, and how the server ends
   peers      Transformers' generate() on the mix's first 200 requests, in static batches
@@ -165,14 +167,37 @@ def serving():
     return results
 
 
-def workload(n, m, count):
+def workload(n, m, count, more_flags=()):
     import client
 
     model()
-    server = client.Server(HERE / "kvasir-server", MODEL, FLAGS, f"{n}_{m}.log", environment())
+    flags = [*FLAGS, *more_flags]
+    server = client.Server(HERE / "kvasir-server", MODEL, flags, f"{n}_{m}.log", environment())
     rates = throughput(client, [(n, m)] * count, 3)
     server.stop()
     return {"machine": machine(), "requests": count, **rates}
+
+
+def defaults():
+    import concurrent.futures
+
+    import client
+
+    model()
+    server = client.Server(HERE / "kvasir-server", MODEL, ["--device", "cuda"], "defaults.log", environment())
+
+    def answer(ids):
+        try:
+            return len(client.whole(ids, 128)) == 128
+        except RuntimeError as error:
+            print(error, flush=True)
+            return False
+
+    prompts = [client.fresh_prompt(128) for _ in range(600)]
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as threads:
+        refused = list(threads.map(answer, prompts)).count(False)
+    server.stop()
+    return {"machine": machine(), "requests": len(prompts), "refused": refused}
 
 
 # Prompts of 8k beside streams.
@@ -238,9 +263,10 @@ def continuous():
 
 STAGES = {
     "tests": tests, "sanitizer": sanitizer, "kernels": kernels, "serving": serving, "pacing": pacing,
-    "soak": soak, "peers": peers, "continuous": continuous,
+    "soak": soak, "defaults": defaults, "peers": peers, "continuous": continuous,
     "2048_128": lambda: workload(2048, 128, 1000), "128_2048": lambda: workload(128, 2048, 640),
     "2048_2048": lambda: workload(2048, 2048, 384),
+    "2048_128_unbounded": lambda: workload(2048, 128, 1000, ("--max-decode-stretch", "0")),
 }  # fmt: skip
 
 

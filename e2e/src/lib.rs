@@ -2,7 +2,8 @@
 //! README opens with, and the end-to-end tests.
 //!
 //! It drives the project from outside, through the programs that users have (kubectl, helm, an
-//! OpenAI client), and knows nothing of the inside of the server or the operator.
+//! OpenAI client), and knows nothing of the inside of the server or the operator; only the [`simulator`]
+//! calls the operator's autoscaler, as the operator does.
 
 pub mod access;
 pub mod chat;
@@ -12,6 +13,7 @@ pub mod error;
 pub mod image;
 pub mod progress;
 pub mod quickstart;
+pub mod simulator;
 pub mod toolchain;
 pub mod wait;
 

@@ -1,4 +1,4 @@
-//! The command line: a cluster up, down, and the image. It owns the flags and the order in which `up` does its
+//! The command line: a cluster up, down, the image, and simulations. It owns the flags and the order in which `up` does its
 //! steps, and nothing behind them.
 
 use anyhow::{Result, bail};
@@ -7,8 +7,9 @@ use kvasir_e2e::access::Access;
 use kvasir_e2e::cluster::{AS_ROOT, Cluster, Name, cleanup, is_root};
 use kvasir_e2e::image::Image;
 use kvasir_e2e::image::recipes::{self, Devices};
+use kvasir_e2e::simulator::{plot, report};
 use kvasir_e2e::toolchain::{self, Monitoring, Toolchain};
-use kvasir_e2e::{chat, progress, quickstart};
+use kvasir_e2e::{chat, progress, quickstart, simulator};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
@@ -47,6 +48,11 @@ enum Job {
         #[arg(long)]
         cuda: bool,
     },
+    /// Simulates what takes too long to try.
+    Simulate {
+        #[command(subcommand)]
+        what: Simulate,
+    },
     /// Asks a server one question and streams the answer.
     Ask {
         /// The server, such as http://127.0.0.1:8000.
@@ -57,6 +63,12 @@ enum Job {
         #[arg(long, default_value = "kvasir-demo")]
         model: String,
     },
+}
+
+#[derive(Subcommand)]
+enum Simulate {
+    /// Compares the operator's autoscaler with its peers', with the clairvoyant and with the best constant headroom.
+    Autoscaling(simulator::Settings),
 }
 
 #[derive(Args)]
@@ -91,6 +103,9 @@ fn main() -> Result<()> {
             down(&name)
         }
         Job::Tools => tools(),
+        Job::Simulate {
+            what: Simulate::Autoscaling(settings),
+        } => simulate_autoscaling(&settings),
         Job::Ask {
             url,
             question,
@@ -109,6 +124,27 @@ fn main() -> Result<()> {
             image(&output, reference, devices)
         }
     }
+}
+
+fn simulate_autoscaling(settings: &simulator::Settings) -> Result<()> {
+    let cells = simulator::compare(settings)?;
+    println!("{}\n{}", report::table(&cells), report::summary(&cells));
+    let Some(folder) = &settings.output else {
+        return Ok(());
+    };
+    std::fs::create_dir_all(folder)?;
+    let json = serde_json::to_string_pretty(&report::json(&cells))?;
+    std::fs::write(folder.join("results.json"), json)?;
+    std::fs::write(folder.join("summary.md"), report::summary(&cells))?;
+    for cell in &cells {
+        let name = format!("{}-{}s-{}", cell.load, cell.start_s, cell.replicas);
+        std::fs::write(
+            folder.join(format!("{name}-replicas.svg")),
+            plot::series(cell),
+        )?;
+        std::fs::write(folder.join(format!("{name}-cost.svg")), plot::scatter(cell))?;
+    }
+    Ok(())
 }
 
 fn image(output: &Path, reference: String, devices: Devices) -> Result<()> {

@@ -5,8 +5,6 @@
 use std::num::NonZeroUsize;
 
 use crate::cpu::CpuDevice;
-#[cfg(feature = "cuda")]
-use crate::cuda::driver::Driver as _;
 use crate::device::{Device, DeviceError, DeviceOptions};
 use crate::shape::Precision;
 
@@ -31,6 +29,70 @@ enum Found {
     Cpu,
     #[cfg(feature = "cuda")]
     Cuda(Box<crate::cuda::gpu::Gpu>),
+}
+
+/// A device that prepares nothing and tells what preparing would take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CountedDevice(Counted);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Counted {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::counting::Counting),
+}
+
+const CPU_PREFERENCES: Preferences = Preferences {
+    max_sequences: 64,
+    max_tokens: 512,
+    precision: None,
+};
+
+impl CountedDevice {
+    /// A device with so much memory, whether this machine has one or not. [`DeviceChoice::Auto`] is the CPU here.
+    pub fn imagined(choice: DeviceChoice, memory_bytes: u64) -> Result<Self, DeviceError> {
+        match choice {
+            DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Self(Counted::Cpu)),
+            DeviceChoice::Cuda => imagined_cuda(memory_bytes),
+        }
+    }
+
+    /// What it is best run with.
+    pub fn preferences(&self) -> Preferences {
+        match &self.0 {
+            Counted::Cpu => CPU_PREFERENCES,
+            #[cfg(feature = "cuda")]
+            Counted::Cuda(gpu) => Preferences {
+                max_sequences: sequences_for(gpu.total_bytes()),
+                max_tokens: 8192,
+                precision: Some(Precision::BF16),
+            },
+        }
+    }
+
+    /// Makes it; `n_threads` would compute where it is the CPU.
+    pub fn make(
+        self,
+        options: DeviceOptions,
+        n_threads: NonZeroUsize,
+    ) -> Result<Box<dyn Device>, DeviceError> {
+        match self.0 {
+            Counted::Cpu => Ok(Box::new(CpuDevice::counting(options, n_threads)?)),
+            #[cfg(feature = "cuda")]
+            Counted::Cuda(gpu) => Ok(Box::new(crate::cuda::CudaDevice::new(gpu, options)?)),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn imagined_cuda(memory_bytes: u64) -> Result<CountedDevice, DeviceError> {
+    let gpu = crate::cuda::counting::Counting::imagined(memory_bytes);
+    Ok(CountedDevice(Counted::Cuda(gpu)))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn imagined_cuda(_memory_bytes: u64) -> Result<CountedDevice, DeviceError> {
+    Err(no_cuda())
 }
 
 /// What a device is best run with, where the user has not said.
@@ -71,18 +133,19 @@ impl ChosenDevice {
 
     /// What it is best run with.
     pub fn preferences(&self) -> Preferences {
+        self.counted()
+            .map_or(CPU_PREFERENCES, |it| it.preferences())
+    }
+
+    /// The same device to count on, before anything is loaded. `Err` where it doesn't answer.
+    pub fn counted(&self) -> Result<CountedDevice, DeviceError> {
         match &self.found {
-            Found::Cpu => Preferences {
-                max_sequences: 64,
-                max_tokens: 512,
-                precision: None,
-            },
+            Found::Cpu => Ok(CountedDevice(Counted::Cpu)),
             #[cfg(feature = "cuda")]
-            Found::Cuda(gpu) => Preferences {
-                max_sequences: sequences_for(gpu.memory().map_or(0, |memory| memory.total)),
-                max_tokens: 8192,
-                precision: Some(Precision::BF16),
-            },
+            Found::Cuda(gpu) => {
+                let gpu = crate::cuda::counting::Counting::like(gpu.as_ref())?;
+                Ok(CountedDevice(Counted::Cuda(gpu)))
+            }
         }
     }
 
@@ -115,10 +178,15 @@ fn find_cuda() -> Result<Found, DeviceError> {
 
 #[cfg(not(feature = "cuda"))]
 fn find_cuda() -> Result<Found, DeviceError> {
-    Err(DeviceError::Unavailable {
+    Err(no_cuda())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn no_cuda() -> DeviceError {
+    DeviceError::Unavailable {
         device: "cuda",
         why: "this build of kvasir-server has no CUDA device; use --device cpu, or an image built with CUDA".to_owned(),
-    })
+    }
 }
 
 #[cfg(test)]

@@ -55,6 +55,8 @@ const CAPABILITIES: Capabilities = Capabilities {
 pub struct CpuDevice {
     state: CpuState,
     memory_limit: u64,
+    /// It holds no memory and computes nothing: what a model needs is counted.
+    counts_only: bool,
     finished: Finished,
 }
 
@@ -94,6 +96,17 @@ impl CpuDevice {
         Self::with_isa(options, n_threads, isa)
     }
 
+    /// A device that prepares nothing and counts, by the same arithmetic, what preparing would take: with the memory that
+    /// the options give where they do, whatever this machine has.
+    pub fn counting(options: DeviceOptions, n_threads: NonZeroUsize) -> Result<Self, DeviceError> {
+        let device = Self::new(options, n_threads)?;
+        Ok(Self {
+            memory_limit: options.memory_limit.unwrap_or(device.memory_limit),
+            counts_only: true,
+            ..device
+        })
+    }
+
     /// A device that uses a given instruction set, which must be one of [`Isa::available`].
     pub fn with_isa(
         options: DeviceOptions,
@@ -118,6 +131,7 @@ impl CpuDevice {
         let found = limit::memory_limit();
         Ok(Self {
             memory_limit: options.memory_limit.map_or(found, |limit| limit.min(found)),
+            counts_only: false,
             state: CpuState {
                 numerics,
                 isa,
@@ -157,6 +171,9 @@ impl CpuDevice {
     fn plan_rows(&self, rows: Rows, cols: usize) -> Result<(Model, ActivationBuffer), DeviceError> {
         let model = self.state.last_model();
         let max_rows = self.state.model_of(model).max_rows(rows);
+        if self.counts_only {
+            return Ok((model, ActivationBuffer::imagined(rows, max_rows, cols)));
+        }
         let bytes = ActivationBuffer::bytes_for(max_rows, cols);
         self.reserve("an activation buffer", bytes)?;
         Ok((model, ActivationBuffer::new(rows, max_rows, cols)?))
@@ -265,8 +282,12 @@ impl Device for CpuDevice {
         let model = self.state.last_model();
         let (n_rows, cols) = weights::stacked_shape(parts);
         let precision = self.state.numerics.weights;
-        self.reserve("a weight", PackedWeight::bytes_for(precision, n_rows, cols))?;
-        let weight = PackedWeight::pack(&self.state.pool, precision, parts)?;
+        let weight = if self.counts_only {
+            PackedWeight::imagined(precision, n_rows, cols)
+        } else {
+            self.reserve("a weight", PackedWeight::bytes_for(precision, n_rows, cols))?;
+            PackedWeight::pack(&self.state.pool, precision, parts)?
+        };
         Ok(Weight(self.state.weights.push(model, weight)))
     }
 
@@ -276,7 +297,10 @@ impl Device for CpuDevice {
         offset: f32,
     ) -> Result<Vector, DeviceError> {
         let model = self.state.last_model();
-        let vector = weights::vector(parts, offset);
+        let vector = match self.counts_only {
+            true => vec![0.0; parts.iter().map(|part| part.shape[1]).sum()],
+            false => weights::vector(parts, offset),
+        };
         Ok(Vector(self.state.vectors.push(model, vector)))
     }
 
@@ -315,7 +339,9 @@ impl Device for CpuDevice {
         let max_tokens = state.model_of(model).max_rows(Rows::Tokens);
         let plan = state.experts_plan.with(shape, max_tokens, [hidden, inner]);
         let more = plan.bytes() - state.experts_plan.bytes();
-        self.reserve("the experts' workspace", more)?;
+        if !self.counts_only {
+            self.reserve("the experts' workspace", more)?;
+        }
         self.state.experts_plan = plan;
         Ok(Experts(self.state.experts.push(model, *shape)))
     }
@@ -336,8 +362,8 @@ impl Device for CpuDevice {
         let cache = state.allocated.as_ref().map_or(0, |a| a.cache.bytes());
         // Weights are resident, workspace and cache as far as they were touched: what is resident beyond the weights
         // may be counted twice before the cache is allocated, never too little.
-        let other =
-            limit::anonymous_bytes().saturating_sub((weights + cache) as u64) + RESERVE_BYTES;
+        let resident = if self.counts_only { 0 } else { weights + cache };
+        let other = limit::anonymous_bytes().saturating_sub(resident as u64) + RESERVE_BYTES;
         Memory {
             limit: self.memory_limit,
             weights: weights as u64,

@@ -7,7 +7,7 @@
 //! Attention, norms, experts and sampling give the same bits in every batch; other products are cuBLASLt's, whose order
 //! of sums depends on the number of rows: a crowd is equal to each request alone within their rounding, not to the bit.
 //!
-//! - [`driver`]: what is needed of a GPU; [`bounds`]: what it may touch.
+//! - [`driver`]: what is needed of a GPU; [`bounds`]: what it may touch; [`counting`]: a driver that only counts.
 //! - [`interface`]: what Rust and the kernels' sources have in common; [`kernel`]: the kernels' launches.
 //! - `plan`: pure: what of a step goes up, and where it lies. `edits`: the same of edits of logits.
 //! - `pass`: the operations of a forward pass as launches.
@@ -16,6 +16,7 @@
 
 pub mod bounds;
 mod buffers;
+pub mod counting;
 pub mod driver;
 mod edits;
 #[cfg(feature = "cuda")]

@@ -41,6 +41,14 @@ struct Pass {
     experts: Vec<ExpertsShape>,
 }
 
+impl NullDevice {
+    /// Elements of all weights and vectors that were prepared: the model's parameters.
+    pub fn n_elements(&self) -> u64 {
+        let matrices = self.pass.weights.iter().map(|[rows, cols]| rows * cols);
+        (matrices.sum::<usize>() + self.pass.vectors.iter().sum::<usize>()) as u64
+    }
+}
+
 impl Pass {
     fn last_shape(&self) -> &ModelShape {
         &self.models.last().expect("a model was added").0
@@ -225,16 +233,9 @@ impl Device for NullDevice {
     }
 
     fn memory(&self) -> Memory {
-        let weights: usize = self
-            .pass
-            .weights
-            .iter()
-            .map(|[rows, cols]| rows * cols)
-            .sum();
-        let elements = weights + self.pass.vectors.iter().sum::<usize>();
         Memory {
             limit: u64::MAX / 2,
-            weights: (elements * ELEMENT_BYTES) as u64,
+            weights: self.n_elements() * ELEMENT_BYTES as u64,
             workspace: 0,
             other: 0,
         }

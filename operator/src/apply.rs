@@ -4,9 +4,11 @@
 //! It decides nothing. An object that already is as planned is not written again. What the API server refuses is no error
 //! but an outcome, and what it fails with keeps nothing else from being written.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use futures::StreamExt as _;
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -20,8 +22,13 @@ use crate::observe::Sources;
 use crate::observed::{Child, ObservedChildren};
 use crate::plan::children::{Children, FIELD_MANAGER};
 use crate::plan::status::Refusal;
+use crate::plan::victims::{DELETION_COST, DeletionCost};
 use crate::plan::{EventRecord, Outcome, Plan, Severity};
 use crate::stored::Stored;
+
+/// A scale-down waits no longer for the costs of the pods to be told.
+const COSTS_TIMEOUT: Duration = Duration::from_secs(5);
+const COSTS_AT_ONCE: usize = 16;
 
 /// The API server takes no longer note of an event (`events.k8s.io/v1`, Event.note).
 const MAX_NOTE_BYTES: usize = 1024;
@@ -50,6 +57,10 @@ pub async fn apply(
             Some(deployment)
         }
     };
+    if let Some(deployment) = wanted.or(plan.fallback.as_ref()) {
+        let namespace = deployment.namespace().unwrap_or_default();
+        tell_costs(&sources.client, &namespace, &plan.costs).await;
+    }
     for deployment in wanted.into_iter().chain(&plan.fallback) {
         if tally.count(apply_deployment(sources, deployment, stands).await) {
             tally.outcome.is_scaled = true;
@@ -57,6 +68,27 @@ pub async fn apply(
         }
     }
     (tally.outcome, tally.failure)
+}
+
+/// Tells the pods what their deletion costs, before one of them is chosen. Where that fails Kubernetes chooses all the same.
+async fn tell_costs(client: &Client, namespace: &str, costs: &[DeletionCost]) {
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let all = futures::stream::iter(costs)
+        .for_each_concurrent(COSTS_AT_ONCE, |cost| tell_cost(&api, cost));
+    if tokio::time::timeout(COSTS_TIMEOUT, all).await.is_err() {
+        tracing::warn!(namespace, "telling the costs of deletions took too long");
+    }
+}
+
+async fn tell_cost(pods: &Api<Pod>, DeletionCost { pod, tokens }: &DeletionCost) {
+    let patch = json!({ "metadata": { "annotations": { DELETION_COST: tokens.to_string() } } });
+    let params = PatchParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PatchParams::default()
+    };
+    if let Err(error) = pods.patch(pod, &params, &Patch::Merge(&patch)).await {
+        tracing::warn!(pod, %error, "the cost of its deletion could not be told");
+    }
 }
 
 /// How the requests of one plan ended.

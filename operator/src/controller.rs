@@ -151,6 +151,7 @@ pub async fn run(
             client: client.clone(),
             cache,
             loads: LoadReader::default(),
+            starts: LoadReader::default(),
             logs: LogReader::default(),
         },
         settings: settings.clone(),
@@ -306,7 +307,9 @@ async fn look(stored: Arc<Stored>, context: &Context) -> Result<Option<Duration>
             desired,
             load,
             refused: report.refused,
+            decision: report.decision.as_ref(),
             pods: &observed.pods,
+            status: report.status.as_ref().or(stored.status()),
         },
     );
     // An event that is refused would be refused again.

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use kvasir_crds::llmdeployment::Reason;
+use kvasir_crds::llmdeployment::{LLMDeploymentStatus, Reason, StartTimes};
 use prometheus::{
     GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 use crate::error::Error;
-use crate::plan::autoscale::LoadSummary;
+use crate::plan::autoscale::demand::Constraint;
+use crate::plan::autoscale::{Decision, LoadSummary};
 use crate::pod;
 use crate::stored::Stored;
 
@@ -26,8 +27,72 @@ pub struct Figures<'a> {
     pub load: Option<LoadSummary>,
     /// The reason of the condition Accepted, where it is False.
     pub refused: Option<Reason>,
+    /// What the autoscaler decided, carried out or not; `None` where there is none.
+    pub decision: Option<&'a Decision>,
     /// Its pods.
     pub pods: &'a [Arc<Pod>],
+    /// What is told of it.
+    pub status: Option<&'a LLMDeploymentStatus>,
+}
+
+/// Why replicas don't serve, and how long it takes until they do.
+#[derive(Debug)]
+struct NotReadyMetrics {
+    replicas: IntGaugeVec,
+    start: GaugeVec,
+}
+
+impl NotReadyMetrics {
+    fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let replicas = IntGaugeVec::new(
+            Opts::new(
+                "kvasir_operator_not_ready_replicas",
+                "Replicas that don't serve, by the reason; of the first ten of a deployment.",
+            ),
+            &["namespace", "name", "reason"],
+        )?;
+        let start = GaugeVec::new(
+            Opts::new(
+                "kvasir_operator_start_seconds",
+                "How long the replicas that serve took to start, by phase; quantiles over the replicas.",
+            ),
+            &["namespace", "name", "phase", "quantile"],
+        )?;
+        registry.register(Box::new(replicas.clone()))?;
+        registry.register(Box::new(start.clone()))?;
+        Ok(Self { replicas, start })
+    }
+
+    /// Takes over what a status says, and nothing else stays; `None`: the deployment is gone.
+    fn looked(&self, [namespace, name]: [&str; 2], status: Option<&LLMDeploymentStatus>) {
+        for reason in Reason::ALL {
+            // An error says that the series did not exist.
+            let _ = self
+                .replicas
+                .remove_label_values(&[namespace, name, reason.as_str()]);
+        }
+        for phase in StartTimes::PHASES {
+            for quantile in ["0.5", "0.9"] {
+                let _ = self
+                    .start
+                    .remove_label_values(&[namespace, name, phase, quantile]);
+            }
+        }
+        let Some(status) = status else { return };
+        for replica in &status.not_ready {
+            let labels = [namespace, name, replica.reason.as_str()];
+            self.replicas.with_label_values(&labels).inc();
+        }
+        for times in status.start.iter().flat_map(|start| &start.phases) {
+            for (quantile, ms) in [
+                ("0.5", times.p50_milliseconds),
+                ("0.9", times.p90_milliseconds),
+            ] {
+                let labels = [namespace, name, times.phase.as_str(), quantile];
+                self.start.with_label_values(&labels).set(ms as f64 / 1e3);
+            }
+        }
+    }
 }
 
 /// What the operator counts.
@@ -39,6 +104,8 @@ pub struct Metrics {
     utilization: GaugeVec,
     waiting: IntGaugeVec,
     refused: IntGaugeVec,
+    autoscaling: AutoscalingMetrics,
+    not_ready: NotReadyMetrics,
     leading: IntGauge,
     reconciles: IntCounter,
     errors: IntCounterVec,
@@ -84,6 +151,8 @@ impl Metrics {
             "1 while an LLMDeployment is refused as a whole or in part, with the reason of its condition Accepted.",
             &["namespace", "name", "reason"],
         )?;
+        let autoscaling = AutoscalingMetrics::new(counts)?;
+        let not_ready = NotReadyMetrics::new(&registry)?;
         let leading = IntGauge::new(
             "kvasir_operator_leading",
             "1 in the operator that acts, 0 in those that stand by.",
@@ -113,6 +182,8 @@ impl Metrics {
             utilization,
             waiting,
             refused,
+            autoscaling,
+            not_ready,
             leading,
             reconciles,
             errors,
@@ -135,6 +206,9 @@ impl Metrics {
             for gauges in [&self.target, &self.utilization] {
                 gauges.reset();
             }
+            self.autoscaling.reset();
+            self.not_ready.replicas.reset();
+            self.not_ready.start.reset();
         }
     }
 
@@ -156,6 +230,7 @@ impl Metrics {
                 .with_label_values(&[&namespace, &name, *state])
                 .set(value);
         }
+        self.not_ready.looked([&namespace, &name], figures.status);
         self.forget_refusals(&namespace, &name);
         if let Some(reason) = figures.refused {
             let labels = &[namespace.as_str(), name.as_str(), reason.as_str()];
@@ -170,6 +245,10 @@ impl Metrics {
                 self.target.with_label_values(labels).set(target);
             }
             None => drop(self.target.remove_label_values(labels)),
+        }
+        self.autoscaling.forget(labels);
+        if let Some(decision) = figures.decision {
+            self.autoscaling.decided(labels, decision);
         }
         match figures.load {
             Some(load) => {
@@ -203,6 +282,8 @@ impl Metrics {
         let _ = self.target.remove_label_values(&[namespace, name]);
         self.forget_refusals(namespace, name);
         self.forget_load(&[namespace, name]);
+        self.autoscaling.forget(&[namespace, name]);
+        self.not_ready.looked([namespace, name], None);
     }
 
     /// Records a reconcile that failed.
@@ -216,6 +297,95 @@ impl Metrics {
     /// What the encoder says.
     pub fn text(&self) -> prometheus::Result<String> {
         TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+/// What the autoscaler sees and decides.
+#[derive(Debug)]
+struct AutoscalingMetrics {
+    desired: IntGaugeVec,
+    demand: IntGaugeVec,
+    unmet: IntGaugeVec,
+    silent: IntGaugeVec,
+    binding: IntGaugeVec,
+}
+
+impl AutoscalingMetrics {
+    fn new(
+        counts: impl Fn(&str, &str, &[&str]) -> prometheus::Result<IntGaugeVec>,
+    ) -> prometheus::Result<Self> {
+        let of_deployment = &["namespace", "name"];
+        Ok(Self {
+            desired: counts(
+                "kvasir_operator_autoscaler_replicas",
+                "Replicas that the autoscaler sets, or in mode Observe would set.",
+                of_deployment,
+            )?,
+            demand: counts(
+                "kvasir_operator_demand_replicas",
+                "Replicas that the load is work for, whatever minReplicas and maxReplicas allow.",
+                of_deployment,
+            )?,
+            unmet: counts(
+                "kvasir_operator_unmet_replicas",
+                "Replicas that the load needs and that neither serve nor start in time.",
+                of_deployment,
+            )?,
+            silent: counts(
+                "kvasir_operator_silent_replicas",
+                "Replicas that have started and don't report their load.",
+                of_deployment,
+            )?,
+            binding: counts(
+                "kvasir_operator_binding_constraint",
+                "1 for what asks for the most replicas.",
+                &["namespace", "name", "constraint"],
+            )?,
+        })
+    }
+
+    fn plain(&self) -> [&IntGaugeVec; 4] {
+        let Self {
+            desired,
+            demand,
+            unmet,
+            silent,
+            binding: _,
+        } = self;
+        [desired, demand, unmet, silent]
+    }
+
+    fn decided(&self, labels: &[&str; 2], decision: &Decision) {
+        let set = |gauge: &IntGaugeVec, n: u32| gauge.with_label_values(labels).set(n.into());
+        set(&self.desired, decision.replicas);
+        set(&self.silent, decision.silent);
+        // Where no replica reports, the demand isn't known.
+        if decision.demand > 0 {
+            set(&self.demand, decision.demand);
+            set(&self.unmet, decision.unmet);
+        }
+        if let Some(constraint) = decision.constraint {
+            let labels = &[labels[0], labels[1], constraint.as_str()];
+            self.binding.with_label_values(labels).set(1);
+        }
+    }
+
+    /// An error says that the series did not exist.
+    fn forget(&self, labels: &[&str; 2]) {
+        for gauge in self.plain() {
+            let _ = gauge.remove_label_values(labels);
+        }
+        for constraint in Constraint::ALL {
+            let labels = &[labels[0], labels[1], constraint.as_str()];
+            let _ = self.binding.remove_label_values(labels);
+        }
+    }
+
+    fn reset(&self) {
+        for gauge in self.plain() {
+            gauge.reset();
+        }
+        self.binding.reset();
     }
 }
 
@@ -237,7 +407,9 @@ mod tests {
             desired: 1,
             load,
             refused: None,
+            decision: None,
             pods: &[],
+            status: None,
         };
         let known = found(Some(LoadSummary {
             blocks: 200,
@@ -275,6 +447,56 @@ mod tests {
             1,
             "one reason at a time"
         );
+        let decision = Decision {
+            replicas: 3,
+            demand: 5,
+            constraint: Some(Constraint::Slots),
+            unmet: 2,
+            silent: 1,
+            ..Decision::default()
+        };
+        let decided = Figures {
+            decision: Some(&decision),
+            ..known
+        };
+        metrics.looked(&deployment, &decided);
+        for series in [
+            "autoscaler_replicas{name=\"m\",namespace=\"n\"} 3",
+            "demand_replicas{name=\"m\",namespace=\"n\"} 5",
+            "unmet_replicas{name=\"m\",namespace=\"n\"} 2",
+            "silent_replicas{name=\"m\",namespace=\"n\"} 1",
+            "binding_constraint{constraint=\"Slots\",name=\"m\",namespace=\"n\"} 1",
+        ] {
+            assert!(holds(&format!("kvasir_operator_{series}")), "{series}");
+        }
+        let unknown = Figures {
+            decision: Some(&Decision::default()),
+            ..known
+        };
+        metrics.looked(&deployment, &unknown);
+        assert!(!holds("demand_replicas{") && !holds("binding_constraint{"));
+        let status: LLMDeploymentStatus = serde_json::from_value(json!({
+            "notReady": [{ "reason": "Crashed", "message": "x" }, { "reason": "Crashed", "message": "y" }],
+            "start": { "samples": 1, "phases": [
+                { "phase": "Load", "p50Milliseconds": 1500, "p90Milliseconds": 2500 }] } }))
+        .unwrap();
+        metrics.looked(
+            &deployment,
+            &Figures {
+                status: Some(&status),
+                ..known
+            },
+        );
+        let crashed =
+            "kvasir_operator_not_ready_replicas{name=\"m\",namespace=\"n\",reason=\"Crashed\"} 2";
+        let start = "kvasir_operator_start_seconds{name=\"m\",namespace=\"n\",phase=\"Load\",quantile=\"0.9\"} 2.5";
+        assert!(
+            holds(crashed) && holds(start),
+            "{}",
+            metrics.text().unwrap()
+        );
+        metrics.looked(&deployment, &known);
+        assert!(!holds("not_ready_replicas{") && !holds("start_seconds{"));
         metrics.forget("n", "m");
         assert!(!holds("name=\"m\""));
         metrics.looked(&deployment, &refused(Reason::ChildRefused));

@@ -23,10 +23,11 @@ use crate::asked::{Asked, Worth};
 use crate::cache::Cache;
 use crate::error::{Error, in_time};
 use crate::key::Key;
-use crate::observed::{Child, LastLine, Observed, ObservedChildren, ReplicaLoad};
+use crate::observed::{Child, LastLine, Observed, ObservedChildren, ReplicaLoad, StartingReplica};
 use crate::plan::status::MAX_NOT_READY;
 use crate::pod::{
-    LINE_LIMIT_CHARS, has_started, is_ready, last_termination, last_words, load_port, replicas,
+    LINE_LIMIT_CHARS, address, asked_for_load, asked_for_start, is_ready, last_termination,
+    last_words, load_port, replicas,
 };
 
 /// How long a replica may take to answer `/load`; a later answer is silence.
@@ -136,6 +137,8 @@ pub struct Sources {
     pub cache: Cache,
     /// The replicas.
     pub loads: LoadReader,
+    /// Those that have not served yet.
+    pub starts: LoadReader,
     /// The logs of replicas that ended.
     pub logs: LogReader,
 }
@@ -145,6 +148,7 @@ impl Sources {
     pub fn forget(&self, key: &Key) {
         self.cache.forget(key);
         self.loads.asked.forget(key);
+        self.starts.asked.forget(key);
         self.logs.0.forget(key);
     }
 }
@@ -158,6 +162,7 @@ pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> Result<Observe
         client,
         cache,
         loads,
+        starts,
         logs,
     } = sources;
     let [name, namespace] =
@@ -166,9 +171,10 @@ pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> Result<Observe
     cache.ready().await;
     let pods = cache.pods(&key);
     let failing: Vec<&Pod> = replicas(&pods).filter(|pod| !is_ready(pod)).collect();
-    let (children, loads, last_lines) = tokio::join!(
+    let (children, loads, starting, last_lines) = tokio::join!(
         children(client, cache, &key),
-        loads_of(loads, &key, &pods),
+        loads_of(loads, &key, asked_for_load(&pods)),
+        starting(starts, &key, &pods),
         last_lines(logs, client, &key, &failing),
     );
     Ok(Observed {
@@ -176,22 +182,41 @@ pub async fn observe(sources: &Sources, metadata: &ObjectMeta) -> Result<Observe
         warnings: failing.iter().flat_map(|pod| cache.warnings(pod)).collect(),
         last_lines,
         loads,
+        starting,
         pods,
     })
 }
 
-async fn loads_of(reader: &LoadReader, key: &Key, pods: &[Arc<Pod>]) -> Vec<ReplicaLoad> {
-    let started = replicas(pods).filter(|pod| has_started(pod));
-    let addresses: Vec<Replica> = started
-        .filter_map(|pod| {
-            Some(Replica {
-                uid: pod.uid().unwrap_or_default(),
-                ip: pod.status.as_ref()?.pod_ip.clone()?,
-                port: load_port(pod),
-            })
+async fn loads_of(
+    reader: &LoadReader,
+    key: &Key,
+    pods: impl Iterator<Item = &Pod>,
+) -> Vec<ReplicaLoad> {
+    let addresses = pods.filter_map(|pod| {
+        Some(Replica {
+            uid: pod.uid().unwrap_or_default(),
+            ip: address(pod)?.to_owned(),
+            port: load_port(pod),
         })
-        .collect();
+    });
+    let addresses: Vec<Replica> = addresses.collect();
     reader.read(key, &addresses).await
+}
+
+async fn starting(reader: &LoadReader, key: &Key, pods: &[Arc<Pod>]) -> Vec<StartingReplica> {
+    let reports = loads_of(reader, key, asked_for_start(pods)).await;
+    let said = asked_for_start(pods).zip(reports);
+    let starting = said.filter_map(|(pod, load)| match load {
+        ReplicaLoad::Reported(LoadReport {
+            start: Some(report),
+            ..
+        }) => Some(StartingReplica {
+            pod: pod.name_any(),
+            report,
+        }),
+        ReplicaLoad::Reported(_) | ReplicaLoad::Silent => None,
+    });
+    starting.collect()
 }
 
 async fn children(client: &Client, cache: &Cache, key: &Key) -> Result<ObservedChildren, Error> {

@@ -10,8 +10,11 @@ use k8s_openapi::api::core::v1::{Event, Pod, Service, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::Resource;
 use kvasir_crds::LoadReport;
+use kvasir_crds::load_report::StartReport;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+use crate::pod::asked_for_load;
 
 /// A kind of object that belongs to an `LLMDeployment`.
 pub trait Child:
@@ -46,6 +49,24 @@ pub struct Observed {
     /// One entry for each pod whose server has started and that is not being deleted. A server that hangs is no longer
     /// ready, yet must count as silent rather than as gone.
     pub loads: Vec<ReplicaLoad>,
+    /// How the start goes of replicas that have not served yet and say so.
+    pub starting: Vec<StartingReplica>,
+}
+
+impl Observed {
+    /// The pods that were asked for their load, each with its answer.
+    pub fn loads_by_pod(&self) -> impl Iterator<Item = (&Pod, &ReplicaLoad)> {
+        asked_for_load(&self.pods).zip(&self.loads)
+    }
+}
+
+/// How the start of one replica goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StartingReplica {
+    /// The pod's name.
+    pub pod: String,
+    /// What it says.
+    pub report: StartReport,
 }
 
 /// Objects of the children's names. One that isn't controlled by the deployment is here too: `plan` tells them apart.

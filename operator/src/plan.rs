@@ -8,7 +8,10 @@ pub mod autoscale;
 pub mod children;
 pub mod counted;
 pub mod pod_template;
+pub mod rollout;
+mod starting;
 pub mod status;
+pub mod victims;
 
 use std::time::Duration;
 
@@ -23,9 +26,12 @@ use kvasir_crds::llmdeployment::{
 
 use crate::observed::{Observed, ObservedChildren};
 use crate::stored::Stored;
-use autoscale::{Decision, LoadSummary};
+use autoscale::{Decision, LoadSummary, Look, Overdue};
 use children::Children;
+use rollout::Rollout;
+use starting::Starting;
 use status::{Refusal, StatusInput};
+use victims::{DeletionCost, deletion_costs};
 
 /// Load figures alone are written to the status at most this often, and read this often where replicas are fixed.
 const LOAD_STATUS_INTERVAL: Duration = Duration::from_secs(15);
@@ -53,6 +59,9 @@ pub struct Now {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
     autoscale: autoscale::History,
+    starting: Starting,
+    /// The replicas that an autoscaler which only observes would have, as they were told last.
+    observed_wish: Option<u32>,
     /// When a status was written last.
     status_at: Option<Duration>,
     /// A change of the number of replicas that was carried out, and that no status tells yet.
@@ -69,6 +78,8 @@ pub struct Plan {
     /// What runs, with the pod template that was applied last and the replicas that are asked for now: for when the
     /// Deployment of `children` can't be had.
     pub fallback: Option<Deployment>,
+    /// Where there are to be fewer replicas: what each costs, to be told before.
+    pub costs: Vec<DeletionCost>,
     /// What the replicas report, for the metrics.
     pub load: Option<LoadSummary>,
     /// Why there are no `children`.
@@ -76,6 +87,8 @@ pub struct Plan {
     decision: Option<Decision>,
     /// A change of the number of replicas by the autoscaler, to be told once it was carried out.
     scaling: Option<LastScaling>,
+    /// What was decided about the rollout, to be told once it was carried out.
+    news: Option<(&'static str, String)>,
     history: History,
 }
 
@@ -99,6 +112,8 @@ pub struct Report {
     pub status: Option<LLMDeploymentStatus>,
     /// The reason of the condition Accepted where it is False, for the metrics.
     pub refused: Option<Reason>,
+    /// What the autoscaler decided, carried out or not, for the metrics.
+    pub decision: Option<Decision>,
     /// When to look again, if nothing happens before.
     pub recheck_after: Duration,
     at: Duration,
@@ -159,18 +174,30 @@ pub fn plan(
     let conflict = name_conflict(stored.meta(), &observed.children);
     let running = running(stored, observed);
     let is_autoscaled = stored.spec().is_some_and(|spec| spec.autoscaling.is_some());
-    if !is_autoscaled {
+    match is_autoscaled {
+        true => {
+            let told = stored
+                .status()
+                .and_then(|status| status.autoscaling.as_ref());
+            let learned = told.and_then(|told| told.learned.as_ref());
+            history.autoscale.read_back(learned);
+        }
         // Should it be switched on again, what was known before counts no more.
-        history.autoscale = autoscale::History::default();
+        false => history.autoscale = autoscale::History::default(),
+    }
+    for took in history.starting.note(&observed.pods) {
+        history.autoscale.note_start(took);
     }
     let load = autoscale::summarize(&observed.loads);
     let refused = |refusal| Plan {
         children: None,
         fallback: None,
+        costs: Vec::new(),
         load,
         refusal: Some(refusal),
         decision: None,
         scaling: None,
+        news: None,
         history: history.clone(),
     };
     let deployment = match (&stored.0, conflict) {
@@ -185,9 +212,9 @@ pub fn plan(
     };
     let decision = autoscale(deployment, running, observed, &mut history, now);
     let replicas = asked_replicas(&deployment.spec, decision.as_ref());
-    let fallback = running.and_then(|running| children::scaled(deployment, replicas, running));
-    let (children, refusal) = match children::children(deployment, replicas, default_image, running)
-    {
+    let rollout = Rollout::decide(&deployment.spec, observed, running, now.wall);
+    let (children, fallback) = made(deployment, replicas, default_image, running, &rollout);
+    let (children, refusal) = match children {
         Ok(children) => (Some(children), None),
         Err(sentence) => (
             None,
@@ -197,7 +224,14 @@ pub fn plan(
             }),
         ),
     };
-    let scaling = match (&decision, running.and_then(replicas_of)) {
+    let is_fewer = running
+        .and_then(replicas_of)
+        .is_some_and(|from| replicas < from);
+    let costs = is_fewer.then(|| deletion_costs(observed));
+    let carried_out = decision
+        .as_ref()
+        .filter(|_| deployment.spec.autoscaled().is_some());
+    let scaling = match (carried_out, running.and_then(replicas_of)) {
         (Some(decision), Some(from)) if from != replicas => Some(LastScaling {
             time: Time(now.wall),
             from,
@@ -209,12 +243,34 @@ pub fn plan(
     Plan {
         children,
         fallback,
+        costs: costs.unwrap_or_default(),
         load,
         refusal,
         decision,
         scaling,
+        news: rollout.news,
         history,
     }
+}
+
+/// The children, and what runs for when their Deployment can't be had, both as the rollout wants them.
+fn made(
+    deployment: &LLMDeployment,
+    replicas: i32,
+    default_image: &str,
+    running: Option<&Deployment>,
+    rollout: &Rollout,
+) -> (Result<Children, String>, Option<Deployment>) {
+    let mut fallback = running.and_then(|running| children::scaled(deployment, replicas, running));
+    if let Some(fallback) = &mut fallback {
+        rollout.settle(fallback, running);
+    }
+    let marked = running.map(|running| rollout.mark(running));
+    let mut children = children::children(deployment, replicas, default_image, marked.as_ref());
+    if let Ok(children) = &mut children {
+        rollout.settle(&mut children.deployment, running);
+    }
+    (children, fallback)
 }
 
 /// Says what came of `plan`: the status, and what happened that the status before doesn't tell.
@@ -225,9 +281,10 @@ pub fn report(
     outcome: &Outcome,
     now: Now,
 ) -> Report {
+    let mut history = plan.history;
     let refused = plan.refusal.as_ref().or(outcome.refused.as_ref());
     let carried_out = plan.scaling.filter(|_| outcome.is_scaled);
-    let scaling = carried_out.clone().or(plan.history.untold.clone());
+    let scaling = carried_out.clone().or(history.untold.clone());
     let status = status::status(&StatusInput {
         stored,
         observed,
@@ -235,24 +292,30 @@ pub fn report(
         refused,
         failing: outcome.failing.as_deref(),
         decision: plan.decision.as_ref(),
+        learned: history.autoscale.learned(),
         scaling: scaling.as_ref(),
         load: plan.load,
         now: now.wall,
     });
     let recheck_after = recheck_after(stored.spec(), refused, plan.decision.as_ref(), &status);
     let before = stored.status();
-    let mut events = plan.history.unsent.clone();
+    let mut events = history.unsent.clone();
     events.extend(carried_out.as_ref().map(scaled));
+    events.extend(would_scale(stored, plan.decision.as_ref(), &mut history));
+    events.extend(newly_overdue(before, plan.decision.as_ref()));
+    events.extend(plan.news.filter(|_| outcome.is_scaled).map(rolled));
     events.extend(refused.filter(|r| !is_told(before, r)).map(refusal));
     events.extend(newly_ended(before, &status).map(ended));
+    events.extend(newly_not_ready(before, &status));
     Report {
         events,
-        status: changed(before, status, &plan.history, now),
+        status: changed(before, status, &history, now),
         refused: refused.map(|refusal| refusal.reason),
+        decision: plan.decision,
         recheck_after,
         at: now.monotonic,
         scaling,
-        history: plan.history,
+        history,
     }
 }
 
@@ -274,18 +337,18 @@ fn autoscale(
     let current = running
         .and_then(replicas_of)
         .map_or(policy.min_replicas.get(), |n| u32::try_from(n).unwrap_or(0));
-    Some(autoscale::decide(
-        policy,
+    let look = Look {
         current,
-        &observed.loads,
-        &mut history.autoscale,
-        now.monotonic,
-    ))
+        loads: &observed.loads,
+        starting: &starting::ages(&observed.pods, now.wall),
+        now: now.monotonic,
+    };
+    Some(autoscale::decide(policy, &look, &mut history.autoscale))
 }
 
 /// The number of replicas that is asked for now: the autoscaler's, or the user's.
 fn asked_replicas(spec: &LLMDeploymentSpec, decision: Option<&Decision>) -> i32 {
-    match decision {
+    match decision.filter(|_| spec.autoscaled().is_some()) {
         Some(decision) => i32::try_from(decision.replicas).unwrap_or(i32::MAX),
         None => spec.replicas.unwrap_or(1),
     }
@@ -327,6 +390,69 @@ fn scaled(scaling: &LastScaling) -> EventRecord {
     }
 }
 
+/// What an autoscaler that only observes would do, each time that this changes.
+fn would_scale(
+    stored: &Stored,
+    decision: Option<&Decision>,
+    history: &mut History,
+) -> Option<EventRecord> {
+    let spec = stored.spec()?;
+    let observing = decision.filter(|_| spec.autoscaled().is_none());
+    let wish = observing.map(|decision| decision.replicas);
+    let before = std::mem::replace(&mut history.observed_wish, wish);
+    let replicas = u32::try_from(spec.replicas.unwrap_or(1)).unwrap_or(0);
+    let is_new = wish != before && wish.is_some_and(|n| n != before.unwrap_or(replicas));
+    observing.filter(|_| is_new).map(|decision| EventRecord {
+        severity: Severity::Normal,
+        reason: "WouldScale",
+        action: "Scale",
+        message: match decision.replicas == replicas {
+            true => format!(
+                "spec.replicas {replicas} would be kept: {}",
+                decision.reason
+            ),
+            false => format!("not carried out, in mode Observe: {}", decision.reason),
+        },
+    })
+}
+
+/// Replicas that should have started by now, once.
+fn newly_overdue(
+    before: Option<&LLMDeploymentStatus>,
+    decision: Option<&Decision>,
+) -> Option<EventRecord> {
+    let overdue = decision?.overdue?;
+    let conditions = before.map(|status| status.conditions.as_slice());
+    let is_told = conditions
+        .unwrap_or_default()
+        .iter()
+        .any(|c| c.type_ == ConditionType::CapacityUnavailable.as_str() && c.status == "True");
+    (!is_told).then(|| EventRecord {
+        severity: Severity::Warning,
+        reason: Reason::StartOverdue.as_str(),
+        action: "Scale",
+        message: overdue_sentence(overdue),
+    })
+}
+
+/// Replicas that are late, in words.
+fn overdue_sentence(Overdue { n, deadline }: Overdue) -> String {
+    let replicas = counted::counted(n, "replica");
+    let seconds = deadline.as_secs();
+    format!(
+        "{replicas} started for longer than {seconds} s, three times what one was measured to need, and not counted as supply any more"
+    )
+}
+
+fn rolled((reason, message): (&'static str, String)) -> EventRecord {
+    EventRecord {
+        severity: Severity::Warning,
+        reason,
+        action: "RollOut",
+        message,
+    }
+}
+
 fn refusal(refusal: &Refusal) -> EventRecord {
     EventRecord {
         severity: Severity::Warning,
@@ -359,6 +485,36 @@ fn newly_ended<'a>(
     ended.filter(move |ended| known.iter().all(|known| known.reason != ended.reason))
 }
 
+/// One event for each reason why a replica doesn't serve that the status before doesn't give. A start takes its time.
+fn newly_not_ready(
+    before: Option<&LLMDeploymentStatus>,
+    status: &LLMDeploymentStatus,
+) -> Vec<EventRecord> {
+    let known = before.map(|before| before.not_ready.as_slice());
+    let mut events: Vec<EventRecord> = Vec::new();
+    for replica in &status.not_ready {
+        let reason = Reason::ALL.iter().find(|it| it.as_str() == replica.reason);
+        let is_known = known
+            .unwrap_or_default()
+            .iter()
+            .any(|it| it.reason == replica.reason);
+        match reason {
+            None | Some(Reason::Starting) => {}
+            Some(reason) if is_known || events.iter().any(|it| it.reason == reason.as_str()) => {}
+            Some(reason) => events.push(EventRecord {
+                severity: Severity::Warning,
+                reason: reason.as_str(),
+                action: "Serve",
+                message: match &replica.pod {
+                    Some(pod) => format!("{pod}: {}", replica.message),
+                    None => replica.message.clone(),
+                },
+            }),
+        }
+    }
+    events
+}
+
 /// The condition Accepted gives this refusal already.
 fn is_told(before: Option<&LLMDeploymentStatus>, refusal: &Refusal) -> bool {
     let conditions = before.map(|status| status.conditions.as_slice());
@@ -383,6 +539,7 @@ fn changed(
         let elder = LLMDeploymentStatus {
             utilization_percent: before.utilization_percent,
             queue_depth: before.queue_depth,
+            autoscaling: before.autoscaling.clone(),
             ..status.clone()
         };
         elder == *before

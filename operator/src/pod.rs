@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod, PodSpec};
 use kvasir_crds::llmdeployment::SELECTOR_LABEL;
 
@@ -71,6 +72,32 @@ pub fn has_started(pod: &Pod) -> bool {
     containers
         .iter()
         .any(|c| c.name == SERVER && c.started == Some(true))
+}
+
+/// The replicas that are asked for their load: those that have served since their container started.
+pub fn asked_for_load(pods: &[Arc<Pod>]) -> impl Iterator<Item = &Pod> {
+    replicas(pods).filter(|pod| has_started(pod) && address(pod).is_some())
+}
+
+/// The replicas that are asked how their start goes: their server runs, and has not served yet.
+pub fn asked_for_start(pods: &[Arc<Pod>]) -> impl Iterator<Item = &Pod> {
+    let runs = |pod: &&Pod| running_since(pod).is_some() && address(pod).is_some();
+    replicas(pods).filter(|pod| !has_started(pod)).filter(runs)
+}
+
+/// The pod's address.
+#[must_use]
+pub fn address(pod: &Pod) -> Option<&str> {
+    pod.status.as_ref()?.pod_ip.as_deref()
+}
+
+/// Since when its server's container runs, where it does.
+#[must_use]
+pub fn running_since(pod: &Pod) -> Option<Timestamp> {
+    let mut containers = pod.status.as_ref()?.container_statuses.iter().flatten();
+    let server = containers.find(|c| c.name == SERVER)?;
+    let running = server.state.as_ref()?.running.as_ref()?;
+    running.started_at.as_ref().map(|time| time.0)
 }
 
 /// The name of the `LLMDeployment` that a pod belongs to.

@@ -136,7 +136,7 @@ mod tests {
         for (why, spec, want) in [
             (
                 "a source of a newer version",
-                json!({ "model": { "source": { "huggingFace": { "repo": "a/b" } } }, "replicas": 1 }),
+                json!({ "model": { "source": { "objectStore": { "url": "s3://a/b" } } }, "replicas": 1 }),
                 "spec.model.source",
             ),
             (

@@ -220,6 +220,7 @@ fn scheduling(n_steps: usize, load: &Load) -> Vec<Duration> {
             prompt_logprobs: None,
             tenant: None,
             cache_salt: None,
+            resumed: Vec::new(),
         };
         scheduler.add(blocks, request, chain);
         next_id += 1;
@@ -301,6 +302,7 @@ fn whole_way(n_steps: usize, changes: Option<LogitsOptions>) -> Vec<Duration> {
                 logprobs: None,
                 prompt_logprobs: None,
                 cache_salt: None,
+                resumed: Vec::new(),
                 detokenizer: Detokenizer::new(Arc::clone(tokenizer.vocabulary()), true),
                 arrived: Arrival {
                     at: Instant::now(),

@@ -10,20 +10,22 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::builder::ValueParser;
+use clap::builder::{Resettable, ValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
 pub use kvasir_kernels::choice::DeviceChoice;
 
 use crate::access::keys::{ApiKey, KEY_FORM};
 use crate::access::origins::AllowedOrigins;
+use crate::hub::{self, Repository};
 
 /// What to serve, and how; only valid values.
 #[derive(Clone, Debug, PartialEq, Parser)]
 #[command(
     name = "kvasir-server",
     version,
-    about = "Serves a language model behind an OpenAI-compatible API."
+    about = "Serves a language model behind an OpenAI-compatible API.",
+    after_help = "`kvasir-server plan MODEL` tells what a model needs without loading it; see `kvasir-server plan --help`."
 )]
 pub struct Args {
     /// What is served.
@@ -52,13 +54,71 @@ pub struct Args {
     pub log_format: LogFormat,
 }
 
+/// What `kvasir-server plan` is asked: what a model needs. The server's own flags count as they would there.
+#[derive(Clone, Debug, PartialEq, Parser)]
+pub struct PlanArgs {
+    /// The model, as --model takes it, which it goes before.
+    #[arg(value_name = "MODEL", value_parser = model_source)]
+    model: Option<ModelSource>,
+    /// The memory of the device in GiB, whether this machine has such a one or not; --device auto is the CPU then
+    /// [default: this machine's].
+    #[arg(long, value_parser = gibibytes)]
+    pub memory_gib: Option<u64>,
+    /// Print JSON: bytes, tokens and blocks.
+    #[arg(long)]
+    pub json: bool,
+    /// How it would be served.
+    #[command(flatten)]
+    pub server: Args,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CommandLine {
+    /// Serve.
+    Serve(Args),
+    /// Tell what serving takes.
+    Plan(PlanArgs),
+}
+
+impl CommandLine {
+    /// Reads a command line (its first item is the program) and the environment.
+    pub fn parse_from(
+        line: impl IntoIterator<Item = impl Into<OsString>>,
+    ) -> Result<Self, ArgsError> {
+        let mut line: Vec<OsString> = line.into_iter().map(Into::into).collect();
+        if line.get(1).is_none_or(|word| word != "plan") {
+            return Args::parse_from(line).map(CommandLine::Serve);
+        }
+        line.remove(1);
+        // The flags of the server bring its own words along.
+        let command = command::<PlanArgs>()
+            .name("kvasir-server plan")
+            .about("Tells what serving a model takes and what fits, from config.json and the headers of its weights' files.")
+            .after_help(Resettable::Reset);
+        let matches = matches(&command, &line)?;
+        let mut args = PlanArgs::from_arg_matches(&matches).map_err(ArgsError::Usage)?;
+        if let Some(model) = args.model.take() {
+            args.server.model.source = model;
+        }
+        args.server
+            .checked()
+            .map(|server| CommandLine::Plan(PlanArgs { server, ..args }))
+    }
+}
+
 /// The model and its device.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct ModelArgs {
-    /// The model: `demo` (a small one inside this program) or a Hugging Face model directory.
+    /// The model: `demo` (a small one inside this program), a Hugging Face model directory, or hf://OWNER/NAME, with
+    /// @REVISION behind it for another one than `main`: fetched from a hub (HF_ENDPOINT, HF_TOKEN).
     #[arg(long = "model", default_value = "demo", value_parser = model_source)]
     pub source: ModelSource,
-    /// The name that clients ask for [default: kvasir-demo, or the directory's name].
+    /// Where models from a hub are kept, as Hugging Face's tools keep them [default: HF_HUB_CACHE, or
+    /// ~/.cache/huggingface/hub].
+    #[arg(long)]
+    pub download_dir: Option<PathBuf>,
+    /// The name that clients ask for [default: kvasir-demo, the directory's name, or OWNER/NAME].
     #[arg(long, value_parser = name)]
     served_model_name: Option<String>,
     /// The precision to serve in: auto, bfloat16 or float32.
@@ -82,6 +142,7 @@ impl ModelArgs {
         match (&self.served_model_name, &self.source) {
             (Some(name), _) => name.clone(),
             (None, ModelSource::Demo) => "kvasir-demo".into(),
+            (None, ModelSource::HuggingFace(repository)) => repository.name.clone(),
             (None, ModelSource::Directory(path)) => {
                 let path = path.canonicalize().unwrap_or_else(|_| path.clone());
                 path.file_name().map_or_else(
@@ -259,6 +320,8 @@ pub enum ModelSource {
     Demo,
     /// A directory as Hugging Face writes it.
     Directory(PathBuf),
+    /// A repository on a hub.
+    HuggingFace(Repository),
 }
 
 /// The precision to serve in.
@@ -296,10 +359,14 @@ impl Args {
         line: impl IntoIterator<Item = impl Into<OsString>>,
     ) -> Result<Self, ArgsError> {
         let line: Vec<OsString> = line.into_iter().map(Into::into).collect();
-        let matches = matches(&line)?;
+        let matches = matches(&command::<Self>(), &line)?;
         let args = Self::from_arg_matches(&matches).map_err(ArgsError::Usage)?;
-        match args.contradictions() {
-            contradictions if contradictions.is_empty() => Ok(args),
+        args.checked()
+    }
+
+    fn checked(self) -> Result<Self, ArgsError> {
+        match self.contradictions() {
+            contradictions if contradictions.is_empty() => Ok(self),
             contradictions => Err(ArgsError::Mistakes(contradictions)),
         }
     }
@@ -350,8 +417,8 @@ impl Args {
 }
 
 /// The flags, each with its environment variable.
-fn command() -> Command {
-    Args::command().mut_args(|arg| match arg.get_long().map(variable) {
+fn command<A: CommandFactory>() -> Command {
+    A::command().mut_args(|arg| match arg.get_long().map(variable) {
         Some(variable) => arg.env(variable),
         None => arg,
     })
@@ -363,10 +430,10 @@ fn variable(long: &str) -> &'static str {
 }
 
 /// Reads the line; where a value doesn't fit, again and again without checking it, to find the others.
-fn matches(line: &[OsString]) -> Result<ArgMatches, ArgsError> {
+fn matches(command: &Command, line: &[OsString]) -> Result<ArgMatches, ArgsError> {
     let (mut unchecked, mut mistakes) = (Vec::new(), Vec::new());
     loop {
-        let command = unchecked.iter().fold(command(), |command, id| {
+        let command = unchecked.iter().fold(command.clone(), |command, id| {
             command.mut_arg(id, |arg: Arg| arg.value_parser(ValueParser::os_string()))
         });
         match command.clone().try_get_matches_from(line) {
@@ -396,8 +463,15 @@ fn mistake(command: &Command, error: &clap::Error) -> Option<(clap::Id, String)>
     let flag = text(ContextKind::InvalidArg)?.split(' ').next()?;
     let found = text(ContextKind::InvalidValue)?;
     let expected = std::error::Error::source(error)?;
-    let is_flag = |arg: &&Arg| arg.get_long() == flag.strip_prefix("--");
+    let name = flag.trim_matches(['<', '>', '[', ']']);
+    let is_flag = |arg: &&Arg| match flag.strip_prefix("--") {
+        Some(long) => arg.get_long() == Some(long),
+        None => arg
+            .get_value_names()
+            .is_some_and(|names| names.iter().any(|it| it == name)),
+    };
     let arg = command.get_arguments().find(is_flag)?;
+    let flag = if flag.starts_with("--") { flag } else { name };
     let mistake = match arg.is_hide_env_values_set() {
         // A secret.
         true => format!("{flag}: what was given is not {expected}"),
@@ -433,6 +507,14 @@ fn part(found: &str) -> Result<f64, String> {
     match found.parse() {
         Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
         _ => Err("a number above 0, at most 1".to_owned()),
+    }
+}
+
+fn gibibytes(found: &str) -> Result<u64, String> {
+    const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
+    match found.parse::<f64>() {
+        Ok(gib) if gib > 0.0 && gib <= 1e6 => Ok((gib * GIB) as u64),
+        _ => Err("a number of GiB above 0".to_owned()),
     }
 }
 
@@ -472,8 +554,9 @@ fn choice<T: Copy>(
 fn model_source(found: &str) -> Result<ModelSource, String> {
     match Path::new(found) {
         _ if found == "demo" => Ok(ModelSource::Demo),
+        _ if found.starts_with(hub::SCHEME) => found.parse().map(ModelSource::HuggingFace),
         path if path.is_dir() => Ok(ModelSource::Directory(path.to_owned())),
-        _ => Err("\"demo\" or an existing directory".to_owned()),
+        _ => Err("\"demo\", an existing directory, or hf://OWNER/NAME".to_owned()),
     }
 }
 
@@ -489,183 +572,4 @@ fn name(found: &str) -> Result<String, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(flags: &[&str]) -> Result<Args, Vec<String>> {
-        match Args::parse_from(std::iter::once("kvasir-server").chain(flags.iter().copied())) {
-            Ok(args) => Ok(args),
-            Err(ArgsError::Mistakes(mistakes)) => Err(mistakes),
-            Err(ArgsError::Usage(e)) => panic!("{e}"),
-        }
-    }
-
-    #[test]
-    fn the_defaults_serve_the_demo_model() {
-        let args = parse(&[]).unwrap();
-        assert_eq!(args.model.source, ModelSource::Demo);
-        assert_eq!(args.model.served_name(), "kvasir-demo");
-        let PortArgs {
-            host,
-            port,
-            management_port,
-        } = args.ports;
-        assert_eq!((host.to_string().as_str(), port), ("127.0.0.1", 8000));
-        assert_eq!(management_port, None);
-    }
-
-    #[test]
-    fn prefixes_are_cached_unless_the_last_word_is_no() {
-        let (yes, no) = ("--enable-prefix-caching", "--no-enable-prefix-caching");
-        for (flags, want) in [
-            (&[] as &[&str], true),
-            (&[yes], true),
-            (&[no], false),
-            (&[yes, no], false),
-            (&[no, yes], true),
-        ] {
-            assert_eq!(
-                parse(flags).unwrap().engine.prefix_caching(),
-                want,
-                "{flags:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn streams_may_be_stretched_by_what_is_told() {
-        let stretch = |flags: &[&str]| {
-            let args = parse(flags)?;
-            Ok::<_, Vec<String>>(args.engine.max_decode_stretch.bound())
-        };
-        let flag = "--max-decode-stretch";
-        assert_eq!(stretch(&[]), Ok(Some(crate::engine::pacer::DECODE_STRETCH)));
-        assert_eq!(stretch(&[flag, "5.5"]), Ok(Some(5.5)));
-        assert_eq!(stretch(&[flag, "0"]), Ok(None));
-        for wrong in ["1", "-1", "NaN", "1e9"] {
-            let flag = format!("{flag}={wrong}");
-            let mistake =
-                format!("--max-decode-stretch: {wrong:?} is not 0 or a number from 1.1 to 1000");
-            assert_eq!(stretch(&[&flag]), Err(vec![mistake]));
-        }
-    }
-
-    #[test]
-    fn all_mistakes_are_reported_at_once() {
-        let mut mistakes = parse(&[
-            "--port",
-            "x",
-            "--dtype",
-            "int4",
-            "--model",
-            "/no/such",
-            "--gpu-memory-utilization",
-            "0",
-            "--device",
-            "tpu",
-            "--read-timeout-seconds=-1",
-            "--block-size",
-            "4096",
-            "--threads",
-            "0",
-        ])
-        .unwrap_err();
-        mistakes.sort();
-        assert_eq!(
-            mistakes,
-            [
-                "--block-size: \"4096\" is not a number from 1 to 1024",
-                "--device: \"tpu\" is not one of auto, cpu, cuda",
-                "--dtype: \"int4\" is not one of auto, bfloat16, float32",
-                "--gpu-memory-utilization: \"0\" is not a number above 0, at most 1",
-                "--model: \"/no/such\" is not \"demo\" or an existing directory",
-                "--port: \"x\" is not a number from 0 to 65535",
-                "--read-timeout-seconds: \"-1\" is not a number of seconds from 0 to 86400",
-                "--threads: \"0\" is not a number above 0",
-            ]
-        );
-    }
-
-    #[test]
-    fn contradictions_are_sentences() {
-        for (flags, want) in [
-            (
-                ["--max-num-batched-tokens", "8", "--max-num-seqs", "64"],
-                "--max-num-batched-tokens: 8 is less than --max-num-seqs, 64; a step needs one token for each request",
-            ),
-            (
-                ["--management-port", "8000", "--port", "8000"],
-                "--management-port: 8000 is --port too; choose another",
-            ),
-        ] {
-            assert_eq!(parse(&flags).unwrap_err(), [want]);
-        }
-        let args = parse(&["--management-port", "0", "--port", "0"]).unwrap();
-        assert_eq!(args.ports.management_port, Some(0));
-    }
-
-    #[test]
-    fn keys_are_never_shown() {
-        let flags = ["--api-key", "red:hush-1", "hush-2", "--api-key", "hush-3"];
-        let args = parse(&flags).unwrap();
-        assert_eq!(args.access.api_keys.len(), 3);
-        let shown = format!("{args:?}");
-        assert!(shown.contains("red") && !shown.contains("hush"), "{shown}");
-        let mistakes = parse(&["--api-key", "hush hush"]).unwrap_err();
-        let want = format!("--api-key: what was given is not {KEY_FORM}");
-        assert_eq!(mistakes, [want]);
-    }
-
-    #[test]
-    fn limits_need_keys_and_tls_both_files() {
-        let mistakes = |flags: &[&str]| parse(flags).unwrap_err();
-        assert_eq!(
-            mistakes(&["--tokens-per-minute", "9", "--ssl-keyfile", "key.pem"]),
-            [
-                "--tokens-per-minute: it is a limit for each API key; give keys with --api-key-file",
-                "--ssl-certfile and --ssl-keyfile: TLS needs both; give the other too",
-            ]
-        );
-        let args = parse(&["--tokens-per-minute", "9", "--api-key", "k"]).unwrap();
-        assert_eq!(args.access.tokens_per_minute, 9);
-        let origins = mistakes(&["--allowed-origins", "https://a.example"]);
-        assert!(
-            origins[0].contains("is not a JSON list of origins"),
-            "{origins:?}"
-        );
-    }
-
-    #[test]
-    fn a_directory_gives_the_name() {
-        let directory = tempfile::tempdir().unwrap();
-        let model = directory.path().join("my-model");
-        std::fs::create_dir(&model).unwrap();
-        let model = model.to_str().unwrap();
-        let args = parse(&["--model", model]).unwrap();
-        assert_eq!(args.model.served_name(), "my-model");
-        let args = parse(&["--model", model, "--served-model-name", "n"]).unwrap();
-        assert_eq!(args.model.served_name(), "n");
-    }
-
-    #[test]
-    fn every_flag_has_its_environment_variable() {
-        let command = command();
-        let variables: Vec<&str> = command
-            .get_arguments()
-            .map(|arg| arg.get_env().unwrap().to_str().unwrap())
-            .collect();
-        assert_eq!(variables.len(), 37);
-        for variable in [
-            "KVASIR_MODEL",
-            "KVASIR_PORT",
-            "KVASIR_MANAGEMENT_PORT",
-            "KVASIR_GPU_MEMORY_UTILIZATION",
-            "KVASIR_NUM_GPU_BLOCKS_OVERRIDE",
-            "KVASIR_DRAIN_SECONDS",
-            "KVASIR_API_KEY",
-            "KVASIR_SSL_CERTFILE",
-        ] {
-            assert!(variables.contains(&variable), "{variable}");
-        }
-    }
-}
+mod tests;

@@ -288,11 +288,13 @@ impl EngineLoop {
         self.collected = Some(now);
         let outputs = self.scheduler.commit(&mut self.blocks, sampled);
         self.counters.steps += 1;
+        self.counters.prompt_tokens += u64::from(step.size.n_prompt);
         self.counters.generated_tokens += outputs
             .iter()
             .map(|output| output.tokens.len() as u64)
             .sum::<u64>();
         for ended in outputs.iter().filter(|output| output.finished.is_some()) {
+            self.counters.ended_sequences += 1;
             self.forget_arrival(ended.id);
         }
         Ok(outputs)

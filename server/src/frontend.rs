@@ -49,8 +49,8 @@ struct Shared {
 
 #[derive(Debug)]
 enum Command {
-    /// By sequence.
-    Add(RequestId, Vec<RequestState>),
+    /// By sequence; `None`: one that has ended before.
+    Add(RequestId, Vec<Option<RequestState>>),
     /// One of its sequences.
     Remove(RequestId, u32),
 }
@@ -97,19 +97,30 @@ impl AsyncEngine {
         let (mut states, mut streams) = (Vec::new(), Vec::new());
         for index in 0..request.n.get() {
             let (sender, events) = mpsc::channel(request.max_events(longest));
-            let state = request.state(index, sender, self.0.budget.share(), queued);
+            let mut state = request.state(index, sender, self.0.budget.share(), queued);
             let shared = Arc::clone(&self.0);
+            let known = request.resumed.get(index as usize);
+            if let Some(reason) = known.and_then(|tokens| state.replay(tokens, &request)) {
+                streams.push(RequestStream::over((id, index), reason, shared));
+                states.push(None);
+                continue;
+            }
             streams.push(RequestStream::new(
                 (id, index),
                 events,
                 state.settled(),
                 shared,
             ));
-            states.push(state);
+            states.push(Some(state));
+        }
+        let has_ended: Vec<bool> = states.iter().map(Option::is_none).collect();
+        if has_ended.iter().all(|has_ended| *has_ended) {
+            return Ok(streams);
         }
         self.0.send(Command::Add(id, states));
         let (call, n_prompt) = (Arc::clone(&request.arrived.call), request.prompt.len());
-        if let Err(error) = self.0.engine.submit(request.into_engine(id)) {
+        let engine_request = request.into_engine(id, &has_ended);
+        if let Err(error) = self.0.engine.submit(engine_request) {
             streams.into_iter().for_each(RequestStream::forget);
             return Err(error);
         }

@@ -19,11 +19,13 @@ pub mod error;
 mod fields;
 mod generate;
 mod incoming;
+mod logits_fields;
 mod logprobs;
 mod management;
 mod middleware;
 mod params;
 mod prompts;
+mod resume;
 pub mod serve;
 mod tokenize;
 mod wire;
@@ -31,7 +33,7 @@ mod write_timeout;
 
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Path, Request, State};
@@ -40,6 +42,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use kvasir_crds::LoadReport;
+use kvasir_crds::load_report::{ModelReport, SCHEMA, StartReport};
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -81,6 +84,8 @@ pub struct Serving {
     pub ids: Ids,
     /// When it was loaded, in seconds since 1970.
     pub created: u64,
+    /// What it is, in numbers.
+    pub model: ModelReport,
 }
 
 impl Serving {
@@ -122,6 +127,7 @@ pub struct App {
     access: Access,
     ids: Ids,
     boot_id: String,
+    start: Mutex<StartReport>,
 }
 
 impl App {
@@ -137,6 +143,7 @@ impl App {
             access,
             ids,
             boot_id,
+            start: Mutex::default(),
         })
     }
 
@@ -144,6 +151,11 @@ impl App {
     pub fn ready(&self, serving: Serving) {
         let _ = self.serving.set(Arc::new(serving));
         self.advance(Phase::Ready);
+    }
+
+    /// Tells how the start goes.
+    pub fn starts(&self, report: StartReport) {
+        *self.start.lock().unwrap_or_else(PoisonError::into_inner) = report;
     }
 
     /// Moves on to `phase`, never back.
@@ -166,13 +178,18 @@ impl App {
         })
     }
 
-    fn load(&self) -> Option<LoadReport> {
-        let serving = self.serving.get()?;
-        Some(LoadReport {
+    /// Before the model is loaded, only how the start goes is known.
+    fn load(&self) -> LoadReport {
+        let serving = self.serving.get();
+        let engine = serving.map(|serving| serving.engine.handle().load());
+        LoadReport {
+            schema: Some(SCHEMA),
             boot_id: Some(self.boot_id.clone()),
             draining: Some(*self.phase.borrow() >= Phase::Draining),
-            ..serving.engine.handle().load()
-        })
+            model: serving.map(|serving| serving.model.clone()),
+            start: Some(*self.start.lock().unwrap_or_else(PoisonError::into_inner)),
+            ..engine.unwrap_or_default()
+        }
     }
 }
 

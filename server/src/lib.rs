@@ -7,6 +7,7 @@ pub mod args;
 pub mod engine;
 pub mod frontend;
 pub mod http;
+pub mod hub;
 pub mod lifecycle;
 pub mod metrics;
 pub mod model;

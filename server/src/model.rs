@@ -6,6 +6,7 @@
 //! - [`families`]: the registry: one file an architecture family, its layer in data ([`spec`]).
 //! - [`files`]: where the bytes come from.
 //! - [`weights`]: the tensors of safetensors files.
+//! - [`mod@plan`]: what serving takes, against the memory that there is.
 //! - [`decoder`]: parameters declared once, and the forward pass.
 
 pub mod config;
@@ -13,6 +14,7 @@ pub mod decoder;
 pub mod families;
 pub mod fields;
 pub mod files;
+pub mod plan;
 pub mod quantization;
 pub mod rope;
 pub mod spec;
@@ -34,6 +36,8 @@ use crate::engine::{ModelInfo, pacer};
 use config::ModelConfig;
 use decoder::Decoder;
 pub use files::{FileBytes, ModelFiles};
+pub use plan::MemoryPlan;
+use plan::{Fit, ModelFigures};
 use spec::DecoderSpec;
 use weights::WeightFiles;
 
@@ -78,10 +82,17 @@ pub struct LoadedModel {
     pub info: ModelInfo,
     /// Where the memory went, once the KV cache was allocated.
     pub memory: Memory,
-    /// Bytes of the KV cache.
-    pub kv_cache_bytes: u64,
+    /// What was counted on before.
+    pub plan: MemoryPlan,
     /// The device in one line.
     pub device: String,
+}
+
+impl LoadedModel {
+    /// Bytes of the KV cache.
+    pub fn kv_cache_bytes(&self) -> u64 {
+        u64::from(self.info.n_blocks) * self.plan.block_bytes
+    }
 }
 
 /// Why a model can't be served: one sentence that names the file or the field, what was found and what was expected.
@@ -132,23 +143,9 @@ pub enum LoadError {
     /// The device refuses.
     #[error("{0}")]
     Device(#[source] DeviceError),
-    /// Too little memory is left for a KV cache.
-    #[error(
-        "the KV cache needs {needed_bytes} bytes for one sequence of {needed_tokens} tokens, {available_bytes} are left: the limit is {} bytes, of which {:.0} % may be used, {} are taken by weights, {} by workspace, {} by others; raise the limit or lower --max-model-len",
-        memory.limit, utilization * 100.0, memory.weights, memory.workspace, memory.other
-    )]
-    DoesNotFit {
-        /// Bytes of the blocks of one sequence.
-        needed_bytes: u64,
-        /// Its tokens.
-        needed_tokens: u32,
-        /// What is left for blocks.
-        available_bytes: u64,
-        /// The device's account.
-        memory: Memory,
-        /// `--gpu-memory-utilization`.
-        utilization: f64,
-    },
+    /// Too little memory: how much is needed, how much there is, and what would help.
+    #[error("{0}")]
+    DoesNotFit(String),
 }
 
 /// Loads the model in `files` onto the device that `make_device` makes. Everything that can be checked from the files'
@@ -159,77 +156,53 @@ pub fn load(
     make_device: impl FnOnce(DeviceOptions) -> Result<Box<dyn Device>, DeviceError>,
     mut progress: impl FnMut(Progress),
 ) -> Result<LoadedModel, LoadError> {
-    let generation_config = files.open("generation_config.json")?;
-    let config = ModelConfig::parse(&files.require("config.json")?, generation_config.as_deref())?;
-    let numerics = Numerics::uniform(options.precision.unwrap_or(match config.dtype {
-        Some(Dtype::F32) => Precision::F32,
-        Some(Dtype::F16 | Dtype::BF16) | None => Precision::BF16,
-    }));
-    let max_model_len = max_model_len(&config, options)?;
-    let limits = limits(options, max_model_len)?;
-    let block_size = options.block_size.get();
-    let shape = config
-        .decoder
-        .model_shape(max_model_len, block_size, limits);
-    let weight_files = WeightFiles::open(files)?;
-    let tensors = weight_files.tensors()?;
-    let prepare = |device: &mut dyn Device, progress: &mut dyn FnMut(u64)| {
-        let model = device.add_model(&shape).map_err(LoadError::Device)?;
-        let (decoder, tensors) = (&config.decoder, tensors.clone());
-        let decoder = Decoder::prepare(
-            decoder,
-            config.quantization,
-            numerics.weights,
-            tensors,
-            device,
-            progress,
-        )?;
-        Ok::<_, LoadError>((model, decoder))
-    };
-    prepare(&mut NullDevice::default(), &mut |_| {})?;
-    let mut device = make_device(DeviceOptions {
-        numerics,
-        memory_limit: options.memory_limit,
-    })
-    .map_err(LoadError::Device)?;
-    let total_bytes = weight_files.n_bytes();
-    let (model, decoder) = prepare(&mut *device, &mut |done_bytes| {
+    let opened = Opened::new(files, options)?;
+    let n_parameters = opened.count_parameters()?;
+    let mut device = make_device(opened.device_options(options)).map_err(LoadError::Device)?;
+    let total_bytes = opened.weight_files.n_bytes();
+    let (model, decoder) = opened.prepare(&mut *device, &mut |done_bytes| {
         progress(Progress {
             done_bytes,
             total_bytes,
         });
     })?;
 
-    let groups = cache_groups(&shape);
+    let plan = opened.memory_plan(options, n_parameters, &*device);
+    let Fit {
+        n_blocks,
+        max_model_len,
+        ..
+    } = plan.fit.clone()?;
+    let Opened {
+        config,
+        numerics,
+        limits,
+        shape,
+        weight_files,
+        ..
+    } = &opened;
     let prefix_caching = PrefixCaching {
-        root: prefix_root(&config.decoder, &weight_files, numerics, &shape, &*device),
+        root: prefix_root(&config.decoder, weight_files, *numerics, shape, &*device),
         equal_bits: device.is_batch_invariant(),
     };
-    let (n_blocks, max_model_len) = plan_blocks(
-        options,
-        &groups,
-        max_model_len,
-        device.memory(),
-        device.block_bytes(),
-    )?;
     device.allocate_kv(n_blocks).map_err(LoadError::Device)?;
     Ok(LoadedModel {
         info: ModelInfo {
             vocab_size: config.decoder.vocab_size as u32,
             max_model_len,
-            eos_token_ids: config.eos_token_ids,
+            eos_token_ids: config.eos_token_ids.clone(),
             dtype: match numerics.weights {
                 Precision::BF16 => Dtype::BF16,
                 Precision::F32 => Dtype::F32,
             },
-            limits,
+            limits: *limits,
             n_blocks,
-            groups,
+            groups: cache_groups(shape),
             prefix_caching: Some(prefix_caching),
             max_decode_stretch: Some(pacer::DECODE_STRETCH),
         },
         memory: device.memory(),
-        kv_cache_bytes: u64::from(n_blocks) * device.block_bytes(),
+        plan,
         device: device.describe(),
         executor: ModelExecutor {
             device,
@@ -237,6 +210,104 @@ pub fn load(
             decoder,
         },
     })
+}
+
+/// What serving the model in `files` takes on a device such as `make_device` makes, one that only counts: from
+/// config.json and the headers of the weights' files, without a byte of a weight. The same walk and the same arithmetic
+/// as [`load`].
+pub fn plan(
+    files: &ModelFiles,
+    options: &LoadOptions,
+    make_device: impl FnOnce(DeviceOptions) -> Result<Box<dyn Device>, DeviceError>,
+) -> Result<MemoryPlan, LoadError> {
+    let opened = Opened::new(files, options)?;
+    let n_parameters = opened.count_parameters()?;
+    let mut device = make_device(opened.device_options(options)).map_err(LoadError::Device)?;
+    opened.prepare(&mut *device, &mut |_| {})?;
+    Ok(opened.memory_plan(options, n_parameters, &*device))
+}
+
+/// A model's files, understood as far as config.json and their headers go.
+struct Opened {
+    config: ModelConfig,
+    numerics: Numerics,
+    max_model_len: u32,
+    limits: Limits,
+    shape: ModelShape,
+    weight_files: WeightFiles,
+}
+
+impl Opened {
+    fn new(files: &ModelFiles, options: &LoadOptions) -> Result<Self, LoadError> {
+        let generation_config = files.open("generation_config.json")?;
+        let config =
+            ModelConfig::parse(&files.require("config.json")?, generation_config.as_deref())?;
+        let numerics = Numerics::uniform(options.precision.unwrap_or(match config.dtype {
+            Some(Dtype::F32) => Precision::F32,
+            Some(Dtype::F16 | Dtype::BF16) | None => Precision::BF16,
+        }));
+        let max_model_len = max_model_len(&config, options)?;
+        let limits = limits(options, max_model_len)?;
+        let block_size = options.block_size.get();
+        let shape = config
+            .decoder
+            .model_shape(max_model_len, block_size, limits);
+        Ok(Self {
+            weight_files: WeightFiles::open(files)?,
+            config,
+            numerics,
+            max_model_len,
+            limits,
+            shape,
+        })
+    }
+
+    fn device_options(&self, options: &LoadOptions) -> DeviceOptions {
+        DeviceOptions {
+            numerics: self.numerics,
+            memory_limit: options.memory_limit,
+        }
+    }
+
+    /// Walks over the model on a device without memory: what is wrong with the headers is found here.
+    fn count_parameters(&self) -> Result<u64, LoadError> {
+        let mut device = NullDevice::default();
+        self.prepare(&mut device, &mut |_| {})?;
+        Ok(device.n_elements())
+    }
+
+    fn prepare(
+        &self,
+        device: &mut dyn Device,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(Model, Decoder), LoadError> {
+        let model = device.add_model(&self.shape).map_err(LoadError::Device)?;
+        let decoder = Decoder::prepare(
+            &self.config.decoder,
+            self.config.quantization,
+            self.numerics.weights,
+            self.weight_files.tensors()?,
+            device,
+            progress,
+        )?;
+        Ok((model, decoder))
+    }
+
+    /// What the prepared `device` leaves for the KV cache.
+    fn memory_plan(
+        &self,
+        options: &LoadOptions,
+        n_parameters: u64,
+        device: &dyn Device,
+    ) -> MemoryPlan {
+        let model = ModelFigures {
+            n_parameters,
+            precision: self.numerics.weights,
+            max_model_len: self.max_model_len,
+            groups: cache_groups(&self.shape),
+        };
+        MemoryPlan::new(options, &model, device.memory(), device.block_bytes())
+    }
 }
 
 /// Names what the keys and values of a token depend on besides the tokens. The weights are named by their files' headers:
@@ -297,52 +368,6 @@ pub fn cache_groups(shape: &ModelShape) -> CacheGroups {
     CacheGroups::new(block_size, shape.limits.max_tokens as u32, kinds.collect())
 }
 
-/// Blocks of the pool, and the longest context that one sequence alone has room for: what the memory leaves, but no
-/// more than all rows of the block tables can hold.
-fn plan_blocks(
-    options: &LoadOptions,
-    groups: &CacheGroups,
-    max_model_len: u32,
-    memory: Memory,
-    block_bytes: u64,
-) -> Result<(u32, u32), LoadError> {
-    let max_sequences = u64::from(options.max_num_seqs.get());
-    let most = max_sequences.saturating_mul(groups.blocks_for(max_model_len).into());
-    let allowed = (memory.limit as f64 * options.memory_utilization) as u64;
-    let taken = memory
-        .weights
-        .saturating_add(memory.workspace)
-        .saturating_add(memory.other);
-    let available_bytes = allowed.saturating_sub(taken);
-    let n_blocks = match options.n_blocks {
-        Some(wanted) => wanted.get(),
-        None => (available_bytes / block_bytes.max(1))
-            .min(most)
-            .min(u64::from(u32::MAX / 2)) as u32,
-    };
-    // Without an explicit length a short context will do, but not one that no conversation fits.
-    let needed_tokens = options
-        .max_model_len
-        .map_or(max_model_len.min(options.block_size.get()), NonZeroU32::get);
-    let needed_blocks = groups.blocks_for(needed_tokens);
-    if n_blocks >= needed_blocks {
-        return Ok((n_blocks, max_model_len.min(groups.tokens_in(n_blocks))));
-    }
-    Err(match options.n_blocks {
-        Some(wanted) => LoadError::Options(format!(
-            "--num-gpu-blocks-override is {wanted}, expected at least {needed_blocks} blocks of {} tokens for --max-model-len, {needed_tokens}",
-            options.block_size
-        )),
-        None => LoadError::DoesNotFit {
-            needed_bytes: u64::from(needed_blocks) * block_bytes,
-            needed_tokens,
-            available_bytes,
-            memory,
-            utilization: options.memory_utilization,
-        },
-    })
-}
-
 /// A model on a device, as the engine sees it.
 pub struct ModelExecutor {
     device: Box<dyn Device>,
@@ -375,15 +400,13 @@ impl Executor for ModelExecutor {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn one_group() -> CacheGroups {
-        let block_size = NonZeroU32::new(16).unwrap();
-        CacheGroups::new(block_size, 64, vec![GroupKind::Full])
-    }
-
-    fn options(n_blocks: Option<u32>, max_model_len: Option<u32>) -> LoadOptions {
+    pub(in crate::model) fn options(
+        n_blocks: Option<u32>,
+        max_model_len: Option<u32>,
+    ) -> LoadOptions {
         let positive = |n| NonZeroU32::new(n).unwrap();
         LoadOptions {
             block_size: positive(16),
@@ -394,82 +417,6 @@ mod tests {
             memory_utilization: 0.5,
             precision: None,
             memory_limit: None,
-        }
-    }
-
-    #[test]
-    fn blocks_are_what_the_memory_leaves() {
-        for (why, limit, n_blocks, max_model_len, want) in [
-            (
-                "half the limit, less what is taken",
-                2_600,
-                None,
-                None,
-                Ok((10, 128)),
-            ),
-            (
-                "no more than the rows of the table can hold",
-                1 << 40,
-                None,
-                None,
-                Ok((32, 128)),
-            ),
-            (
-                "a small pool shortens the context",
-                1_000,
-                None,
-                None,
-                Ok((2, 32)),
-            ),
-            (
-                "unless its length was asked for",
-                1_000,
-                None,
-                Some(128),
-                Err("the KV cache needs 800 bytes for one sequence of 128 tokens, 200 are left"),
-            ),
-            (
-                "nothing is left",
-                100,
-                None,
-                None,
-                Err("the KV cache needs 100 bytes for one sequence of 16 tokens, 0 are left"),
-            ),
-            (
-                "the override counts, not the memory",
-                0,
-                Some(5),
-                None,
-                Ok((5, 80)),
-            ),
-            (
-                "but must hold what was asked for",
-                0,
-                Some(5),
-                Some(128),
-                Err("--num-gpu-blocks-override is 5, expected at least 8 blocks of 16 tokens"),
-            ),
-        ] {
-            let memory = Memory {
-                limit,
-                weights: 200,
-                workspace: 60,
-                other: 40,
-            };
-            let found = plan_blocks(
-                &options(n_blocks, max_model_len),
-                &one_group(),
-                128,
-                memory,
-                100,
-            );
-            match (found, want) {
-                (Ok(found), Ok(want)) => assert_eq!(found, want, "{why}"),
-                (Err(found), Err(want)) => {
-                    assert!(found.to_string().starts_with(want), "{why}: {found}")
-                }
-                (found, want) => panic!("{why}: {found:?}, expected {want:?}"),
-            }
         }
     }
 

@@ -169,7 +169,7 @@ fn a_file_of_keys_is_read_again_and_a_broken_one_is_not_taken() {
         "--api-key",
         "always",
     ];
-    let server = Server::start_logging(&flags, log.reopen().unwrap().into());
+    let server = Server::start_logging(&flags, &[], log.reopen().unwrap().into());
     let status = |key: &str| {
         let bearer = bearer(key);
         let headers = [("authorization", bearer.as_str())];
@@ -353,7 +353,7 @@ fn requests_have_names_and_lines_in_the_log() {
         "--api-key",
         "red:red-hush",
     ];
-    let server = Server::start_logging(&flags, log.reopen().unwrap().into());
+    let server = Server::start_logging(&flags, &[], log.reopen().unwrap().into());
     let with_id = |id: &str, path: &str, stream| {
         let body = json!({"prompt": "secret words", "max_tokens": 3, "ignore_eos": true, "stream": stream});
         let headers = [RED[0], ("x-request-id", id)];

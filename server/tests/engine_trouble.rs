@@ -201,6 +201,7 @@ fn start(setting: Setting) -> Trouble {
         max_prompts: 1,
         ids: Ids::default(),
         created: 0,
+        model: kvasir_crds::load_report::ModelReport::default(),
     };
     let limits = http::Limits {
         max_body_bytes: 10_000,
@@ -278,6 +279,10 @@ fn a_device_that_hangs_fails_the_health_until_it_goes_on() {
         "nothing is lost"
     );
     client.wait_for("it is idle and beats", "/health", healthy);
+    client.wait_for_load("the totals are told", |load| {
+        let totals = json!({"promptTokens": 3, "generatedTokens": 2, "endedSequences": 1});
+        load["totals"] == totals && load["slots"]["generatedTokens"] == 0
+    });
 }
 
 #[test]

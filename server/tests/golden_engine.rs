@@ -197,6 +197,7 @@ fn requests(case: &Path) -> Vec<Request> {
                 prompt_logprobs: (i % 2 == 1).then_some(1),
                 tenant: None,
                 cache_salt: None,
+                resumed: Vec::new(),
             });
         }
     }

@@ -517,9 +517,9 @@ fn what_is_wrong_is_named() {
         (
             "unbuilt",
             CHAT,
-            json!({"messages": question(), "min_p": 0.1}).to_string(),
+            json!({"messages": question(), "typical_p": 0.1}).to_string(),
             400,
-            json!("min_p"),
+            json!("typical_p"),
             "not supported",
         ),
         (

@@ -5,14 +5,14 @@ use kube::KubeSchema;
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use super::{DemoSource, PvcSource};
+use super::{DemoSource, HuggingFaceSource, PvcSource};
 
 /// The schema of [`super::ModelSource`]: a structural schema can't depend on values, so the union is an object
 /// of optional members with a rule.
 #[derive(KubeSchema, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("[has(self.demo), has(self.pvc)].filter(set, set).size() == 1")
-    .message("exactly one of model.source.demo and model.source.pvc must be set"))]
+#[x_kube(validation = Rule::new("[has(self.demo), has(self.pvc), has(self.huggingFace)].filter(set, set).size() == 1")
+    .message("exactly one of model.source.demo, model.source.pvc and model.source.huggingFace must be set"))]
 pub(super) struct SourceUnion {
     /// The small model inside the server's binary, for first impressions and tests.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -20,6 +20,9 @@ pub(super) struct SourceUnion {
     /// A Hugging Face model directory on a PersistentVolumeClaim.
     #[serde(skip_serializing_if = "Option::is_none")]
     pvc: Option<PvcSource>,
+    /// A repository on a Hugging Face hub or a mirror of one, which the replicas fetch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hugging_face: Option<HuggingFaceSource>,
 }
 
 /// core/v1 ResourceRequirements without claims.

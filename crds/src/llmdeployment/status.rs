@@ -41,6 +41,9 @@ pub struct LLMDeploymentStatus {
     /// The last change of the number of replicas by the operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_scaling: Option<LastScaling>,
+    /// What the autoscaler sees and decides; absent where spec.autoscaling is. Written at most every 15 seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<AutoscalingStatus>,
     /// Replicas that don't serve, and why; the first ten, the most telling first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
@@ -50,6 +53,143 @@ pub struct LLMDeploymentStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Atomic)]
     pub ended_pods: Vec<EndedPods>,
+    /// The revision (the pods' label `kvasir.dev/revision`) that was rolled out whole last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub current_revision: Option<String>,
+    /// The revision of the spec.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update_revision: Option<String>,
+    /// The model as the replicas serve it, once one of them does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelStatus>,
+    /// How long the replicas that serve took to start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartTimes>,
+}
+
+/// A model on its device, in numbers; of one replica, where they differ.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelStatus {
+    /// The commit of its repository, where it came from one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// Numbers that the model learned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<i64>,
+    /// Bytes of its weights on the device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_bytes: Option<i64>,
+    /// Bytes of the KV cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_cache_bytes: Option<i64>,
+    /// Bytes of the KV cache that a token takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_bytes_per_token: Option<i64>,
+    /// KV blocks of a replica.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks: Option<i64>,
+    /// The longest context in tokens, prompt and answer together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<i64>,
+    /// Requests of that length that a replica holds at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests_at_context: Option<i64>,
+    /// Who fetches the model, where it is fetched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub download: Option<ModelDownload>,
+}
+
+/// Who fetches a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum ModelDownload {
+    /// Each replica, for itself: spec.model.cache is not set.
+    EachReplica,
+    /// One replica, into the cache of all.
+    SharedCache,
+}
+
+/// How long starts took.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StartTimes {
+    /// Replicas that this was measured of.
+    pub samples: i32,
+    /// Schedule (until there was a node), Pull (until the container ran), Fetch, Load, WarmUp, and Total.
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["phase".into()]))]
+    pub phases: Vec<PhaseTimes>,
+}
+
+impl StartTimes {
+    /// The phases in their order, and the sum of them.
+    pub const PHASES: [&str; 6] = ["Schedule", "Pull", "Fetch", "Load", "WarmUp", "Total"];
+}
+
+/// How long one phase of a start took.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PhaseTimes {
+    /// The phase.
+    pub phase: String,
+    /// Half of the replicas took no longer.
+    pub p50_milliseconds: i64,
+    /// Nine in ten took no longer.
+    pub p90_milliseconds: i64,
+}
+
+/// What the autoscaler sees and decides.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AutoscalingStatus {
+    /// Replicas that it sets, or in mode Observe would set.
+    #[serde(default)]
+    pub desired_replicas: i32,
+    /// Replicas that the load is work for, whatever minReplicas and maxReplicas allow; absent where no replica reports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub demand_replicas: Option<i32>,
+    /// What asks for the most replicas: Blocks, Slots, PrefillRate, QueueDepth or QueueAge; absent without load.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binding_constraint: Option<String>,
+    /// Replicas that the load needs and that neither serve nor start in time.
+    #[serde(default)]
+    pub unmet_replicas: i32,
+    /// Replicas that have started and don't report their load.
+    #[serde(default)]
+    pub silent_replicas: i32,
+    /// The next change that the load allows, if it stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_scaling: Option<NextScaling>,
+    /// What was measured of the replicas, read back after a restart of the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<LearnedCapacity>,
+}
+
+/// A change of the number of replicas that waits.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NextScaling {
+    /// Replicas after it.
+    pub replicas: i32,
+    /// The earliest time.
+    pub not_before: Time,
+}
+
+/// What replicas were measured to carry.
+#[derive(KubeSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LearnedCapacity {
+    /// Prompt tokens a second that a replica computes while more wait.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill_tokens_per_second: Option<i64>,
+    /// The part of its blocks that a replica can fill before sequences are preempted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_percent: Option<i32>,
+    /// Seconds from a pod's creation until it is ready: the ninth of ten.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_seconds: Option<i32>,
+    /// How much the load grows while a replica starts, in percent, four times of five.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth_percent: Option<i32>,
 }
 
 /// One change of the number of replicas.
@@ -176,6 +316,10 @@ reasons! {
     RollingOut,
     /// Nothing is left to roll out.
     RolledOut,
+    /// `spec.rollout.paused` holds the spec's revision back.
+    RolloutPaused,
+    /// The spec's revision can't become ready, and the one before it runs on.
+    RolledBack,
     /// Pods can't be created: quota, admission.
     PodRefused,
     /// The scheduler finds no node.
@@ -194,6 +338,10 @@ reasons! {
     Starting,
     /// The operator decides the number of replicas.
     Autoscaled,
+    /// The operator reports what it would decide.
+    Observing,
+    /// A replica takes longer to start than its like were measured to need.
+    StartOverdue,
     /// `spec.replicas` decides it.
     FixedReplicas,
     /// No replica reports its load: the number is held.

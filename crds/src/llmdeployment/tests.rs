@@ -51,13 +51,37 @@ fn rules_refuse_contradictions_and_say_the_remedy() {
             "two owners of the number",
             "demo",
             json!({ "model": demo, "replicas": 1, "autoscaling": { "maxReplicas": 3 } }),
-            "exactly one of spec.replicas and spec.autoscaling",
+            "spec.replicas must be set exactly where",
         ),
         (
             "no owner of the number",
             "demo",
             json!({ "model": demo }),
-            "exactly one of spec.replicas and spec.autoscaling",
+            "spec.replicas must be set exactly where",
+        ),
+        (
+            "an observer beside a number",
+            "demo",
+            json!({ "model": demo, "replicas": 2, "autoscaling": { "mode": "Observe", "maxReplicas": 3 } }),
+            "",
+        ),
+        (
+            "an observer of no number",
+            "demo",
+            json!({ "model": demo, "autoscaling": { "mode": "Observe", "maxReplicas": 3 } }),
+            "spec.replicas must be set exactly where",
+        ),
+        (
+            "an owner of the number that says so, beside another",
+            "demo",
+            json!({ "model": demo, "replicas": 2, "autoscaling": { "mode": "Auto", "maxReplicas": 3 } }),
+            "spec.replicas must be set exactly where",
+        ),
+        (
+            "an owner of the number that says so",
+            "demo",
+            json!({ "model": demo, "autoscaling": { "mode": "Auto", "maxReplicas": 3 } }),
+            "",
         ),
         (
             "empty range",
@@ -69,13 +93,39 @@ fn rules_refuse_contradictions_and_say_the_remedy() {
             "two sources",
             "demo",
             json!({ "model": { "source": { "demo": {}, "pvc": { "claimName": "c" } } }, "replicas": 1 }),
-            "exactly one of model.source.demo and model.source.pvc",
+            "exactly one of model.source.demo, model.source.pvc and model.source.huggingFace",
         ),
         (
             "no source",
             "demo",
             json!({ "model": { "source": {} }, "replicas": 1 }),
             "exactly one of model.source.demo",
+        ),
+        (
+            "a repository with everything",
+            "demo",
+            json!({ "model": { "source": { "huggingFace": { "repository": "Qwen/Qwen3-8B", "revision": "refs/pr/1",
+                "tokenSecret": { "name": "hf", "key": "token" }, "endpoint": "https://mirror:8443/hf" } },
+                "cache": { "claimName": "models" } }, "replicas": 1 }),
+            "",
+        ),
+        (
+            "a repository and a volume",
+            "demo",
+            json!({ "model": { "source": { "pvc": { "claimName": "c" }, "huggingFace": { "repository": "a/b" } } }, "replicas": 1 }),
+            "exactly one of model.source.demo",
+        ),
+        (
+            "a cache of what is not fetched",
+            "demo",
+            json!({ "model": { "source": { "pvc": { "claimName": "c" } }, "cache": { "claimName": "d" } }, "replicas": 1 }),
+            "model.cache is for models that are fetched",
+        ),
+        (
+            "the server's cache, which is the operator's to choose",
+            "demo",
+            json!({ "model": demo, "replicas": 1, "engine": { "extraArgs": ["--download-dir=/x"] } }),
+            "extraArgs must not hold",
         ),
         (
             "a path that leaves the volume",
@@ -194,6 +244,22 @@ fn rules_refuse_contradictions_and_say_the_remedy() {
     }
 }
 
+/// The validator of kube evaluates rules and no patterns; the API server does both, as this does.
+#[test]
+fn repositories_revisions_and_endpoints_have_the_form_of_the_servers_flag() {
+    let crd = serde_json::to_value(LLMDeployment::crd()).unwrap();
+    let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+    let source = &spec["properties"]["model"]["properties"]["source"]["properties"]["huggingFace"];
+    for field in ["repository", "revision", "endpoint"] {
+        let pattern = source["properties"][field]["pattern"].as_str();
+        assert!(
+            pattern.is_some_and(|p| p.starts_with('^') && p.ends_with('$')),
+            "{field}"
+        );
+    }
+    assert_eq!(source["required"], json!(["repository"]));
+}
+
 #[test]
 fn absent_fields_take_their_defaults() {
     let spec =
@@ -201,10 +267,11 @@ fn absent_fields_take_their_defaults() {
     let parsed: LLMDeployment = serde_json::from_value(named("demo", spec)).unwrap();
     let autoscaling = parsed.spec.autoscaling.unwrap();
     assert_eq!(parsed.spec.drain_seconds, 300);
+    assert_eq!(autoscaling.mode, AutoscalingMode::Auto);
     assert_eq!(autoscaling.min_replicas.get(), 1);
     assert_eq!(autoscaling.target_block_utilization_percent.get(), 80);
     assert_eq!(autoscaling.target_queue_depth.get(), 4);
-    assert_eq!(autoscaling.scale_down_stabilization_seconds, 300);
+    assert_eq!(autoscaling.scale_down_stabilization_seconds, 60);
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn contradictions_and_a_second_owner_of_the_replicas_are_refused() {
     ] {
         let error = ns.apply(&demo("demo", rest)).expect_err(why).to_string();
         assert!(
-            error.contains("exactly one of spec.replicas and spec.autoscaling must be set"),
+            error.contains("spec.replicas must be set exactly where"),
             "{why}: {error}"
         );
     }

@@ -33,9 +33,9 @@ fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back(
     let spec = |owner: &str| demo("demo", &format!("{SMALL}drainSeconds: 180\n  {owner}"));
     ns.apply(&spec("replicas: 1")).expect("accepted");
     ns.await_ready("demo");
-    // Of 24 clients 2 run and 22 wait, or a few less between two answers: with 8 in the queue per replica, 17 to 24 are
-    // work for exactly 3. Long answers keep the clients waiting for the server and not the other way round, and the
-    // autoscaler first looks once all of them are there, so that it is one decision.
+    // Of 24 clients 2 run and 22 wait, or a few less between two answers: work for 15 replicas of two slots, of which 3 are
+    // allowed. Long answers keep the clients waiting for the server and not the other way round, and the autoscaler first
+    // looks once all of them are there, so that it is one decision.
     let clients = ns.start_clients("demo", 24, 1_500);
     let pod = ns.pods("demo").expect("pods").remove(0);
     ns.until("every client is there", 60, || {
@@ -46,8 +46,21 @@ fn load_takes_one_replica_to_three_in_one_decision_and_idleness_takes_them_back(
             n => Seen::NotYet(format!("{n} waiting")),
         })
     });
-    let autoscaling = "autoscaling: {minReplicas: 1, maxReplicas: 5, targetQueueDepth: 8, scaleDownStabilizationSeconds: 5}";
-    ns.apply(&spec(autoscaling)).expect("accepted");
+    let policy = "maxReplicas: 3, targetQueueDepth: 8, scaleDownStabilizationSeconds: 5";
+    ns.apply(&spec(&format!(
+        "replicas: 1\n  autoscaling: {{mode: Observe, {policy}}}"
+    )))
+    .expect("accepted");
+    let object = ns.await_deployment("what would be decided is told", "demo", 60, |object| {
+        object["status"]["autoscaling"]["desiredReplicas"] == 3
+    });
+    let told = &object["status"]["autoscaling"];
+    assert_eq!(told["bindingConstraint"], "Slots", "{told}");
+    assert!(events(&ns, "WouldScale")[0].contains("from 1 to 3"));
+    let child = ns.get(&["deployment", "demo"]).expect("the Deployment");
+    assert_eq!(child["spec"]["replicas"], 1, "and not done");
+    ns.apply(&spec(&format!("autoscaling: {{{policy}}}")))
+        .expect("accepted");
     let object = ns.await_deployment("a number is decided", "demo", 60, |object| {
         object["status"]["lastScaling"].is_object()
     });
@@ -145,7 +158,8 @@ fn a_server_that_hangs_counts_as_full_and_keeps_its_replica() {
     );
     // It was the silence that held the number: once the server answers again, one replica goes.
     signal(cluster, &pod, "CONT", "RS");
-    ns.await_deployment("one replica is wanted", "demo", 60, |object| {
+    // The window is at least twice what a replica needs to start.
+    ns.await_deployment("one replica is wanted", "demo", 120, |object| {
         object["status"]["lastScaling"]["to"] == 1
     });
 }

@@ -145,9 +145,14 @@ impl TestNamespace {
 
     /// Begins `n_workers` clients that stream answers of `n_tokens` one after the other.
     pub(crate) fn start_clients(&self, name: &str, n_workers: u32, n_tokens: u32) -> Clients {
+        self.start_clients_at(&self.url(name), n_workers, n_tokens)
+    }
+
+    /// The same of the API at a base URL.
+    pub(crate) fn start_clients_at(&self, url: &str, n_workers: u32, n_tokens: u32) -> Clients {
         let mut command = self.python("load.py");
         command.args([
-            self.url(name),
+            url.to_owned(),
             "kvasir-demo".into(),
             n_workers.to_string(),
             n_tokens.to_string(),

@@ -63,8 +63,22 @@ impl Mapping {
         })
     }
 
+    /// Of this size, without any memory: for a device that only counts.
+    pub(crate) fn imagined(bytes: usize) -> Self {
+        Self {
+            start: NonNull::dangling(),
+            bytes,
+            mapping: NonNull::dangling(),
+            mapped_bytes: 0,
+        }
+    }
+
     /// The first byte, aligned to 64 bytes at least.
     pub(crate) fn as_ptr<T>(&self) -> *mut T {
+        assert!(
+            self.mapped_bytes > 0,
+            "a device that only counts computes nothing"
+        );
         self.start.as_ptr().cast()
     }
 
@@ -76,7 +90,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: exactly the range that `new` mapped, unmapped once.
-        unsafe { libc::munmap(self.mapping.as_ptr(), self.mapped_bytes) };
+        if self.mapped_bytes > 0 {
+            // SAFETY: exactly the range that `new` mapped, unmapped once.
+            unsafe { libc::munmap(self.mapping.as_ptr(), self.mapped_bytes) };
+        }
     }
 }

@@ -29,6 +29,16 @@ impl ActivationBuffer {
         })
     }
 
+    /// The same without any memory: for a device that only counts.
+    pub(crate) fn imagined(rows: Rows, max_rows: usize, cols: usize) -> Self {
+        Self {
+            rows,
+            cols,
+            stride: cols.next_multiple_of(LANES),
+            memory: Mapping::imagined(Self::bytes_for(max_rows, cols)),
+        }
+    }
+
     /// Bytes that it takes.
     pub(crate) fn bytes_for(max_rows: usize, cols: usize) -> usize {
         max_rows * cols.next_multiple_of(LANES) * size_of::<f32>()

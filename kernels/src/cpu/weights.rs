@@ -33,6 +33,17 @@ impl PackedWeight {
         n_rows.next_multiple_of(LANES) * padded_steps(precision, cols) * size_of::<u32>()
     }
 
+    /// A matrix of this shape that takes no memory: for a device that only counts.
+    pub(crate) fn imagined(precision: Precision, n_rows: usize, cols: usize) -> Self {
+        Self {
+            n_rows,
+            cols,
+            n_steps: padded_steps(precision, cols),
+            precision,
+            memory: Mapping::imagined(Self::bytes_for(precision, n_rows, cols)),
+        }
+    }
+
     /// Packs the parts, stacked along the rows, on all threads.
     pub(crate) fn pack(
         pool: &Pool,

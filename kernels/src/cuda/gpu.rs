@@ -43,7 +43,6 @@ pub struct Gpu {
     pinned: Vec<*mut c_void>,
     spare_events: Vec<Event>,
     n_multiprocessors: u32,
-    is_capturing: bool,
     /// Kernels may be launched before the one before them has ended.
     starts_early: bool,
     name: String,
@@ -117,11 +116,10 @@ impl Gpu {
             pinned: Vec::new(),
             spare_events: Vec::new(),
             n_multiprocessors: found.n_multiprocessors,
-            is_capturing: false,
             starts_early: found.starts_early,
             name: found.name,
         };
-        let mut gemms = Gemms::new(found.n_multiprocessors)?;
+        let mut gemms = Gemms::new()?;
         let workspace = gpu.allocate("the products' workspace", gemms::WORKSPACE_BYTES)?;
         gemms.set_workspace(workspace);
         gpu.gemms = Some(gemms);
@@ -304,7 +302,7 @@ impl Driver for Gpu {
         gemm.check(&self.memory);
         let gemms = self.gemms.as_mut().expect("there until self is dropped");
         // SAFETY: all of it lies in memory that lives as long as self, as was just checked.
-        unsafe { gemms.start(gemm, self.stream, !self.is_capturing) }
+        unsafe { gemms.start(gemm, self.stream) }
     }
 
     fn begin_capture(&mut self) -> Result<(), DeviceError> {
@@ -316,14 +314,11 @@ impl Driver for Gpu {
                 sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
             )
         }
-        .map_err(|error| failed("capturing a graph", error))?;
-        self.is_capturing = true;
-        Ok(())
+        .map_err(|error| failed("capturing a graph", error))
     }
 
     fn end_capture(&mut self) -> Result<Graph, DeviceError> {
         self.context.enter()?;
-        self.is_capturing = false;
         // SAFETY: a capture was begun; the graph is destroyed once its executable form exists.
         unsafe {
             let graph = result::stream::end_capture(self.stream)

@@ -8,7 +8,7 @@ use super::buffers::{
     ActivationBuffer, DeviceVector, ExpertsBuffers, ExpertsSizes, ExpertsWorkspace, LogitsBuffer,
     Matrix,
 };
-use super::driver::Driver;
+use super::driver::{Driver, FillRow};
 use super::kernel::{self, ExpertTile};
 use super::plan::bucket_rows;
 use super::{CudaDevice, unsupported};
@@ -75,26 +75,31 @@ impl<D: Driver> CudaDevice<D> {
         parts: &[TensorView<'_>],
         offset: f32,
     ) -> Result<Vector, DeviceError> {
-        let mut values: Vec<f32> = parts
-            .iter()
-            .flat_map(|part| (0..part.shape[1]).map(|i| part.at(0, i) + offset))
-            .collect();
-        let len = values.len();
-        values.resize(len.next_multiple_of(8), 0.0);
-        let rounded: Vec<u16> = values
-            .iter()
-            .map(|&x| half::bf16::from_f32(x).to_bits())
-            .collect();
-        let mut send = |bytes: &[u8]| {
-            let address = self.driver.allocate("a vector", bytes.len())?;
-            let fill = |_, to: &mut [u8]| to.copy_from_slice(bytes);
-            self.driver.upload(address, 1, bytes.len(), &fill)?;
-            self.weight_bytes += bytes.len() as u64;
+        let len: usize = parts.iter().map(|part| part.shape[1]).sum();
+        // Read only where they are written: a driver that counts asks for none.
+        let values = || {
+            let parts = parts.iter();
+            let values = parts.flat_map(|part| (0..part.shape[1]).map(|i| part.at(0, i) + offset));
+            values.chain(std::iter::repeat(0.0))
+        };
+        let mut send = |element_bytes: usize, fill: FillRow<'_>| {
+            let bytes = len.next_multiple_of(8) * element_bytes;
+            let address = self.driver.allocate("a vector", bytes)?;
+            self.driver.upload(address, 1, bytes, fill)?;
+            self.weight_bytes += bytes as u64;
             Ok(address)
         };
         let vector = DeviceVector {
-            f32: send(bytemuck::cast_slice(&values))?,
-            bf16: send(bytemuck::cast_slice(&rounded))?,
+            f32: send(4, &|_, to| {
+                for (to, value) in to.chunks_exact_mut(4).zip(values()) {
+                    to.copy_from_slice(&value.to_le_bytes());
+                }
+            })?,
+            bf16: send(2, &|_, to| {
+                for (to, value) in to.chunks_exact_mut(2).zip(values()) {
+                    to.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes());
+                }
+            })?,
             len,
         };
         self.buffers.vectors.push(vector);

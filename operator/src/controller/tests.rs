@@ -112,6 +112,7 @@ fn context(client: Client) -> Arc<Context> {
             client,
             cache,
             loads: LoadReader::default(),
+            starts: LoadReader::default(),
             logs: LogReader::default(),
         },
         settings: Settings {

@@ -2,82 +2,127 @@
 //!
 //! Pure: the reports, the history and the time are arguments. It knows no Kubernetes, no HTTP and no clock.
 //!
-//! Demand is counted in KV blocks (held by running sequences and needed by waiting ones; blocks that only cache are
-//! free for it) and in waiting requests; the larger answer wins, in one jump. Up at once. Down only when every answer
-//! of the stabilization window was lower, and only if the replicas that stay can carry what the ones there carry now.
-//! A replica that is silent counts as empty when scaling up and as full when scaling down, as the horizontal pod
-//! autoscaler treats missing metrics.
+//! Each thing that can bind says how many replicas the load is work for: KV blocks, sequence slots, the rate at which
+//! prompts are computed, the queue and its age; the largest answer wins, in one jump. Up at once, and ahead of time by what
+//! the load was seen to grow while a replica starts. Down only when every answer of the window was lower, and only if the
+//! replicas that stay carry all of it with room to spare. A replica that is silent counts as empty when scaling up and as
+//! full when scaling down, as the horizontal pod autoscaler treats missing metrics. What replicas can carry is measured.
+//!
+//! - [`demand`]: what is reported, and how many replicas it is work for.
+//! - `learned`: what was measured of the replicas. `starts`: how long they take to start.
+//! - `forecast`: how much the load grows meanwhile.
+//! - `window`: the largest answer of the past.
 
-use std::collections::VecDeque;
+pub mod demand;
+mod forecast;
+mod learned;
+mod starts;
+mod window;
+
 use std::time::Duration;
 
-use kvasir_crds::LoadReport;
-use kvasir_crds::llmdeployment::Autoscaling;
-use kvasir_crds::load_report::SCHEMA;
+use kvasir_crds::llmdeployment::{Autoscaling, LearnedCapacity};
 
 use super::counted::{counted, counted_are};
 use crate::observed::ReplicaLoad;
+use demand::{Constraint, Totals, binding, whole};
+use forecast::{Forecast, Sample};
+use learned::Learned;
+use window::Window;
 
-/// Two looks at the replicas are no further apart than this: the interval between them, the time that silent replicas take,
-/// and retries after an error.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Arrivals are a rate over so long at least, a third of a start, and no longer than they are kept.
+const RATE_WINDOW: Duration = Duration::from_secs(10);
+const LONGEST_RATE_WINDOW: Duration = Duration::from_secs(60);
+/// Replicas go only after so many times what one needs to start: to want it back costs as much.
+const STARTS_IN_WINDOW: u32 = 2;
 
-/// The answers of the past window, by the operator's monotonic clock. An answer that a later one reaches or exceeds can
-/// never be the window's largest again and is dropped, so that a history is a few entries long and cheap to copy.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// While it isn't known how fast a replica computes prompts, one of so many goes at a time.
+const UNPROVEN_SHARE: u32 = 3;
+
+/// What is remembered between looks.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
-    /// Answers are known from here on without a gap.
-    since: Duration,
-    /// When the last answer was given.
-    last: Option<Duration>,
-    /// Ascending in time, strictly descending in number.
-    wanted: VecDeque<(Duration, u32)>,
+    window: Window,
+    learned: Learned,
+    forecast: Forecast,
+    /// Whether what a status tells was read back.
+    is_read_back: bool,
 }
 
 impl History {
-    /// Adds an answer and forgets those older than `window`.
-    fn push(&mut self, now: Duration, wanted: u32, window: Duration) {
-        while self
-            .wanted
-            .front()
-            .is_some_and(|(at, _)| now.saturating_sub(*at) > window)
-        {
-            self.wanted.pop_front();
+    /// Goes on from what the status tells, the first time.
+    pub fn read_back(&mut self, told: Option<&LearnedCapacity>) {
+        if !self.is_read_back {
+            self.is_read_back = true;
+            if let Some(told) = told {
+                self.learned = Learned::read_back(told);
+                self.forecast = Forecast::read_back(told.growth_percent);
+            }
         }
-        // What the load was in a gap isn't known, however long the window is.
-        let is_gap = |last| now.saturating_sub(last) > LONGEST_PAUSE;
-        // What is forgotten counts no more, should the window grow; after a gap knowledge begins anew.
-        self.since = match self.last.is_none_or(is_gap) {
-            true => now,
-            false => self.since.max(now.saturating_sub(window)),
-        };
-        self.last = Some(now);
-        while self.wanted.back().is_some_and(|(_, n)| *n <= wanted) {
-            self.wanted.pop_back();
-        }
-        self.wanted.push_back((now, wanted));
     }
 
-    /// The history reaches back over the whole window; after a restart it doesn't, and nothing is scaled down.
-    fn covers(&self, now: Duration, window: Duration) -> bool {
-        self.last.is_some() && now.saturating_sub(self.since) >= window
+    /// A replica became ready so long after its pod was created.
+    pub fn note_start(&mut self, took: Duration) {
+        self.learned.starts.note(took);
     }
 
-    /// The largest answer of the window; 0 where there is none.
-    fn max(&self) -> u32 {
-        self.wanted.front().map_or(0, |(_, wanted)| *wanted)
+    /// What was learned, for the status; nothing where nothing was.
+    #[must_use]
+    pub fn learned(&self) -> Option<LearnedCapacity> {
+        self.learned.tell(self.forecast.growth())
     }
 }
 
+/// What is seen at one look.
+#[derive(Clone, Copy, Debug)]
+pub struct Look<'a> {
+    /// Replicas that are asked for now.
+    pub current: u32,
+    /// One entry for each replica that has started, and for whoever else reports demand.
+    pub loads: &'a [ReplicaLoad],
+    /// How long ago the pods were created that have not started.
+    pub starting: &'a [Duration],
+    /// By the operator's monotonic clock.
+    pub now: Duration,
+}
+
 /// The answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
     /// Replicas the deployment should have.
     pub replicas: u32,
     /// Replicas that the load known now is work for, whatever the policy allows; 0 where none is known.
     pub demand: u32,
+    /// What asks for the most of them.
+    pub constraint: Option<Constraint>,
+    /// Those of the demand that neither report nor start in time.
+    pub unmet: u32,
+    /// Replicas that have started and don't report.
+    pub silent: u32,
+    /// Replicas that start and take longer than they should.
+    pub overdue: Option<Overdue>,
+    /// The next change that the load allows, if it stays as it is.
+    pub next: Option<Next>,
     /// Why, with the numbers: for the status and the event.
     pub reason: String,
+}
+
+/// Replicas that should have started by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overdue {
+    /// How many.
+    pub n: u32,
+    /// How long a start may take.
+    pub deadline: Duration,
+}
+
+/// A change that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Next {
+    /// Replicas after it.
+    pub replicas: u32,
+    /// From now on, at the earliest.
+    pub after: Duration,
 }
 
 /// What the replicas that report carry together, for people to read.
@@ -103,22 +148,12 @@ impl LoadSummary {
 /// Adds up what is reported; `None` where no replica reports.
 #[must_use]
 pub fn summarize(loads: &[ReplicaLoad]) -> Option<LoadSummary> {
-    let (totals, _) = total(loads);
+    let totals = Totals::of(loads, &Learned::default());
     (totals.reporting > 0).then_some(LoadSummary {
         blocks: totals.blocks,
         active_blocks: totals.active,
         waiting_requests: totals.waiting,
     })
-}
-
-/// Sums over the replicas that reported and serve.
-#[derive(Default)]
-struct Totals {
-    reporting: u64,
-    blocks: u64,
-    active: u64,
-    waiting_need: u64,
-    waiting: u64,
 }
 
 /// The numbers of replicas that are allowed.
@@ -148,51 +183,136 @@ impl Bounds {
     }
 }
 
-/// Decides. `current` is the number of replicas asked for now, `loads` one entry for each replica that has started,
-/// `history` the answers before this one, to which this one is added.
-pub fn decide(
-    policy: &Autoscaling,
-    current: u32,
-    loads: &[ReplicaLoad],
-    history: &mut History,
-    now: Duration,
-) -> Decision {
-    let bounds = Bounds::of(policy);
-    let window = Duration::from_secs(u64::from(policy.scale_down_stabilization_seconds));
-    let (totals, n_silent) = total(loads);
-    if totals.reporting == 0 {
-        // What isn't known may be a full load: a lull is counted from its end.
-        let replicas = bounds.clamp(current);
-        history.push(now, replicas, window);
-        return Decision {
-            replicas,
-            demand: 0,
-            reason: match replicas == current {
-                true => "no replica reports its load, and the number of replicas is held".into(),
-                false => {
-                    let why = bounds.exceeded_by(current);
-                    format!("scaled from {current} to {replicas}: {why}")
-                }
-            },
-        };
+/// Decides, and adds what is seen to the history.
+pub fn decide(policy: &Autoscaling, look: &Look<'_>, history: &mut History) -> Decision {
+    let Look { loads, now, .. } = *look;
+    let window = window_of(policy, history);
+    let seconds = history.window.follows(now).then(|| history.since_last(now));
+    if seconds.is_none() {
+        history.forecast.interrupt();
     }
-    let demand = wanted(policy, &totals);
-    let down = bounds.clamp(wanted(policy, &totals.with_full(n_silent)));
-    history.push(now, down, window);
+    history.learned.note_arrivals(loads, now, seconds);
+    let totals = Totals::of(loads, &history.learned);
+    let decision = match totals.reporting {
+        0 => hold(policy, look, &totals, history, window),
+        _ => weigh(policy, look, &totals, history, window),
+    };
+    history.learned.learn(loads, seconds);
+    decision
+}
+
+impl History {
+    fn since_last(&self, now: Duration) -> f64 {
+        self.window
+            .last()
+            .map_or(0.0, |last| now.saturating_sub(last).as_secs_f64())
+    }
+}
+
+fn window_of(policy: &Autoscaling, history: &History) -> Duration {
+    let least = Duration::from_secs(u64::from(policy.scale_down_stabilization_seconds));
+    let start = history.learned.starts.p90().unwrap_or_default();
+    least.max(start * STARTS_IN_WINDOW)
+}
+
+/// Nobody reports: the number is held. What isn't known may be a full load: a lull is counted from its end.
+fn hold(
+    policy: &Autoscaling,
+    look: &Look<'_>,
+    totals: &Totals,
+    history: &mut History,
+    window: Duration,
+) -> Decision {
+    let (bounds, current) = (Bounds::of(policy), look.current);
+    let replicas = bounds.clamp(current);
+    history.window.push(look.now, replicas, window);
+    Decision {
+        replicas,
+        demand: 0,
+        constraint: None,
+        unmet: 0,
+        silent: saturated(totals.silent),
+        overdue: overdue(look, history),
+        next: None,
+        reason: match replicas == current {
+            true => "no replica reports its load, and the number of replicas is held".into(),
+            false => {
+                let why = bounds.exceeded_by(current);
+                format!("scaled from {current} to {replicas}: {why}")
+            }
+        },
+    }
+}
+
+fn weigh(
+    policy: &Autoscaling,
+    look: &Look<'_>,
+    totals: &Totals,
+    history: &mut History,
+    window: Duration,
+) -> Decision {
+    let (bounds, now) = (Bounds::of(policy), look.now);
+    let lead = history.learned.starts.p90().unwrap_or_default();
+    // What comes and goes faster than a replica starts is no reason to start one.
+    let rate_window = (lead / 3).clamp(RATE_WINDOW, LONGEST_RATE_WINDOW);
+    let arriving = history.learned.arriving(now, rate_window);
+    let needs = totals.needs(policy, &history.learned, arriving);
+    let (need_now, constraint) = binding(&needs);
+    let need = need_now.max(history.forecast.demand().unwrap_or(0.0));
+    let sample = Sample {
+        demand: need_now,
+        arriving,
+    };
+    history.forecast.push(now, sample, lead);
+    let demand = whole(need);
+    let mut down = bounds.clamp(whole(totals.needed_to_go_down(policy, need)));
+    if arriving > 0.0 && history.learned.prefill_rate().is_none() {
+        // What those that stay can compute isn't known: it is found out in steps.
+        down = down.max(bounds.clamp(look.current - look.current / UNPROVEN_SHARE));
+    }
+    history.window.push(now, down, window);
     // The fewest replicas that were enough all the time, once that is known of the whole window.
-    let settled = history.covers(now, window).then(|| history.max());
+    let settled = history.window.settled(now, window);
+    let words = describe(totals, policy, &needs, arriving);
     let (replicas, reason) = choose(
         bounds,
-        current,
+        look.current,
         bounds.clamp(demand),
         settled.map(|n| bounds.clamp(n)),
-        &totals.describe(policy),
+        &words,
     );
+    let overdue = overdue(look, history);
+    let n_starting = u32::try_from(look.starting.len()).unwrap_or(u32::MAX);
+    let in_time = n_starting - overdue.map_or(0, |overdue| overdue.n);
+    let supply = saturated(totals.reporting).saturating_add(in_time);
+    let next = (down < replicas).then(|| Next {
+        replicas: down,
+        after: (history.window.settles_at(down, window)).saturating_sub(now),
+    });
     Decision {
         replicas,
         demand,
+        constraint,
+        unmet: demand.saturating_sub(supply),
+        silent: saturated(totals.silent),
+        overdue,
+        next,
         reason,
     }
+}
+
+fn saturated(n: u64) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+/// Replicas that start and are no supply any more.
+fn overdue(look: &Look<'_>, history: &History) -> Option<Overdue> {
+    let deadline = history.learned.starts.deadline();
+    let n = look.starting.iter().filter(|age| **age > deadline).count();
+    (n > 0).then(|| Overdue {
+        n: u32::try_from(n).unwrap_or(u32::MAX),
+        deadline,
+    })
 }
 
 /// Goes up to `up` at once, and down to `settled` where that is known; `numbers` say why.
@@ -223,79 +343,39 @@ fn choose(
     }
 }
 
-/// Adds up the reports of the replicas that serve, and counts the silent ones. A report without blocks or queue is as
-/// good as none, and so is one of another schema, or one whose engine doesn't beat any more; a draining replica is
-/// neither supply nor demand.
-fn total(loads: &[ReplicaLoad]) -> (Totals, u64) {
-    const STALE_MS: u64 = 10_000;
-    let (mut totals, mut silent) = (Totals::default(), 0);
-    for load in loads {
-        match load {
-            ReplicaLoad::Reported(report) if report.draining == Some(true) => {}
-            ReplicaLoad::Reported(LoadReport {
-                schema,
-                blocks: Some(blocks),
-                queue: Some(queue),
-                heartbeat_age_ms,
-                ..
-            }) if schema.is_none_or(|schema| schema == SCHEMA)
-                && heartbeat_age_ms.is_none_or(|age| age < STALE_MS)
-                && blocks.total > 0 =>
-            {
-                totals.reporting += 1;
-                // A report comes from outside: nonsense may give a wrong answer, and never an overflow.
-                totals.blocks = totals.blocks.saturating_add(blocks.total);
-                totals.active = totals.active.saturating_add(blocks.active);
-                totals.waiting_need = totals.waiting_need.saturating_add(blocks.waiting_need);
-                totals.waiting = totals.waiting.saturating_add(queue.waiting);
-            }
-            ReplicaLoad::Reported(_) | ReplicaLoad::Silent => silent += 1,
-        }
-    }
-    (totals, silent)
-}
-
-/// Replicas that carry these totals, before the bounds: never less than 1.
-fn wanted(policy: &Autoscaling, totals: &Totals) -> u32 {
-    // ceil(demand / (blocks of one replica * target / 100)), in whole numbers that don't overflow.
-    let demand = u128::from(totals.active) + u128::from(totals.waiting_need);
-    let target = u128::from(policy.target_block_utilization_percent.get());
-    let capacity = u128::from(totals.blocks) * target;
-    let by_blocks = (demand * 100)
-        .saturating_mul(u128::from(totals.reporting))
-        .div_ceil(capacity.max(1));
-    let by_queue = totals
-        .waiting
-        .div_ceil(u64::from(policy.target_queue_depth.get()));
-    u32::try_from(by_blocks.max(u128::from(by_queue)).max(1)).unwrap_or(u32::MAX)
-}
-
-impl Totals {
-    /// The same with `n_silent` more replicas of average size, all of whose blocks are active.
-    fn with_full(&self, n_silent: u64) -> Self {
-        let average = self.blocks.div_ceil(self.reporting.max(1));
-        let theirs = n_silent.saturating_mul(average);
-        Self {
-            reporting: self.reporting + n_silent,
-            blocks: self.blocks.saturating_add(theirs),
-            active: self.active.saturating_add(theirs),
-            ..*self
-        }
-    }
-
-    fn describe(&self, policy: &Autoscaling) -> String {
-        format!(
-            "{} active and {} needed by waiting requests, of {} in {} (target {} %); \
-             {} waiting (target {} per replica)",
-            counted(self.active, "block"),
-            self.waiting_need,
-            self.blocks,
-            counted(self.reporting, "reporting replica"),
-            policy.target_block_utilization_percent,
-            counted(self.waiting, "request"),
-            policy.target_queue_depth
-        )
-    }
+fn describe(
+    totals: &Totals,
+    policy: &Autoscaling,
+    needs: &[(Constraint, f64)],
+    arriving: f64,
+) -> String {
+    let (need, constraint) = binding(needs);
+    let binds = constraint.map(|constraint| {
+        let asks = counted(whole(need), "replica");
+        format!("{} asks for {asks}: ", constraint.as_str())
+    });
+    let target = policy.target_block_utilization_percent;
+    let slots = (totals.slots > 0).then(|| {
+        let running = counted(totals.running, "sequence");
+        format!("; {running} in {} slots (target {target} %)", totals.slots)
+    });
+    let prefill = (arriving > 0.0).then(|| {
+        let backlog = totals.backlog_tokens;
+        format!("; {arriving:.0} prompt tokens/s arrive, {backlog} are to be computed")
+    });
+    format!(
+        "{}{} active and {} needed by waiting requests, of {} in {} (target {target} %){}; \
+         {} waiting (target {} per replica){}",
+        binds.unwrap_or_default(),
+        counted(totals.active, "block"),
+        totals.waiting_need,
+        totals.blocks,
+        counted(totals.reporting, "reporting replica"),
+        slots.unwrap_or_default(),
+        counted(totals.waiting, "request"),
+        policy.target_queue_depth,
+        prefill.unwrap_or_default(),
+    )
 }
 
 #[cfg(test)]

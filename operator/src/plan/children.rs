@@ -8,10 +8,10 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Resource, ResourceExt};
 use kvasir_crds::LLMDeployment;
-use kvasir_crds::llmdeployment::{LLMDeploymentSpec, ModelSource, SELECTOR_LABEL};
+use kvasir_crds::llmdeployment::{LLMDeploymentSpec, ModelSource, SELECTOR_LABEL, SecretKey};
 use serde_json::{Value, json};
 
-use super::pod_template::{MODELS, merge, unset};
+use super::pod_template::{CACHE, MODELS, merge, unset};
 use crate::pod::{HTTP, MANAGEMENT, SERVER};
 
 /// The label of the hash over the user's fields that shape pods.
@@ -27,8 +27,23 @@ pub const FIELD_MANAGER: &str = "kvasir-operator";
 /// may have been edited since, and another operator may render another one.
 pub const APPLIED_TEMPLATE: &str = "kvasir.dev/applied-template";
 
-/// All annotations of an object together may hold 262,144 bytes.
-const MAX_TEMPLATE_BYTES: usize = 200_000;
+/// The annotation of the child Deployment with the revision that was rolled out whole last.
+pub const GOOD_REVISION: &str = "kvasir.dev/good-revision";
+
+/// The annotation with its template, while another is rolled out: what is gone back to where that one can't become ready.
+pub const GOOD_TEMPLATE: &str = "kvasir.dev/good-template";
+
+/// The annotation with the revision that can't become ready.
+pub const FAILED_REVISION: &str = "kvasir.dev/failed-revision";
+
+/// The annotation that says why it can't.
+pub const FAILED_BECAUSE: &str = "kvasir.dev/failed-because";
+
+/// All annotations of an object together may hold 262,144 bytes, and two of them are templates.
+const MAX_TEMPLATE_BYTES: usize = 120_000;
+
+/// Where the replicas keep what they fetch.
+const CACHE_FOLDER: &str = "/model-cache";
 
 /// How long a model may take to load before the kubelet starts it again.
 const STARTUP_SECONDS: u32 = 3600;
@@ -127,7 +142,7 @@ fn deployment(
         "spec": {
             "replicas": replicas,
             "selector": { "matchLabels": { SELECTOR_LABEL: d.name_any() } },
-            // A new replica serves before an old one goes: no request finds fewer of them.
+            // A new replica serves before an old one goes, unless a rollout decides otherwise.
             "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
             "progressDeadlineSeconds": PROGRESS_DEADLINE_SECONDS,
             "revisionHistoryLimit": 3,
@@ -215,6 +230,19 @@ fn template(
 ) -> Result<PodTemplateSpec, String> {
     let revision = revision(&d.spec);
     let of_revision = |template: &PodTemplateSpec| revision_of(template) == Some(&revision);
+    if let Some(running) = running {
+        let failed = running.annotations().get(FAILED_REVISION) == Some(&revision);
+        let good = template_in(running, GOOD_TEMPLATE).filter(|_| failed);
+        // Once it was gone back to, the good one is the one that was applied.
+        let is_held = failed
+            || d.spec
+                .rollout
+                .as_ref()
+                .is_some_and(|rollout| rollout.paused);
+        if let Some(held) = good.or_else(|| applied_template(running).filter(|_| is_held)) {
+            return Ok(held);
+        }
+    }
     let applied = running.and_then(applied_template).filter(of_revision);
     // Somebody took the annotation away: what runs is then the best record there is.
     let live = || {
@@ -229,8 +257,12 @@ fn template(
 
 /// The template that was applied last, as its annotation has it.
 fn applied_template(running: &Deployment) -> Option<PodTemplateSpec> {
-    let annotations = running.metadata.annotations.as_ref()?;
-    serde_json::from_str(annotations.get(APPLIED_TEMPLATE)?).ok()
+    template_in(running, APPLIED_TEMPLATE)
+}
+
+/// The template in an annotation.
+fn template_in(running: &Deployment, name: &str) -> Option<PodTemplateSpec> {
+    serde_json::from_str(running.annotations().get(name)?).ok()
 }
 
 /// The revision that a pod template carries.
@@ -263,11 +295,8 @@ fn render(
             "seccompProfile": { "type": "RuntimeDefault" },
         },
     });
-    if let ModelSource::Pvc(source) = &spec.model.source {
-        pod["volumes"] = json!([{
-            "name": MODELS,
-            "persistentVolumeClaim": { "claimName": source.claim_name, "readOnly": true }
-        }]);
+    if let Some(Volume { source, .. }) = volume(d) {
+        pod["volumes"] = json!([source]);
     }
     let base: PodTemplateSpec = typed(json!({ "metadata": { "labels": labels }, "spec": pod }))?;
     match &spec.pod_template {
@@ -305,18 +334,66 @@ fn server(d: &LLMDeployment, default_image: &str) -> Value {
             "capabilities": { "drop": ["ALL"] },
         },
     });
+    let env = env(spec);
     // An empty list would not be held by the API server, and so differ from what is read back.
-    if let Some(engine) = spec.engine.as_ref().filter(|engine| !engine.env.is_empty()) {
-        server["env"] = json!(engine.env);
+    if !env.is_empty() {
+        server["env"] = json!(env);
     }
     if let Some(policy) = spec.image_pull_policy {
         server["imagePullPolicy"] = policy.as_str().into();
     }
-    if let ModelSource::Pvc(_) = &spec.model.source {
-        server["volumeMounts"] =
-            json!([{ "name": MODELS, "mountPath": "/models", "readOnly": true }]);
+    if let Some(Volume { mount, .. }) = volume(d) {
+        server["volumeMounts"] = json!([mount]);
     }
     server
+}
+
+/// Where the model's files are in a pod.
+struct Volume {
+    source: Value,
+    mount: Value,
+}
+
+fn volume(d: &LLMDeployment) -> Option<Volume> {
+    let model = &d.spec.model;
+    match &model.source {
+        ModelSource::Demo(_) => None,
+        ModelSource::Pvc(source) => Some(Volume {
+            source: json!({
+                "name": MODELS,
+                "persistentVolumeClaim": { "claimName": source.claim_name, "readOnly": true }
+            }),
+            mount: json!({ "name": MODELS, "mountPath": "/models", "readOnly": true }),
+        }),
+        ModelSource::HuggingFace(_) => Some(Volume {
+            source: match &model.cache {
+                Some(cache) => json!({
+                    "name": CACHE, "persistentVolumeClaim": { "claimName": cache.claim_name }
+                }),
+                None => json!({ "name": CACHE, "emptyDir": {} }),
+            },
+            mount: json!({ "name": CACHE, "mountPath": CACHE_FOLDER }),
+        }),
+    }
+}
+
+/// The server's environment: how it reaches a hub, and the user's own, which counts where both name a variable.
+fn env(spec: &LLMDeploymentSpec) -> Vec<Value> {
+    let users = spec.engine.iter().flat_map(|engine| &engine.env);
+    let users: Vec<Value> = users.map(|variable| json!(variable)).collect();
+    let mut env = Vec::new();
+    if let ModelSource::HuggingFace(source) = &spec.model.source {
+        if let Some(endpoint) = &source.endpoint {
+            env.push(json!({ "name": "HF_ENDPOINT", "value": endpoint }));
+        }
+        if let Some(SecretKey { name, key }) = &source.token_secret {
+            let secret = json!({ "secretKeyRef": { "name": name, "key": key } });
+            env.push(json!({ "name": "HF_TOKEN", "valueFrom": secret }));
+        }
+    }
+    env.retain(|ours| users.iter().all(|theirs| theirs["name"] != ours["name"]));
+    env.extend(users);
+    env
 }
 
 /// The server's arguments: those that follow from the spec, then the user's own.
@@ -328,6 +405,14 @@ fn args(d: &LLMDeployment) -> Vec<String> {
             Some(path) => format!("/models/{path}"),
             None => "/models".to_owned(),
         },
+        ModelSource::HuggingFace(source) => {
+            let revision = source.revision.as_deref().unwrap_or("main");
+            format!("hf://{}@{revision}", source.repository)
+        }
+    };
+    let cache = match &spec.model.source {
+        ModelSource::HuggingFace(_) => Some(CACHE_FOLDER.to_owned()),
+        ModelSource::Demo(_) | ModelSource::Pvc(_) => None,
     };
     let served_name = spec
         .model
@@ -335,7 +420,7 @@ fn args(d: &LLMDeployment) -> Vec<String> {
         .clone()
         .or_else(|| match spec.model.source {
             ModelSource::Demo(_) => None,
-            ModelSource::Pvc(_) => Some(d.name_any()),
+            ModelSource::Pvc(_) | ModelSource::HuggingFace(_) => Some(d.name_any()),
         });
     let device = if wants_gpu(d) { "cuda" } else { "cpu" };
     let engine = spec.engine.clone().unwrap_or_default();
@@ -347,6 +432,7 @@ fn args(d: &LLMDeployment) -> Vec<String> {
         ("--management-port", Some(MANAGEMENT.number.to_string())),
         ("--device", Some(device.to_owned())),
         ("--model", Some(model)),
+        ("--download-dir", cache),
         ("--served-model-name", served_name),
         ("--drain-seconds", Some(spec.drain_seconds.to_string())),
         ("--max-model-len", number(engine.max_model_len)),

@@ -6,8 +6,11 @@ use serde_json::{Map, Value};
 
 use crate::pod::SERVER;
 
-/// The volume that is the operator's.
+/// The volume with the models of a claim.
 pub const MODELS: &str = "models";
+
+/// The volume with what is fetched from a hub.
+pub const CACHE: &str = "model-cache";
 
 /// What a user may set of the container [`SERVER`]. Image, arguments, ports, resources and the other probes follow
 /// from fields of the spec.
@@ -106,7 +109,11 @@ fn check_spec(spec: &Value) -> Result<(), String> {
             ));
         }
     }
-    for (list, name) in [("initContainers", SERVER), ("volumes", MODELS)] {
+    for (list, name) in [
+        ("initContainers", SERVER),
+        ("volumes", MODELS),
+        ("volumes", CACHE),
+    ] {
         if named(&spec[list], name).next().is_some() {
             return Err(format!(
                 "spec.podTemplate.spec.{list} must not hold the name {name:?}: it is the operator's"

@@ -2,21 +2,25 @@
 //!
 //! Pure. A condition keeps its transition time while its status stays the same.
 
-mod not_ready;
+pub(super) mod not_ready;
+mod start;
 
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{Resource, ResourceExt};
 use kvasir_crds::llmdeployment::{
-    ConditionType, EndedPods, LLMDeploymentStatus, LastScaling, NotReadyReplica, Reason,
-    SELECTOR_LABEL,
+    Autoscaling, AutoscalingStatus, ConditionType, EndedPods, LLMDeploymentSpec,
+    LLMDeploymentStatus, LastScaling, LearnedCapacity, ModelDownload, ModelSource, ModelStatus,
+    NextScaling, NotReadyReplica, Reason, SELECTOR_LABEL,
 };
 
 use super::autoscale::{Decision, LoadSummary};
 use super::children::{PROGRESS_DEADLINE_SECONDS, endpoint, revision, revision_of};
 use super::counted::{counted, counted_are};
-use crate::observed::Observed;
+use super::overdue_sentence;
+use super::rollout::{failure, good_revision};
+use crate::observed::{Observed, ReplicaLoad};
 use crate::pod::{is_ready, replicas};
 use crate::stored::Stored;
 pub use not_ready::MAX_NOT_READY;
@@ -45,6 +49,8 @@ pub struct StatusInput<'a> {
     pub failing: Option<&'a str>,
     /// The autoscaler's answer.
     pub decision: Option<&'a Decision>,
+    /// What it has measured.
+    pub learned: Option<LearnedCapacity>,
     /// A change of the number of replicas that was carried out and isn't told yet.
     pub scaling: Option<&'a LastScaling>,
     /// What the replicas report; `None` where none does.
@@ -85,9 +91,78 @@ pub fn status(input: &StatusInput<'_>) -> LLMDeploymentStatus {
             .load
             .map(|load| i32::try_from(load.waiting_requests).unwrap_or(i32::MAX)),
         last_scaling: input.scaling.cloned().or(before.last_scaling),
+        autoscaling: autoscaling(input, before.autoscaling),
         not_ready,
         ended_pods,
+        current_revision: input
+            .child
+            .and_then(good_revision)
+            .or(before.current_revision),
+        update_revision: input.stored.spec().map(revision),
+        model: model(input, before.model),
+        start: start::start_times(input.observed, before.start),
     }
+}
+
+/// What the autoscaler sees and decides. While the spec can't be read, or nothing may be touched, what was learned is kept.
+fn autoscaling(
+    input: &StatusInput<'_>,
+    before: Option<AutoscalingStatus>,
+) -> Option<AutoscalingStatus> {
+    let is_wanted = |spec: &LLMDeploymentSpec| spec.autoscaling.is_some();
+    let Some(decision) = input.decision else {
+        return before.filter(|_| input.stored.spec().is_none_or(is_wanted));
+    };
+    let count = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
+    let next = decision.next.map(|next| {
+        let at = input.now.checked_add(next.after).unwrap_or(input.now);
+        NextScaling {
+            replicas: count(next.replicas),
+            // Whole seconds: the same moment at every look.
+            not_before: Time(Timestamp::from_second(at.as_second()).unwrap_or(at)),
+        }
+    });
+    Some(AutoscalingStatus {
+        desired_replicas: count(decision.replicas),
+        demand_replicas: (decision.demand > 0).then(|| count(decision.demand)),
+        binding_constraint: decision.constraint.map(|c| c.as_str().to_owned()),
+        unmet_replicas: count(decision.unmet),
+        silent_replicas: count(decision.silent),
+        next_scaling: next,
+        learned: input.learned,
+    })
+}
+
+/// What a replica says of the model; what one said before stands while none does.
+fn model(input: &StatusInput<'_>, before: Option<ModelStatus>) -> Option<ModelStatus> {
+    let reported = input.observed.loads.iter().find_map(|load| match load {
+        ReplicaLoad::Reported(report) => report.model.as_ref(),
+        ReplicaLoad::Silent => None,
+    });
+    let number = |n: Option<u64>| n.and_then(|n| i64::try_from(n).ok());
+    let told = reported.map(|model| ModelStatus {
+        revision: model.revision.clone(),
+        parameters: number(model.parameters),
+        weights_bytes: number(model.weights_bytes),
+        kv_cache_bytes: number(model.kv_cache_bytes),
+        kv_bytes_per_token: number(model.kv_bytes_per_token),
+        blocks: number(model.blocks),
+        max_model_len: number(model.max_model_len),
+        requests_at_context: number(model.requests_at_context),
+        download: None,
+    });
+    let download = input.stored.spec().and_then(|spec| {
+        let is_fetched = matches!(spec.model.source, ModelSource::HuggingFace(_));
+        is_fetched.then_some(match spec.model.cache {
+            Some(_) => ModelDownload::SharedCache,
+            None => ModelDownload::EachReplica,
+        })
+    });
+    let model = ModelStatus {
+        download,
+        ..told.or(before).unwrap_or_default()
+    };
+    (model != ModelStatus::default()).then_some(model)
 }
 
 /// What the pods say, summed up.
@@ -146,7 +221,7 @@ fn conditions(input: &StatusInput<'_>, before: &[Condition], seen: Seen<'_>) -> 
         (ConditionType::ScalingActive, Some(scaling_active(input))),
         (
             ConditionType::CapacityUnavailable,
-            capacity_unavailable(seen),
+            capacity_unavailable(input, seen),
         ),
         (ConditionType::ScalingLimited, scaling_limited(input)),
         (
@@ -214,6 +289,9 @@ fn stalled(input: &StatusInput<'_>, rollout: &Rollout, obstacle: &Verdict) -> Op
     if let Some(refusal) = input.refused {
         return Some(Verdict::yes(refusal.reason, &refusal.sentence));
     }
+    if let Some(sentence) = rolled_back(input) {
+        return Some(Verdict::yes(Reason::RolledBack, sentence));
+    }
     let is_late = rollout.is_past_deadline && !rollout.of_generation;
     is_late.then(|| {
         let deadline = PROGRESS_DEADLINE_SECONDS;
@@ -240,28 +318,42 @@ fn progressing(
         (Some(stalled), _) => stalled.clone().but("False"),
         (None, Some(sentence)) => Verdict::yes(Reason::ApplyRetried, sentence),
         (None, None) if rollout.is_complete => Verdict::no(Reason::RolledOut, ""),
+        (None, None) if is_paused(input) => obstacle.clone(),
         (None, None) => obstacle.clone().but("True"),
     }
 }
 
-/// A replica has no place in the cluster.
-fn capacity_unavailable(seen: Seen<'_>) -> Option<Verdict> {
+/// A replica has no place in the cluster, or doesn't start there.
+fn capacity_unavailable(input: &StatusInput<'_>, seen: Seen<'_>) -> Option<Verdict> {
     let refusals = [Reason::Unschedulable, Reason::PodRefused];
     let mut not_ready = seen.not_ready.iter();
-    let homeless =
-        not_ready.find(|replica| refusals.iter().any(|r| replica.reason == r.as_str()))?;
-    Some(why_not_ready(homeless).but("True"))
+    let homeless = not_ready.find(|replica| refusals.iter().any(|r| replica.reason == r.as_str()));
+    let overdue = || {
+        let overdue = input.decision?.overdue?;
+        Some(Verdict::yes(
+            Reason::StartOverdue,
+            overdue_sentence(overdue),
+        ))
+    };
+    homeless
+        .map(|replica| why_not_ready(replica).but("True"))
+        .or_else(overdue)
 }
 
 /// The load is work for more replicas than are allowed.
 fn scaling_limited(input: &StatusInput<'_>) -> Option<Verdict> {
-    let policy = input.stored.spec()?.autoscaling.as_ref()?;
+    let policy = autoscaled(input)?;
     let (decision, most) = (input.decision?, policy.max_replicas.get());
     (decision.demand > most).then(|| {
         let work = counted(decision.demand, "replica");
         let message = format!("the load is work for {work}, of at most {most}: raise maxReplicas");
         Verdict::yes(Reason::AtMaxReplicas, message)
     })
+}
+
+/// The policy by which the operator sets the number of replicas.
+fn autoscaled<'a>(input: &StatusInput<'a>) -> Option<&'a Autoscaling> {
+    input.stored.spec()?.autoscaled()
 }
 
 fn serving(n_ready: i32) -> String {
@@ -293,7 +385,14 @@ fn obstacle(input: &StatusInput<'_>, seen: Seen<'_>) -> Verdict {
     if let Some(refusal) = input.refused {
         return Verdict::no(refusal.reason, &refusal.sentence);
     }
+    if let Some(sentence) = rolled_back(input) {
+        return Verdict::no(Reason::RolledBack, sentence);
+    }
     let wanted = wanted(input);
+    if is_paused(input) {
+        let message = "spec.rollout.paused holds the spec's revision back: set it to false";
+        return Verdict::no(Reason::RolloutPaused, message);
+    }
     if wanted == Some(0) {
         return Verdict::no(Reason::ScaledToZero, "spec.replicas is 0");
     }
@@ -313,6 +412,21 @@ fn obstacle(input: &StatusInput<'_>, seen: Seen<'_>) -> Verdict {
         Reason::RollingOut,
         fewer_serving(seen.n_ready, wanted.unwrap_or(1)),
     )
+}
+
+/// Why the revision before the spec's runs.
+fn rolled_back(input: &StatusInput<'_>) -> Option<String> {
+    failure(input.stored.spec()?, input.child?)
+}
+
+/// The spec has another revision than the pods' template, and is to wait.
+fn is_paused(input: &StatusInput<'_>) -> bool {
+    let Some((spec, child)) = input.stored.spec().zip(input.child) else {
+        return false;
+    };
+    let template = child.spec.as_ref().map(|child| &child.template);
+    let is_other = template.and_then(revision_of) != Some(&revision(spec));
+    is_other && spec.rollout.as_ref().is_some_and(|rollout| rollout.paused)
 }
 
 /// How far the pods are what the spec asks for.
@@ -346,7 +460,7 @@ impl Rollout {
         let is_current = spec.and_then(|spec| revision_of(&spec.template)) == Some(&revision)
             && status.observed_generation == child.metadata.generation;
         let of_generation = is_current && status.updated_replicas.unwrap_or(0) == n_pods;
-        let asked = match input.decision {
+        let asked = match input.decision.filter(|_| autoscaled(input).is_some()) {
             Some(decision) => i32::try_from(decision.replicas).ok(),
             None => input.stored.spec().and_then(|spec| spec.replicas),
         };
@@ -370,15 +484,15 @@ impl Rollout {
 /// Whether the operator decides the number of replicas. The numbers change at every look: they stand in `lastScaling` and
 /// the figures, not here.
 fn scaling_active(input: &StatusInput<'_>) -> Verdict {
-    let policy = input
-        .stored
-        .spec()
-        .and_then(|spec| spec.autoscaling.as_ref());
-    let Some((decision, policy)) = input.decision.zip(policy) else {
-        return match input.refused {
+    let Some((decision, policy)) = input.decision.zip(autoscaled(input)) else {
+        return match (input.refused, input.decision) {
             // Nothing is decided, whatever the load.
-            Some(refusal) => Verdict::no(refusal.reason, &refusal.sentence),
-            None => Verdict::no(Reason::FixedReplicas, ""),
+            (Some(refusal), None) => Verdict::no(refusal.reason, &refusal.sentence),
+            (_, Some(_)) => Verdict::no(
+                Reason::Observing,
+                "status.autoscaling tells what would be decided",
+            ),
+            (None, None) => Verdict::no(Reason::FixedReplicas, ""),
         };
     };
     if input.load.is_none() {

@@ -302,16 +302,16 @@ fn autoscaling_switched_on_again_waits_a_whole_window() {
     let idle = || observed(&autoscaled(), 3, vec![load(0, 0); 3]);
     let mut d = deployment(autoscaled());
     let mut history = History::default();
-    for second in 0..=299 {
+    for second in 0..=59 {
         carry_out(&mut d, &idle(), &mut history, at(second));
     }
     let mut interrupted = history.clone();
-    let down = carry_out(&mut d, &idle(), &mut history, at(300));
+    let down = carry_out(&mut d, &idle(), &mut history, at(60));
     assert_eq!(replicas(&down), Some(1), "the window has passed");
 
     let fixed = json!({ "model": { "source": { "demo": {} } }, "replicas": 3 });
-    carry_out(&mut deployment(fixed), &idle(), &mut interrupted, at(299));
-    let held = carry_out(&mut d, &idle(), &mut interrupted, at(300));
+    carry_out(&mut deployment(fixed), &idle(), &mut interrupted, at(59));
+    let held = carry_out(&mut d, &idle(), &mut interrupted, at(60));
     assert_eq!(
         replicas(&held),
         Some(3),
@@ -531,4 +531,232 @@ fn an_object_of_a_childs_name_that_is_not_ours_is_refused_whichever_kind_it_is()
             "{kind}"
         );
     }
+}
+
+#[test]
+fn an_observer_tells_what_it_would_do_and_does_nothing() {
+    let mut spec = autoscaled();
+    spec["replicas"] = json!(2);
+    spec["autoscaling"]["mode"] = json!("Observe");
+    let mut d = deployment(spec.clone());
+    let mut history = History::default();
+    let mut events = Vec::new();
+    for (second, waiting) in [(0, 11), (2, 11), (4, 15), (6, 15)] {
+        let seen = observed(&spec, 2, vec![load(0, waiting)]);
+        let whole = carry_out(&mut d, &seen, &mut history, at(second));
+        assert_eq!(replicas(&whole), Some(2), "spec.replicas decides");
+        assert_eq!(whole.recheck_after, AUTOSCALE_INTERVAL);
+        events.extend(whole.events);
+    }
+    let reasons: Vec<_> = events.iter().map(|event| event.reason).collect();
+    assert_eq!(
+        reasons,
+        ["WouldScale", "WouldScale"],
+        "each change of mind once"
+    );
+    assert!(
+        events[0].message.contains("from 2 to 3"),
+        "{}",
+        events[0].message
+    );
+    assert!(
+        events[1].message.contains("from 2 to 4"),
+        "{}",
+        events[1].message
+    );
+    let status = d.status.unwrap();
+    assert_eq!(status.last_scaling, None);
+    let of = |type_: &str| status.conditions.iter().find(|c| c.type_ == type_).unwrap();
+    assert_eq!(of("ScalingActive").reason, "Observing");
+    let told = status.autoscaling.as_ref().unwrap();
+    assert_eq!(told.desired_replicas, 3, "figures wait for their interval");
+    assert_eq!(told.binding_constraint.as_deref(), Some("QueueDepth"));
+}
+
+#[test]
+fn the_status_tells_what_binds_what_comes_next_and_what_was_learned() {
+    let mut d = deployment(autoscaled());
+    let mut history = History::default();
+    let busy = observed(
+        &autoscaled(),
+        3,
+        vec![load(90, 0), load(90, 0), ReplicaLoad::Silent],
+    );
+    carry_out(&mut d, &busy, &mut history, at(0));
+    let told = d.status.as_ref().unwrap().autoscaling.clone().unwrap();
+    assert_eq!(
+        (
+            told.desired_replicas,
+            told.demand_replicas,
+            told.silent_replicas
+        ),
+        (3, Some(3), 1)
+    );
+    assert_eq!(told.binding_constraint.as_deref(), Some("Blocks"));
+    assert_eq!((told.unmet_replicas, told.next_scaling), (1, None));
+
+    let idle = observed(&autoscaled(), 3, vec![load(0, 0); 3]);
+    let later = Now {
+        monotonic: Duration::from_secs(6),
+        wall: Timestamp::from_second(1_000).unwrap(),
+    };
+    carry_out(&mut d, &idle, &mut history, later);
+    let told = d.status.as_ref().unwrap().autoscaling.clone().unwrap();
+    assert_eq!(
+        told.next_scaling, None,
+        "figures alone wait for their interval"
+    );
+    let later = Now {
+        monotonic: Duration::from_secs(16),
+        wall: Timestamp::from_second(1_010).unwrap(),
+    };
+    carry_out(&mut d, &idle, &mut history, later);
+    let told = d.status.as_ref().unwrap().autoscaling.clone().unwrap();
+    let next = told.next_scaling.unwrap();
+    assert_eq!(next.replicas, 1);
+    // The window since the last look at which three were needed, 10 seconds before the first of these.
+    let policy = d.spec.autoscaling.as_ref().unwrap();
+    let window = i64::from(policy.scale_down_stabilization_seconds);
+    assert_eq!(next.not_before.0.as_second(), window + 1_000 - 6);
+}
+
+/// A pod of the deployment, created at the epoch.
+fn pod(uid: &str, ready_s: Option<i64>) -> Arc<k8s_openapi::api::core::v1::Pod> {
+    let at = ready_s.map(|s| Timestamp::from_second(s).unwrap().to_string());
+    let status = if ready_s.is_some() { "True" } else { "False" };
+    Arc::new(
+        serde_json::from_value(json!({
+            "metadata": { "name": uid, "uid": uid, "creationTimestamp": "1970-01-01T00:00:00Z" },
+            "status": {
+                "conditions": [{ "type": "Ready", "status": status, "lastTransitionTime": at }],
+                "containerStatuses": [{ "name": "server", "started": ready_s.is_some(), "image": "i",
+                    "imageID": "", "ready": ready_s.is_some(), "restartCount": 0 }] }
+        }))
+        .unwrap(),
+    )
+}
+
+#[test]
+fn starts_are_measured_told_and_known_after_a_restart() {
+    let mut d = deployment(autoscaled());
+    let mut history = History::default();
+    let with_pods = |pods| Observed {
+        pods,
+        ..observed(&autoscaled(), 2, vec![load(0, 0)])
+    };
+    let at_wall = |second: i64| Now {
+        monotonic: Duration::from_secs(second as u64),
+        wall: Timestamp::from_second(second).unwrap(),
+    };
+    let starts = with_pods(vec![pod("a", None), pod("b", None)]);
+    carry_out(&mut d, &starts, &mut history, at_wall(2));
+    let serves = with_pods(vec![pod("a", Some(40)), pod("b", None)]);
+    carry_out(&mut d, &serves, &mut history, at_wall(60));
+    let learned = |d: &LLMDeployment| d.status.as_ref()?.autoscaling.as_ref()?.learned;
+    assert_eq!(learned(&d).unwrap().start_seconds, Some(40));
+
+    // The other one is late: three times 40 seconds have passed. The operator has started anew.
+    let mut anew = History::default();
+    let late = carry_out(&mut d, &serves, &mut anew, at_wall(121));
+    let [event] = &late.events[..] else {
+        unreachable!("one event: {:?}", late.events)
+    };
+    assert_eq!(
+        (event.reason, event.severity),
+        ("StartOverdue", Severity::Warning)
+    );
+    let status = d.status.as_ref().unwrap();
+    let condition = status
+        .conditions
+        .iter()
+        .find(|c| c.type_ == "CapacityUnavailable");
+    assert_eq!(condition.unwrap().reason, "StartOverdue");
+    assert!(
+        condition.unwrap().message.contains("120 s"),
+        "{condition:?}"
+    );
+    let again = carry_out(&mut d, &serves, &mut anew, at_wall(123));
+    assert_eq!(again.events, [], "told once");
+}
+
+#[test]
+fn what_was_learned_outlives_a_spec_that_cannot_be_read() {
+    let mut spec = autoscaled();
+    let mut d = deployment(spec.clone());
+    let seen = observed(&spec, 1, vec![load(0, 0)]);
+    let first = plan_anew(&d, &seen).status.unwrap();
+    d.status = Some(first.clone());
+    assert!(first.autoscaling.is_some());
+    spec["model"]["source"] = json!({ "novel": {} });
+    let object = json!({
+        "metadata": { "name": "llama", "namespace": "models", "uid": "0c3e", "generation": 2 },
+        "spec": spec, "status": first,
+    });
+    let stored: Stored = serde_json::from_value(object).unwrap();
+    let kept = whole(&stored, &seen, &History::default(), at(0))
+        .status
+        .unwrap();
+    assert_eq!(kept.autoscaling, first.autoscaling);
+    let fixed = json!({ "model": { "source": { "demo": {} } }, "replicas": 1 });
+    d.spec = deployment(fixed).spec;
+    let gone = plan_anew(&d, &seen).status.unwrap();
+    assert_eq!(gone.autoscaling, None, "nobody autoscales");
+}
+
+#[test]
+fn costs_are_told_where_there_are_to_be_fewer_replicas_and_only_there() {
+    let pod = |name: &str| {
+        let pod = json!({ "metadata": { "name": name }, "status": { "podIP": "10.0.0.1", "containerStatuses": [
+            { "name": "server", "ready": true, "started": true, "image": "i", "imageID": "", "restartCount": 0 }] } });
+        Arc::new(serde_json::from_value(pod).unwrap())
+    };
+    for (why, wanted, want) in [
+        ("fewer", 1, vec![("a", 5), ("b", 0)]),
+        ("as many", 2, vec![]),
+        ("more", 3, vec![]),
+    ] {
+        let spec =
+            |replicas: i32| json!({ "model": { "source": { "demo": {} } }, "replicas": replicas });
+        let mut seen = observed(&spec(2), 2, vec![load(5, 0), load(0, 0)]);
+        seen.pods = vec![pod("a"), pod("b")];
+        let stored = Stored(Ok(deployment(spec(wanted))));
+        let plan = plan(&stored, &seen, &History::default(), at(0), IMAGE);
+        let costs: Vec<_> = plan
+            .costs
+            .iter()
+            .map(|it| (it.pod.as_str(), it.tokens))
+            .collect();
+        assert_eq!(costs, want, "{why}");
+    }
+}
+
+#[test]
+fn each_reason_why_a_replica_does_not_serve_is_one_event() {
+    let crashed = |name: &str| {
+        let pod = json!({ "metadata": { "name": name }, "status": { "phase": "Running", "containerStatuses": [
+            { "name": "server", "ready": false, "image": "i", "imageID": "", "restartCount": 1,
+              "state": { "waiting": { "reason": "CrashLoopBackOff" } },
+              "lastState": { "terminated": { "exitCode": 2, "message": "the model needs 9.0 GiB" } } }] } });
+        Arc::new(serde_json::from_value(pod).unwrap())
+    };
+    let spec = json!({ "model": { "source": { "demo": {} } }, "replicas": 2 });
+    let mut d = deployment(spec.clone());
+    let mut seen = observed(&spec, 2, vec![]);
+    seen.pods = vec![crashed("a"), crashed("b")];
+    let mut history = History::default();
+    let told = |whole: Whole| -> Vec<(&'static str, String)> {
+        whole
+            .events
+            .into_iter()
+            .map(|event| (event.reason, event.message))
+            .collect()
+    };
+    let first = told(carry_out(&mut d, &seen, &mut history, at(0)));
+    assert_eq!(first.len(), 1, "{first:?}");
+    assert_eq!(first[0].0, "Crashed");
+    assert!(
+        first[0].1.starts_with("a: ") && first[0].1.ends_with("the model needs 9.0 GiB"),
+        "{first:?}"
+    );
+    assert_eq!(told(carry_out(&mut d, &seen, &mut history, at(60))), []);
 }

@@ -1,4 +1,4 @@
-//! The model server of each pod: reads its flags, listens, loads the model, serves, drains.
+//! The model server of each pod, and what tells what a model needs: reads its flags, listens, loads the model, serves, drains.
 //!
 //! Exit codes: 0 after a drain, 1 where the server failed, 2 where the user can mend it; one sentence says what.
 
@@ -8,10 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use kvasir_server::args::{Args, ArgsError, LogFormat, ModelSource, PortArgs};
+use kvasir_crds::load_report::{StartPhase, StartReport};
+use kvasir_server::args::{
+    Args, ArgsError, CommandLine, LogFormat, ModelSource, PlanArgs, PortArgs,
+};
 use kvasir_server::http::access::{self, Access};
 use kvasir_server::http::serve::{self, Listener, Phase, PortLimits, Tls};
 use kvasir_server::http::{self, App, Limits, Routes};
+use kvasir_server::hub::HubError;
 use kvasir_server::lifecycle::{self, ServeError};
 use kvasir_server::metrics::Metrics;
 use kvasir_server::startup::{self, StartError, Started, Summary};
@@ -33,8 +37,9 @@ const FILES_BESIDE_CONNECTIONS: u64 = 512;
 const MAX_MANAGEMENT_CONNECTIONS: usize = 64;
 
 fn main() -> std::process::ExitCode {
-    let args = match Args::parse_from(std::env::args_os()) {
-        Ok(args) => args,
+    let args = match CommandLine::parse_from(std::env::args_os()) {
+        Ok(CommandLine::Serve(args)) => args,
+        Ok(CommandLine::Plan(args)) => return tell_plan(&args),
         Err(ArgsError::Usage(error)) => error.exit(),
         Err(ArgsError::Mistakes(mistakes)) => {
             for mistake in mistakes {
@@ -65,6 +70,38 @@ fn main() -> std::process::ExitCode {
     }
 }
 
+/// Says what a model needs, and fails where it doesn't fit.
+fn tell_plan(args: &PlanArgs) -> std::process::ExitCode {
+    start_log(args.server.log_format);
+    let plan = match startup::plan(args) {
+        Ok(plan) => plan,
+        Err(error) => {
+            eprintln!("kvasir-server: {error}");
+            return exit_code(&error).into();
+        }
+    };
+    let told = match args.json {
+        true => format!("{:#}", plan.to_json()),
+        false => plan.describe(&args.server.model.served_name()),
+    };
+    // Whoever asked may not care to read on.
+    let _ = writeln!(std::io::stdout(), "{told}");
+    match plan.fit {
+        Ok(_) => 0.into(),
+        Err(_) => MISTAKE.into(),
+    }
+}
+
+/// What the user can mend is told from what failed.
+fn exit_code(error: &StartError) -> u8 {
+    match error {
+        StartError::Engine(_)
+        | StartError::Thread(_)
+        | StartError::Hub(HubError::Unreachable { .. }) => FAILED,
+        _ => MISTAKE,
+    }
+}
+
 type Failure = (u8, String);
 
 async fn run(args: Args) -> Result<(), Failure> {
@@ -92,11 +129,13 @@ async fn run(args: Args) -> Result<(), Failure> {
         serving,
         engine,
         summary,
+        start,
     }) = load(&app, &args, metrics).await?
     else {
         return Ok(());
     };
     let async_engine = serving.engine.clone();
+    app.starts(start);
     app.ready(serving);
     if *app.phase().borrow() >= Phase::Draining {
         return lifecycle::stop(engine).await.map_err(failed);
@@ -243,14 +282,29 @@ fn serve_management(
 }
 
 /// Loads with a progress bar where somebody watches. `None`: the server was told to stop meanwhile.
-async fn load(app: &App, args: &Args, metrics: Arc<Metrics>) -> Result<Option<Started>, Failure> {
+async fn load(
+    app: &Arc<App>,
+    args: &Args,
+    metrics: Arc<Metrics>,
+) -> Result<Option<Started>, Failure> {
     let args = args.clone();
+    let told = Arc::clone(app);
     let loaded = lifecycle::load_unless_stopped(app, move |check| {
         let bar = progress_bar(&args.model.source);
-        let result = startup::start(&args, &metrics, |progress| {
+        let result = startup::start(&args, &metrics, |starting| {
             check();
-            bar.set_length(progress.total_bytes);
-            bar.set_position(progress.done_bytes);
+            told.starts(StartReport {
+                phase: Some(starting.phase),
+                done_bytes: Some(starting.done_bytes),
+                total_bytes: Some(starting.total_bytes),
+                ..StartReport::default()
+            });
+            bar.set_message(match starting.phase {
+                StartPhase::Fetch => "fetching",
+                _ => "loading",
+            });
+            bar.set_length(starting.total_bytes);
+            bar.set_position(starting.done_bytes);
         });
         bar.finish_and_clear();
         result
@@ -258,10 +312,7 @@ async fn load(app: &App, args: &Args, metrics: Arc<Metrics>) -> Result<Option<St
     match loaded.await {
         Ok(None) => Ok(None),
         Ok(Some(Ok(started))) => Ok(Some(started)),
-        Ok(Some(Err(error @ (StartError::Engine(_) | StartError::Thread(_))))) => {
-            Err((FAILED, error.to_string()))
-        }
-        Ok(Some(Err(error))) => Err((MISTAKE, error.to_string())),
+        Ok(Some(Err(error))) => Err((exit_code(&error), error.to_string())),
         Err(error) => Err((FAILED, format!("the thread that loads failed: {error}"))),
     }
 }
@@ -270,6 +321,7 @@ fn progress_bar(model: &ModelSource) -> ProgressBar {
     let name = match model {
         ModelSource::Demo => "the demo model".to_owned(),
         ModelSource::Directory(path) => path.display().to_string(),
+        ModelSource::HuggingFace(repository) => repository.to_string(),
     };
     if !std::io::stderr().is_terminal() {
         tracing::info!(model = name, "loading");
@@ -277,7 +329,7 @@ fn progress_bar(model: &ModelSource) -> ProgressBar {
     }
     let bar = ProgressBar::new(0).with_prefix(name);
     let style = ProgressStyle::with_template(
-        "loading {prefix} {wide_bar} {bytes} of {total_bytes}, {eta} left",
+        "{msg} {prefix} {wide_bar} {bytes} of {total_bytes}, {eta} left",
     );
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvasir_crds::LoadReport;
-use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA, SlotCounts};
+use kvasir_crds::load_report::{BlockCounts, QueueCounts, SCHEMA, SlotCounts, TotalCounts};
 
 use super::blocks::{PoolCounts, SlotUse};
 use super::groups::CacheGroups;
@@ -27,8 +27,12 @@ pub struct Counters {
     pub steps: u64,
     /// Input tokens of all steps, recomputed ones included.
     pub computed_tokens: u64,
+    /// Prompt tokens among them.
+    pub prompt_tokens: u64,
     /// Output tokens.
     pub generated_tokens: u64,
+    /// Sequences that ended.
+    pub ended_sequences: u64,
     /// Sequences preempted.
     pub preemptions: u64,
     /// Slots of the cache, summed over steps.
@@ -231,6 +235,7 @@ impl EngineHandle {
             slots: Some(SlotCounts {
                 running: Some(load.n_sequences.into()),
                 limit: Some(self.0.info.limits.max_sequences as u64),
+                generated_tokens: Some(load.generated_tokens),
             }),
             queue: Some(QueueCounts {
                 running: load.n_running.into(),
@@ -240,6 +245,15 @@ impl EngineHandle {
             }),
             prefill_backlog_tokens: Some(load.prefill_backlog_tokens),
             preemptions: Some(counters.preemptions),
+            totals: Some(TotalCounts {
+                prompt_tokens: Some(counters.prompt_tokens),
+                generated_tokens: Some(counters.generated_tokens),
+                ended_sequences: Some(counters.ended_sequences),
+            }),
+            held: None,
+            // Others know them.
+            model: None,
+            start: None,
         }
     }
 

@@ -62,7 +62,7 @@ pub enum Edits {
 /// The changes of one sequence's logits, as far as its output has come.
 #[derive(Clone, Debug)]
 pub struct LogitsProcessors {
-    n_words: usize,
+    vocab_size: u32,
     /// A bit each.
     allowed: Option<Arc<[u32]>>,
     /// `logit_bias`, and bans of the bad words of one token.
@@ -87,7 +87,11 @@ impl LogitsProcessors {
         stop_token_ids: &[u32],
         vocab_size: u32,
     ) -> Option<Self> {
-        let n_words = vocab_size.div_ceil(32) as usize;
+        let stop_token_ids: Arc<[u32]> = stop_token_ids
+            .iter()
+            .copied()
+            .filter(|token| *token < vocab_size)
+            .collect();
         let penalties = PenaltyHistory::new(&options, prompt);
         let (single, several): (Vec<_>, Vec<_>) = (options.bad_words.into_iter())
             .filter(|word| !word.is_empty())
@@ -99,15 +103,15 @@ impl LogitsProcessors {
             ban(&mut early, stop_token_ids.iter().copied());
         }
         let allowed = (!options.allowed_token_ids.is_empty())
-            .then(|| mask_of(&options.allowed_token_ids, n_words));
+            .then(|| mask_of(&options.allowed_token_ids, vocab_size));
         let processors = Self {
-            n_words,
+            vocab_size,
             allowed,
             biases: biases_of(&biases),
             early_biases: biases_of(&early),
             min_tokens: options.min_tokens,
             bad_words: several.into(),
-            stop_token_ids: stop_token_ids.into(),
+            stop_token_ids,
             penalties,
             constraint: options.constraint,
             mask: Arc::default(),
@@ -156,12 +160,16 @@ impl LogitsProcessors {
             return self.allowed.clone();
         };
         // The device has let go of the last one, unless a step is under way whose row is not sampled any more.
-        if Arc::get_mut(&mut self.mask).is_none() || self.mask.len() != self.n_words {
-            self.mask = vec![0; self.n_words].into();
+        if Arc::get_mut(&mut self.mask).is_none() || self.mask.is_empty() {
+            self.mask = mask_of(&[], self.vocab_size);
         }
         let mask = Arc::get_mut(&mut self.mask).expect("nobody else has it");
         mask.fill(0);
         constraint.fill_mask(mask);
+        // Bits past the vocabulary are no tokens.
+        if let Some(last) = mask.last_mut() {
+            *last &= u32::MAX >> (self.vocab_size.wrapping_neg() % 32);
+        }
         if let Some(allowed) = &self.allowed {
             mask.iter_mut()
                 .zip(allowed.iter())
@@ -209,8 +217,8 @@ fn biases_of(biases: &BTreeMap<u32, f32>) -> Arc<[TokenBias]> {
         .collect()
 }
 
-fn mask_of(tokens: &[u32], n_words: usize) -> Arc<[u32]> {
-    let mut mask = vec![0; n_words];
+fn mask_of(tokens: &[u32], vocab_size: u32) -> Arc<[u32]> {
+    let mut mask = vec![0; vocab_size.div_ceil(32) as usize];
     tokens.iter().for_each(|&token| set(&mut mask, token));
     mask.into()
 }

@@ -45,6 +45,9 @@ pub struct Request {
     pub tenant: Option<Arc<str>>,
     /// Only requests with the same one find each other's cached prefixes.
     pub cache_salt: Option<String>,
+    /// Outputs that its sequences have already, by index, none of them ended by these: they go on as they would after a
+    /// preemption. `None`: that sequence has ended; one at least has not. Empty: all begin. Not with beams.
+    pub resumed: Vec<Option<Vec<u32>>>,
 }
 
 /// How a request's beams are searched.

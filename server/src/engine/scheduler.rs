@@ -1,11 +1,11 @@
 //! Continuous batching: which tokens of which sequences run in the next step, and what a finished step means.
 //!
 //! Longer than a file should be, because a step is decided in one piece; what can be told alone is in `sequence`, `group`,
-//! `fork` and `beams`. Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token budget: decodes
-//! first (one token each), then prefill chunks, then new groups in the order of service. A request's sequences are one
-//! group, admitted, preempted and resumed whole. A group is admitted only when all its known tokens fit, so that only
-//! decodes ask the pool for more; when it is empty, the group that is served last is preempted and computed again later
-//! (arXiv 2309.06180, section 4.5), its outputs kept.
+//! `fork` and `beams`. Pure: it knows no clock, no device and no threads. Each step is one mixed batch under one token
+//! budget: decodes first (one token each), then prefill chunks, then new groups in the order of service. A request's
+//! sequences are one group, admitted, preempted and resumed whole. A group is admitted only when all its known tokens fit,
+//! so that only decodes ask the pool for more; when it is empty, the group that is served last is preempted and computed
+//! again later (arXiv 2309.06180, section 4.5), its outputs kept.
 //!
 //! The prompt of a group is computed once, by the first of its sequences, its leader. The others wait in rows of their
 //! own, with the blocks that only they will write, and fork from it when the prompt is complete: in the step after, whose
@@ -154,6 +154,8 @@ pub struct Load {
     pub n_running: u32,
     /// Their sequences.
     pub n_sequences: u32,
+    /// Output tokens that these have.
+    pub generated_tokens: u64,
     /// Requests that wait, preempted ones included.
     pub n_waiting: u32,
     /// Blocks that the waiting requests need to start, beyond those of others that they share.
@@ -230,11 +232,19 @@ impl Scheduler {
         }
         let (n, n_prompt) = (request.n_sequences().get(), request.prompt.len() as u32);
         let beams = Beams::new(&request, max_outputs);
+        let resumed = std::mem::take(&mut request.resumed);
         let first = Sequence::new(request, chain, self.max_model_len);
         let siblings: Vec<Sequence> = (1..n).map(|index| first.sibling(index)).collect();
+        let mut sequences: Vec<Sequence> = std::iter::once(first).chain(siblings).collect();
+        if !resumed.is_empty() {
+            let resumed = sequences.into_iter().zip(resumed);
+            sequences = resumed
+                .filter_map(|(sequence, outputs)| Some(sequence.resumed(&outputs?)))
+                .collect();
+        }
         let mut group = SequenceGroup {
             id,
-            sequences: std::iter::once(first).chain(siblings).collect(),
+            sequences,
             beams,
             n_shared: n_prompt,
             is_counted: false,
@@ -256,18 +266,7 @@ impl Scheduler {
 
     /// Ends one sequence of a request whose client wants no more of it, and the request with its last.
     pub fn abort_sequence(&mut self, blocks: &mut BlockPool, id: RequestId, index: u32) {
-        let Some(key) = self.keys.get(&id) else {
-            return;
-        };
-        let running = self
-            .running
-            .get_mut(key)
-            .and_then(|group| group.beams.as_mut());
-        let waiting = self
-            .waiting
-            .get_mut(key)
-            .and_then(|group| group.beams.as_mut());
-        if let Some(beams) = running.or(waiting) {
+        if let Some(beams) = self.beams_of(id) {
             // The search goes on for the other answers.
             beams.give_up(index);
             if beams.wanted().next().is_none() {
@@ -275,6 +274,9 @@ impl Scheduler {
             }
             return;
         }
+        let Some(key) = self.keys.get(&id) else {
+            return;
+        };
         let is_left = match (self.running.get(key), self.waiting.get(key)) {
             (Some(group), _) => group.rows.iter().any(|&row| {
                 let running = self.at(row);
@@ -432,14 +434,7 @@ impl Scheduler {
                 continue;
             };
             if sequence.is_beam() {
-                // Nobody learns of a beam's tokens before the search has ended.
-                let reported = output.tokens.pop();
-                if n_scores > 0 && self.is_wanted(id, index) {
-                    outputs.push(output);
-                }
-                if let Some(reported) = reported {
-                    outputs.extend(self.report(blocks, id, index, reported.top));
-                }
+                outputs.extend(self.commit_beam(blocks, output));
                 continue;
             }
             if let Some(token) = output.tokens.first() {
@@ -506,6 +501,9 @@ impl Scheduler {
         Load {
             n_running: self.running.len() as u32,
             n_sequences: (self.rows.len() - self.free_rows.len()) as u32,
+            generated_tokens: (self.rows_in_order())
+                .map(|row| u64::from(self.at(row).sequence.n_outputs()))
+                .sum(),
             n_waiting: self.waiting.len() as u32,
             waiting_blocks: waiting.clone().map(|need| need.n_blocks).sum(),
             prefill_backlog_tokens: waiting.map(|need| need.n_prompt).sum::<u64>()
@@ -657,6 +655,7 @@ impl Scheduler {
             return false;
         };
         let group = self.waiting.remove(&key).expect("a group that waits");
+        let n_prompt = group.split().0.n_prompt();
         let asks_cache = blocks.caches_prefixes() && group.split().0.asks_cache();
         let leads = match group.sequences.len() {
             1 => Fork::Done,
@@ -700,7 +699,8 @@ impl Scheduler {
         }
         batch.schedule.admitted.push(Admitted {
             id: group.id,
-            cached_tokens: (!group.is_counted && asks_cache).then_some(n_found),
+            // One that is resumed may find outputs too.
+            cached_tokens: (!group.is_counted && asks_cache).then_some(n_found.min(n_prompt)),
         });
         let leader = rows[0];
         let (id, beams) = (group.id, group.beams);

@@ -13,7 +13,7 @@ use super::budget::{ByteBudget, Purpose};
 use super::call::Call;
 use super::stream::RequestEvent;
 use super::timeline::Timeline;
-use super::{Command, Shared};
+use super::{Command, GenerationRequest, Shared};
 use crate::engine::{
     Admission, EngineOutputs, FinishReason, RequestId, RequestOutput, TokenLogprobs,
 };
@@ -69,7 +69,6 @@ impl OutputThread {
         for command in self.shared.take_commands() {
             match command {
                 Command::Add(id, sequences) => {
-                    let sequences = sequences.into_iter().map(Some).collect();
                     self.requests.insert(id, sequences);
                 }
                 Command::Remove(id, index) => self.remove(id, index),
@@ -155,6 +154,8 @@ pub(super) struct RequestState {
     budget: ByteBudget,
     detokenizer: Detokenizer,
     stop: StopMatcher,
+    /// The token that ends the text is a part of it.
+    keeps_stop_token: bool,
     timeline: Timeline,
     prompt: Prompt,
     n_generated: u64,
@@ -180,6 +181,7 @@ impl RequestState {
             events,
             budget,
             detokenizer,
+            keeps_stop_token: stop.are_included(),
             stop: StopMatcher::new(stop),
             timeline: Timeline::new(times.0, times.1),
             prompt,
@@ -192,6 +194,25 @@ impl RequestState {
 
     pub(super) fn settled(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.settled)
+    }
+
+    /// Takes tokens that its client has already, and says how they end the text, where they do.
+    pub(super) fn replay(
+        &mut self,
+        tokens: &[u32],
+        request: &GenerationRequest,
+    ) -> Option<FinishReason> {
+        let mut known = RequestEvent::default();
+        for &id in tokens {
+            self.n_generated += 1;
+            if request.stop_token_ids.contains(&id) {
+                return Some(FinishReason::Stop(id));
+            }
+            if self.push(id, &mut known) {
+                return known.finished;
+            }
+        }
+        (self.n_generated >= u64::from(request.max_tokens)).then_some(FinishReason::Length)
     }
 
     fn take(&mut self, output: RequestOutput, now: Instant, metrics: &Metrics) -> RequestEvent {
@@ -217,9 +238,9 @@ impl RequestState {
         for (i, token) in output.tokens.into_iter().enumerate() {
             let id = token.token;
             event.tokens.push(token);
-            // The token that stopped the generation is no part of the text, whatever it is.
+            // The token that stopped the generation is no part of the text, whatever it is, unless that is wanted.
             let stopped_by = i + 1 == n_tokens && output.finished == Some(FinishReason::Stop(id));
-            if !stopped_by && self.push(id, &mut event) {
+            if (!stopped_by || self.keeps_stop_token) && self.push(id, &mut event) {
                 return event;
             }
         }

@@ -32,7 +32,7 @@ pub struct GenerationRequest {
     pub beams: Option<BeamParams>,
     /// Tokens that end the text, the model's own included unless they are ignored.
     pub stop_token_ids: Vec<u32>,
-    /// Strings that end the text and aren't part of it.
+    /// Strings that end the text, and whether what ends it is a part of it.
     pub stop: StopStrings,
     /// Report log-probabilities of the generated tokens, and of this many alternatives.
     pub logprobs: Option<u8>,
@@ -40,6 +40,8 @@ pub struct GenerationRequest {
     pub prompt_logprobs: Option<u8>,
     /// Only requests with the same one find each other's cached prefixes.
     pub cache_salt: Option<String>,
+    /// Tokens that each choice has already, and its client too: only what comes after is told. Empty: all begin.
+    pub resumed: Vec<Vec<u32>>,
     /// Ready to take the first generated token.
     pub detokenizer: Detokenizer,
     /// The client's call.
@@ -74,10 +76,14 @@ impl GenerationRequest {
         )
     }
 
-    /// The engine's part.
-    pub(super) fn into_engine(self, id: RequestId) -> Request {
+    /// The engine's part. `has_ended`: which of its sequences have.
+    pub(super) fn into_engine(self, id: RequestId, has_ended: &[bool]) -> Request {
+        let resumed = self.resumed.into_iter().zip(has_ended);
         Request {
             id,
+            resumed: resumed
+                .map(|(outputs, has_ended)| (!has_ended).then_some(outputs))
+                .collect(),
             prompt: self.prompt,
             max_tokens: self.max_tokens,
             stop_token_ids: self.stop_token_ids,

@@ -47,9 +47,29 @@ pub struct RequestStream {
     events: mpsc::Receiver<RequestEvent>,
     settled: Arc<AtomicBool>,
     shared: Arc<Shared>,
+    was_over: bool,
 }
 
 impl RequestStream {
+    /// Of a sequence that its client has seen to the end: one event says that it is finished, and nothing runs.
+    pub(super) fn over(id: (RequestId, u32), reason: FinishReason, shared: Arc<Shared>) -> Self {
+        let (sender, events) = mpsc::channel(1);
+        let last = RequestEvent {
+            finished: Some(reason),
+            ..RequestEvent::default()
+        };
+        // The channel has room for it, and its receiver is here.
+        let _ = sender.try_send(last);
+        let mut stream = Self::new(id, events, Arc::new(AtomicBool::new(true)), shared);
+        stream.was_over = true;
+        stream
+    }
+
+    /// Its client has seen the end of it before.
+    pub fn was_over(&self) -> bool {
+        self.was_over
+    }
+
     pub(super) fn new(
         id: (RequestId, u32),
         events: mpsc::Receiver<RequestEvent>,
@@ -61,6 +81,7 @@ impl RequestStream {
             events,
             settled,
             shared,
+            was_over: false,
         }
     }
 

@@ -12,8 +12,8 @@ use super::generate::{
     Answer, ChunkWriter, Frames, Prepared, collect_all, event_stream, json_response,
 };
 use super::incoming::Incoming;
-use super::logprobs::ChatLogprobs;
-use super::params::{MAX_LOGPROBS, Params, StreamUsage, take_n_logprobs};
+use super::logprobs::{ChatLogprobs, PromptLogprobs};
+use super::params::{MAX_LOGPROBS, Params, StreamUsage, take_n_logprobs, truncate};
 use super::wire::{Chat, ChatChoice, ChatDelta, Delta, Message, Usage, chunk_usage, reasons};
 use crate::engine::TokenLogprobs;
 use crate::frontend::RequestEvent;
@@ -71,29 +71,51 @@ pub(super) async fn chat(
     }: Incoming,
 ) -> Result<Response, ApiError> {
     let ChatRequest {
-        params,
+        mut params,
         conversation,
         max_tokens,
         logprobs,
     } = ChatRequest::parse(&serving, &body)?;
     drop(body);
+    params.settle_seed(|| serving.ids.seed());
+    let logits = serving.logits_options(params.logits.clone()).await?;
     let tokenizer = Arc::clone(&serving.tokenizer);
     let max_model_len = serving.engine.handle().model_info().max_model_len;
-    let prompt = serving
+    let keep = params.truncation.keeps(max_model_len, max_tokens)?;
+    // A prompt that is cut may be as long as it likes.
+    let longest = keep.is_none().then_some(max_model_len);
+    let mut prompt = serving
         .pool
         .run(conversation.n_bytes, move || {
-            conversation.encode(&tokenizer, Some(max_model_len))
+            conversation.encode(&tokenizer, longest)
         })
         .await?
         .map_err(|error| ApiError::from(error).about("messages"))?;
+    truncate(&mut prompt, keep);
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
-    let call = Call {
-        id: format!("chatcmpl-{}", serving.ids.call()),
-        created: super::unix_time(),
+    let n = params.choices.n.get() as usize;
+    let (id, created, choices) = match &params.resume {
+        Some(resume) => {
+            let choices = resume.choices.iter().map(|tokens| Choice {
+                started: true,
+                was_over: false,
+                n_completion: tokens.len(),
+            });
+            (resume.id.clone(), resume.created, choices.collect())
+        }
+        None => {
+            let id = format!("chatcmpl-{}", serving.ids.call());
+            (id, super::unix_time(), vec![Choice::default(); n])
+        }
+    };
+    let tells_prompt = params.return_token_ids && params.resume.is_none();
+    let mut call = Call {
+        id,
+        created,
         n_prompt: prompt.len(),
         n_cached: 0,
-        choices: vec![Choice::default(); params.choices.n.get() as usize],
-        prompt: params.return_token_ids.then(|| prompt.clone()),
+        choices,
+        prompt: tells_prompt.then(|| prompt.clone()),
         with_logprobs: logprobs.is_some(),
         params,
         serving: Arc::clone(&serving),
@@ -106,10 +128,13 @@ pub(super) async fn chat(
         detokenizer,
         max_tokens,
         logprobs,
-        prompt_logprobs: None,
+        prompt_logprobs: call.params.prompt_logprobs,
     };
-    let streams = serving.submit(vec![prepared], &call.params, arrived)?;
+    let streams = serving.submit(vec![prepared], &call.params, &logits, arrived)?;
     drop(lease);
+    for (choice, stream) in call.choices.iter_mut().zip(&streams) {
+        choice.was_over = stream.was_over();
+    }
     if call.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
@@ -122,6 +147,8 @@ pub(super) async fn chat(
 struct Choice {
     /// Its role is sent.
     started: bool,
+    /// Its client has seen the end of it before.
+    was_over: bool,
     n_completion: usize,
 }
 
@@ -158,14 +185,22 @@ impl Call {
             object,
             created: *created,
             model: &serving.model_name,
+            seed: self.params.seed(),
             choices,
             usage,
             prompt_token_ids,
+            prompt_logprobs: None,
         }
     }
 
     fn whole(mut self, answers: Vec<Answer>) -> Result<Response, ApiError> {
         let (mut choices, mut leases) = (Vec::with_capacity(answers.len()), Vec::new());
+        let vocabulary = self.serving.tokenizer.vocabulary();
+        let scored = answers.first().map(|answer| &answer.prompt_logprobs[..]);
+        let prompt_logprobs = self
+            .params
+            .prompt_logprobs
+            .map(|n_top| PromptLogprobs::new(vocabulary, scored.unwrap_or_default(), n_top.into()));
         for (index, answer) in answers.into_iter().enumerate() {
             let (finish_reason, stop_reason) = reasons(answer.reason, &self.params.stop_token_ids)?;
             choices.push(ChatChoice {
@@ -185,12 +220,13 @@ impl Call {
             leases.extend(answer.leases);
         }
         let (usage, prompt_token_ids) = (self.usage(), self.prompt.take());
-        let whole = self.object(
+        let mut whole = self.object(
             "chat.completion",
             choices,
             Some(Some(usage)),
             prompt_token_ids,
         );
+        whole.prompt_logprobs = prompt_logprobs;
         json_response(&whole, self.serving.engine.budget().lease(Purpose::Answer))
     }
 
@@ -235,6 +271,9 @@ impl ChunkWriter for Call {
         event: RequestEvent,
         out: &mut Frames,
     ) -> Result<(), ApiError> {
+        if self.choices[index].was_over {
+            return Ok(());
+        }
         self.n_cached += event.cached_tokens.unwrap_or(0) as usize;
         if !std::mem::replace(&mut self.choices[index].started, true) {
             let delta = Delta {

@@ -12,8 +12,8 @@ use super::generate::{
     json_response,
 };
 use super::incoming::Incoming;
-use super::logprobs::{CompletionScorer, TextOffsets};
-use super::params::{Params, StreamUsage, take_n_logprobs};
+use super::logprobs::{CompletionScorer, PromptLogprobs, TextOffsets};
+use super::params::{Params, StreamUsage, take_n_logprobs, truncate};
 use super::prompts::{Prompt, PromptLimits, take_prompts};
 use super::wire::{Completion, CompletionChoice, Usage, chunk_usage, reasons};
 use crate::engine::FinishReason;
@@ -37,6 +37,8 @@ struct Options {
     logprobs: Option<u8>,
     echo: bool,
     add_special_tokens: bool,
+    /// The last tokens of a prompt that are kept; `None`: all.
+    keep: Option<usize>,
 }
 
 impl CompletionRequest {
@@ -49,14 +51,16 @@ impl CompletionRequest {
             max_prompts: serving.max_prompts,
             max_tokens: max_model_len,
         };
-        let prompts = take_prompts(&mut fields, limits)?;
+        let mut prompts = take_prompts(&mut fields, limits)?;
+        // Left out, it is OpenAI's default; null is no limit, as in vLLM.
+        let max_tokens = match fields.take_null("max_tokens") {
+            true => None,
+            false => Some(fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS)),
+        };
         let options = Options {
+            keep: params.truncation.keeps(max_model_len, max_tokens)?,
             params,
-            // Left out, it is OpenAI's default; null is no limit, as in vLLM.
-            max_tokens: match fields.take_null("max_tokens") {
-                true => None,
-                false => Some(fields.take("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS)),
-            },
+            max_tokens,
             logprobs: take_n_logprobs(&mut fields, "logprobs")?,
             echo: fields.take("echo")?.unwrap_or(false),
             add_special_tokens: fields.take("add_special_tokens")?.unwrap_or(true),
@@ -76,18 +80,31 @@ impl CompletionRequest {
             ));
         }
         // What is wrong for certain is known before any work.
-        for prompt in &prompts {
+        for prompt in &mut prompts {
             match prompt {
+                Prompt::Text(_) if options.keep.is_some() => {}
                 Prompt::Text(text) => serving
                     .tokenizer
                     .check_length(text, max_model_len)
                     .map_err(|error| ApiError::from(error).about("prompt"))?,
                 Prompt::Ids(ids) => {
+                    truncate(ids, options.keep);
                     serving.check_prompt(ids, options.max_tokens, "prompt")?;
                 }
             }
         }
         Ok(Self { prompts, options })
+    }
+}
+
+impl Options {
+    /// Log-probabilities of the prompt's tokens, and of so many alternatives: for themselves, or with the echo.
+    fn scores_of_prompt(&self) -> Option<u8> {
+        // Whoever resumes an answer has them.
+        let echoed = self
+            .logprobs
+            .filter(|_| self.echo && self.params.resume.is_none());
+        self.params.prompt_logprobs.max(echoed)
     }
 }
 
@@ -100,8 +117,17 @@ pub(super) async fn completions(
         arrived,
     }: Incoming,
 ) -> Result<Response, ApiError> {
-    let CompletionRequest { prompts, options } = CompletionRequest::parse(&serving, &body)?;
+    let CompletionRequest {
+        prompts,
+        mut options,
+    } = CompletionRequest::parse(&serving, &body)?;
     drop(body);
+    if prompts.len() == 1 {
+        options.params.settle_seed(|| serving.ids.seed());
+    }
+    let logits = serving
+        .logits_options(options.params.logits.clone())
+        .await?;
     let encoded = encode_all(&serving, prompts, &options).await?;
 
     let (mut prepared, mut choices) = (Vec::new(), Vec::new());
@@ -112,36 +138,42 @@ pub(super) async fn completions(
     } in encoded
     {
         let max_tokens = serving.check_prompt(&prompt, options.max_tokens, "prompt")?;
-        for _ in 0..options.params.choices.n.get() {
-            choices.push(Choice::new(
-                &serving,
-                &options,
-                &prompt,
-                &text,
-                &detokenizer,
-            ));
+        for index in 0..options.params.choices.n.get() {
+            let mut choice = Choice::new(&serving, &options, &prompt, &text, &detokenizer);
+            if let Some(resume) = &options.params.resume {
+                choice.resume(&prompt, resume.choices.get(index as usize));
+            }
+            choices.push(choice);
         }
         prepared.push(Prepared {
             prompt,
             detokenizer,
             max_tokens,
             logprobs: options.logprobs,
-            prompt_logprobs: if options.echo { options.logprobs } else { None },
+            prompt_logprobs: options.scores_of_prompt(),
         });
     }
-    let call = Call {
-        id: format!("cmpl-{}", serving.ids.call()),
-        created: super::unix_time(),
+    let prompt_is_unscored = options.scores_of_prompt().is_none();
+    let (id, created) = match &options.params.resume {
+        Some(resume) => (resume.id.clone(), resume.created),
+        None => (format!("cmpl-{}", serving.ids.call()), super::unix_time()),
+    };
+    let mut call = Call {
+        id,
+        created,
         choices,
         options,
         serving: Arc::clone(&serving),
     };
-    if call.options.max_tokens == Some(0) && call.options.logprobs.is_none() {
+    if call.options.max_tokens == Some(0) && prompt_is_unscored {
         // An echo alone needs no engine.
         return call.echo_only(lease);
     }
-    let streams = serving.submit(prepared, &call.options.params, arrived)?;
+    let streams = serving.submit(prepared, &call.options.params, &logits, arrived)?;
     drop(lease);
+    for (choice, stream) in call.choices.iter_mut().zip(&streams) {
+        choice.was_over = stream.was_over();
+    }
     if call.options.params.stream.is_some() {
         return Ok(event_stream(streams, call));
     }
@@ -161,7 +193,7 @@ async fn encode_all(
     options: &Options,
 ) -> Result<Vec<Encoded>, ApiError> {
     let tokenizer = Arc::clone(&serving.tokenizer);
-    let add_special_tokens = options.add_special_tokens;
+    let (add_special_tokens, keep) = (options.add_special_tokens, options.keep);
     let skip_special_tokens = options.params.skip_special_tokens;
     let n_bytes = prompts.iter().map(|prompt| match prompt {
         Prompt::Text(text) => text.len(),
@@ -169,7 +201,17 @@ async fn encode_all(
         Prompt::Ids(ids) => ids.len() / 8,
     });
     let encoded = serving.pool.run(n_bytes.sum(), move || {
-        let encode = |prompt| encode(&tokenizer, prompt, add_special_tokens, skip_special_tokens);
+        let encode = |prompt| {
+            let (prompt, text) = match prompt {
+                Prompt::Ids(ids) => (ids, None),
+                Prompt::Text(text) => {
+                    let mut ids = tokenizer.encode(&text, add_special_tokens)?;
+                    let is_cut = truncate(&mut ids, keep);
+                    (ids, (!is_cut).then_some(text))
+                }
+            };
+            Ok(encoded(&tokenizer, prompt, text, skip_special_tokens))
+        };
         prompts
             .into_iter()
             .map(encode)
@@ -180,29 +222,29 @@ async fn encode_all(
         .map_err(|error| ApiError::from(error).about("prompt"))
 }
 
-fn encode(
+/// A prompt in tokens, and its text: as it was sent, or what the tokens say.
+fn encoded(
     tokenizer: &Tokenizer,
-    prompt: Prompt,
-    special: bool,
+    prompt: Vec<u32>,
+    text: Option<String>,
     skip_special: bool,
-) -> Result<Encoded, TextError> {
+) -> Encoded {
     let vocabulary = Arc::clone(tokenizer.vocabulary());
-    let (prompt, text) = match prompt {
-        Prompt::Text(text) => (tokenizer.encode(&text, special)?, text),
-        Prompt::Ids(ids) => {
-            let mut text = String::new();
-            let mut detokenizer = Detokenizer::new(Arc::clone(&vocabulary), skip_special);
-            ids.iter().for_each(|id| detokenizer.push(*id, &mut text));
-            (ids, text)
-        }
-    };
+    let text = text.unwrap_or_else(|| {
+        let mut text = String::new();
+        let mut detokenizer = Detokenizer::new(Arc::clone(&vocabulary), skip_special);
+        prompt
+            .iter()
+            .for_each(|id| detokenizer.push(*id, &mut text));
+        text
+    });
     // A completion continues its prompt: a space at its start is kept.
     let detokenizer = Detokenizer::after(vocabulary, skip_special, &prompt);
-    Ok(Encoded {
+    Encoded {
         prompt,
         text,
         detokenizer,
-    })
+    }
 }
 
 /// The answer to one prompt, as far as it has come.
@@ -215,6 +257,8 @@ struct Choice {
     /// Where asked for, until it is sent.
     prompt_token_ids: Option<Vec<u32>>,
     started: bool,
+    /// Its client has seen the end of it before.
+    was_over: bool,
     n_prompt: usize,
     n_cached: usize,
     n_completion: usize,
@@ -247,10 +291,25 @@ impl Choice {
             echo: if options.echo { text } else { "" }.to_owned(),
             prompt_token_ids: params.return_token_ids.then(|| prompt.to_vec()),
             started: false,
+            was_over: false,
             n_prompt: prompt.len(),
             n_cached: 0,
             n_completion: 0,
         }
+    }
+
+    /// Goes on after these tokens: what comes before them is sent.
+    fn resume(&mut self, prompt: &[u32], tokens: Option<&Vec<u32>>) {
+        let tokens = tokens.map_or(&[][..], Vec::as_slice);
+        let echoed = if self.unscored.is_some() { prompt } else { &[] };
+        if let Some(scorer) = &mut self.scorer {
+            scorer.skip(echoed.iter().chain(tokens));
+        }
+        self.unscored = None;
+        self.echo.clear();
+        self.prompt_token_ids = None;
+        self.started = true;
+        self.n_completion = tokens.len();
     }
 
     /// Counts what an event brings.
@@ -291,6 +350,7 @@ impl Call {
             object: "text_completion",
             created: *created,
             model: &serving.model_name,
+            seed: self.options.params.seed(),
             choices,
             usage,
         }
@@ -317,10 +377,18 @@ impl Call {
         choice.started = true;
         choice.count(&event);
         let unscored = choice.unscored.take();
+        let n_top = self.options.logprobs.map_or(0, usize::from);
         let logprobs = choice.scorer.as_mut().map(|scorer| {
-            let tokens = event.prompt_logprobs.iter().chain(&event.tokens);
-            scorer.score(unscored, tokens)
+            let echoed = match self.options.echo {
+                true => &event.prompt_logprobs[..],
+                false => &[],
+            };
+            scorer.score(unscored, echoed.iter().chain(&event.tokens), n_top)
         });
+        let vocabulary = self.serving.tokenizer.vocabulary();
+        let prompt_logprobs = params
+            .prompt_logprobs
+            .map(|n_top| PromptLogprobs::new(vocabulary, &event.prompt_logprobs, n_top.into()));
         let (finish_reason, stop_reason) = match event.finished {
             None => (None, None),
             Some(reason) => {
@@ -335,6 +403,7 @@ impl Call {
             finish_reason,
             stop_reason,
             prompt_token_ids: choice.prompt_token_ids.take(),
+            prompt_logprobs,
             token_ids: params
                 .return_token_ids
                 .then(|| event.tokens.iter().map(|t| t.token).collect()),
@@ -394,6 +463,9 @@ impl ChunkWriter for Call {
             ..
         } = &self.options;
         let choice = &mut self.choices[index];
+        if choice.was_over {
+            return Ok(());
+        }
         // Text that is held back is sent with what follows; tokens only where somebody asked for them.
         let wanted = params.return_token_ids || logprobs.is_some() || (!choice.started && *echo);
         if event.text.is_empty() && event.finished.is_none() && !wanted {

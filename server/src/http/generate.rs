@@ -3,6 +3,7 @@
 //! Shared by completions and chat. It knows events and text, and no wire format but that of an event stream.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
@@ -13,7 +14,9 @@ use serde::Serialize;
 use super::Serving;
 use super::choices::Choices;
 use super::error::ApiError;
+use super::logits_fields::LogitsFields;
 use super::params::Params;
+use crate::engine::logits::{LogitsOptions, LogitsProcessors};
 use crate::engine::{FinishReason, TokenLogprobs};
 use crate::frontend::budget::Lease;
 use crate::frontend::{Arrival, GenerationRequest, RequestEvent, RequestStream};
@@ -96,12 +99,29 @@ impl Serving {
         Ok(())
     }
 
+    /// What a call changes in its logits: bad words are tokenized where other text is.
+    pub(super) async fn logits_options(
+        &self,
+        fields: LogitsFields,
+    ) -> Result<LogitsOptions, ApiError> {
+        let vocab_size = self.engine.handle().model_info().vocab_size;
+        let tokenizer = Arc::clone(&self.tokenizer);
+        match fields.n_bytes() {
+            0 => fields.resolve(&tokenizer, vocab_size),
+            n => {
+                let resolve = move || fields.resolve(&tokenizer, vocab_size);
+                self.pool.run(n, resolve).await?
+            }
+        }
+    }
+
     /// Submits every prompt, or none: the first refusal takes the others back. The streams are those of the first prompt's
     /// choices, then the second's.
     pub(super) fn submit(
         &self,
         prepared: Vec<Prepared>,
         params: &Params,
+        logits: &LogitsOptions,
         arrived: Arrival,
     ) -> Result<Vec<RequestStream>, ApiError> {
         let info = self.engine.handle().model_info();
@@ -109,12 +129,28 @@ impl Serving {
         if !params.ignore_eos {
             stop_token_ids.extend(&info.eos_token_ids);
         }
+        let mut resumed = Vec::new();
+        for one in &prepared {
+            params.logits.check_max_tokens(one.max_tokens)?;
+            if let Some(resume) = &params.resume {
+                resume.check(prepared.len(), one.max_tokens, info.vocab_size)?;
+                resumed.clone_from(&resume.choices);
+            }
+        }
         let submit = |one: Prepared| {
+            let logits = match params.choices.beams() {
+                // A default of the model's may be left: beams know no changes of logits.
+                Some(_) => None,
+                None => {
+                    let (options, n_ids) = (logits.clone(), info.vocab_size);
+                    LogitsProcessors::new(options, &one.prompt, &stop_token_ids, n_ids)
+                }
+            };
             self.engine.generate(GenerationRequest {
                 prompt: one.prompt,
                 max_tokens: one.max_tokens,
                 sampling: params.sampling(|| self.ids.seed()),
-                logits: None,
+                logits: logits.map(Box::new),
                 n: params.choices.n_answers(),
                 beams: params.choices.beams(),
                 stop_token_ids: stop_token_ids.clone(),
@@ -122,6 +158,7 @@ impl Serving {
                 logprobs: params.choices.logprobs(one.logprobs),
                 prompt_logprobs: one.prompt_logprobs,
                 cache_salt: params.cache_salt.clone(),
+                resumed: resumed.clone(),
                 detokenizer: one.detokenizer,
                 arrived: arrived.clone(),
             })

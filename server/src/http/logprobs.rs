@@ -94,11 +94,12 @@ impl CompletionScorer {
         }
     }
 
-    /// `unscored` is a token without a log-probability, the first of a prompt.
+    /// `unscored` is a token without a log-probability, the first of a prompt. Of each token at most `n_top` alternatives.
     pub(super) fn score<'a>(
         &mut self,
         unscored: Option<u32>,
         tokens: impl Iterator<Item = &'a TokenLogprobs>,
+        n_top: usize,
     ) -> CompletionLogprobs {
         let mut scores = CompletionLogprobs::default();
         if let Some(id) = unscored {
@@ -108,7 +109,7 @@ impl CompletionScorer {
             let logprob = token.logprob.map(|p| p.max(LEAST));
             let own = logprob.map(|p| (token.token, p));
             let mut top = TopLogprobs(Vec::with_capacity(token.top.len() + 1));
-            for (id, logprob) in token.top.iter().copied().chain(own) {
+            for (id, logprob) in token.top.iter().take(n_top).copied().chain(own) {
                 // The token itself may be among the most likely ones, and two ids may have one text.
                 let name = self.name(id);
                 if top.0.iter().all(|(other, _)| *other != name) {
@@ -118,6 +119,13 @@ impl CompletionScorer {
             self.push(token.token, logprob, Some(top), &mut scores);
         }
         scores
+    }
+
+    /// Takes tokens whose log-probabilities are not wanted.
+    pub(super) fn skip<'a>(&mut self, tokens: impl Iterator<Item = &'a u32>) {
+        tokens.for_each(|&id| {
+            self.offsets.next(id);
+        });
     }
 
     fn push(
@@ -189,6 +197,60 @@ impl ChatLogprobs {
     }
 }
 
+/// `prompt_logprobs`, as vLLM writes it: for each token of the prompt an object from ids to scores, the token itself first,
+/// then the most likely ones; null for the first token, which has no score.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct PromptLogprobs(Vec<Option<PromptScores>>);
+
+#[derive(Clone, Debug)]
+struct PromptScores(Vec<(u32, PromptScore)>);
+
+#[derive(Clone, Debug, Serialize)]
+struct PromptScore {
+    logprob: f32,
+    /// 1 is the most likely token; null where the token is not among those that were asked for.
+    rank: Option<usize>,
+    decoded_token: String,
+}
+
+impl Serialize for PromptScores {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(id, score)| (id, score)))
+    }
+}
+
+impl PromptLogprobs {
+    /// `tokens` are those of the prompt from the second on, each with at most `n_top` alternatives.
+    pub(super) fn new(vocabulary: &Vocabulary, tokens: &[TokenLogprobs], n_top: usize) -> Self {
+        let score = |id: u32, logprob: f32, rank: Option<usize>| {
+            let decoded_token = String::from_utf8_lossy(&vocabulary.bytes(id)).into_owned();
+            let score = PromptScore {
+                logprob: logprob.max(LEAST),
+                rank,
+                decoded_token,
+            };
+            (id, score)
+        };
+        let one = |token: &TokenLogprobs| {
+            let top = || token.top.iter().zip(1..).take(n_top);
+            let own = top().find(|((id, _), _)| *id == token.token);
+            let own = score(
+                token.token,
+                token.logprob.unwrap_or(LEAST),
+                own.map(|(_, rank)| rank),
+            );
+            let others = top().filter(|((id, _), _)| *id != token.token);
+            let others = others.map(|((id, logprob), rank)| score(*id, *logprob, Some(rank)));
+            Some(PromptScores(std::iter::once(own).chain(others).collect()))
+        };
+        Self(
+            std::iter::once(None)
+                .chain(tokens.iter().map(one))
+                .collect(),
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,7 +312,7 @@ mod tests {
         let detokenizer = Detokenizer::new(Arc::clone(vocabulary), true);
         let offsets = TextOffsets::new(detokenizer, 0);
         let mut scorer = CompletionScorer::new(vocabulary, TokenNames::Ids, offsets);
-        let json = serde_json::to_value(scorer.score(Some(3), tokens.iter())).unwrap();
+        let json = serde_json::to_value(scorer.score(Some(3), tokens.iter(), 2)).unwrap();
         assert_eq!(
             json["tokens"],
             serde_json::json!(["token_id:3", "token_id:7"])
@@ -263,5 +325,28 @@ mod tests {
         let json = serde_json::to_value(chat).unwrap();
         assert_eq!(json["content"][0]["token"], "token_id:7");
         assert_eq!(json["content"][0]["top_logprobs"][0]["token"], "token_id:9");
+    }
+
+    #[test]
+    fn a_prompts_scores_are_by_id_and_its_own_first() {
+        let tokenizer = tokenizer("byte_level");
+        let scored = |token, logprob| TokenLogprobs {
+            token,
+            logprob: Some(logprob),
+            top: vec![(9, -0.25), (7, -0.5), (8, -2.0)],
+        };
+        let tokens = [scored(7, -0.5), scored(5, f32::NEG_INFINITY)];
+        let text =
+            |id: u32| String::from_utf8_lossy(&tokenizer.vocabulary().bytes(id)).into_owned();
+        let scores = PromptLogprobs::new(tokenizer.vocabulary(), &tokens, 2);
+        let score = |id: u32, logprob: f32, rank: Option<u32>| serde_json::json!({"logprob": logprob, "rank": rank, "decoded_token": text(id)});
+        let want = serde_json::json!([
+            null,
+            {"7": score(7, -0.5, Some(2)), "9": score(9, -0.25, Some(1))},
+            {"5": score(5, -9999.0, None), "9": score(9, -0.25, Some(1)), "7": score(7, -0.5, Some(2))},
+        ]);
+        assert_eq!(serde_json::to_value(&scores).unwrap(), want);
+        let written = serde_json::to_string(&scores).unwrap();
+        assert!(written.starts_with(r#"[null,{"7":{"#), "{written}");
     }
 }

@@ -44,22 +44,22 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, A
 
 /// Everything for Prometheus.
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    if let Some(serving) = app.serving.get() {
-        app.metrics.request_memory(serving.engine.budget().used());
-    }
     let serving = app.serving.get();
+    if let Some(serving) = serving {
+        let budget = serving.engine.budget();
+        app.metrics.request_memory(budget.used());
+    }
+    let load = serving.map(|_| app.load());
     let counters = serving.map(|serving| serving.engine.handle().counters());
     let text = app
         .metrics
-        .render(app.load().as_ref(), counters.as_ref())
+        .render(load.as_ref(), counters.as_ref())
         .map_err(|e| ApiError::internal(e.to_string()))?;
     let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     Ok(([(header::CONTENT_TYPE, content_type)], text).into_response())
 }
 
-/// The engine's report.
-pub(super) async fn load(State(app): State<Arc<App>>) -> Result<Json<LoadReport>, ApiError> {
-    app.load()
-        .map(Json)
-        .ok_or_else(|| ApiError::unavailable("the model is still loading"))
+/// The engine's report, and before there is one how the start goes.
+pub(super) async fn load(State(app): State<Arc<App>>) -> Json<LoadReport> {
+    Json(app.load())
 }

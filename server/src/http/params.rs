@@ -10,7 +10,9 @@ use super::choices::Choices;
 use super::defaults::SamplingDefaults;
 use super::error::ApiError;
 use super::fields::Fields;
+use super::logits_fields::LogitsFields;
 use super::logprobs::TokenNames;
+use super::resume::{Asked, Resume};
 use crate::engine::SamplingParams;
 use crate::text::stop::StopStrings;
 
@@ -29,9 +31,14 @@ pub(super) struct Params {
     sampling: SamplingParams,
     /// The caller named the seed: it is the same for all prompts.
     has_seed: bool,
+    pub(super) logits: LogitsFields,
     pub(super) stop: StopStrings,
     pub(super) stop_token_ids: Vec<u32>,
     pub(super) ignore_eos: bool,
+    /// The last tokens of a prompt that are kept.
+    pub(super) truncation: Truncation,
+    /// Report log-probabilities of the prompt's tokens, and of this many alternatives.
+    pub(super) prompt_logprobs: Option<u8>,
     pub(super) skip_special_tokens: bool,
     pub(super) return_token_ids: bool,
     pub(super) token_names: TokenNames,
@@ -41,6 +48,8 @@ pub(super) struct Params {
     pub(super) cache_salt: Option<String>,
     /// `None`: the answer comes whole.
     pub(super) stream: Option<StreamOptions>,
+    /// It goes on after what its client has.
+    pub(super) resume: Option<Resume>,
 }
 
 /// How an answer is streamed.
@@ -61,6 +70,47 @@ pub(super) enum StreamUsage {
     Each,
 }
 
+/// How much of a prompt is kept, as `truncate_prompt_tokens` says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Truncation {
+    /// All of it.
+    #[default]
+    None,
+    /// As many of its last tokens as the context has room for, beside the answer.
+    ToContext,
+    /// So many of its last tokens.
+    To(u32),
+}
+
+impl Truncation {
+    /// How many of a prompt's last tokens are kept in a context of `longest`, where `max_tokens` are asked for.
+    pub(super) fn keeps(
+        self,
+        longest: u32,
+        max_tokens: Option<u32>,
+    ) -> Result<Option<usize>, ApiError> {
+        match self {
+            Self::None => Ok(None),
+            Self::ToContext => {
+                let room = longest.saturating_sub(max_tokens.unwrap_or(1));
+                Ok(Some(room.max(1) as usize))
+            }
+            Self::To(n) if n > longest => Err(ApiError::field(
+                "truncate_prompt_tokens",
+                format!("{n} is more than the longest context, {longest}; lower it"),
+            )),
+            Self::To(n) => Ok(Some(n as usize)),
+        }
+    }
+}
+
+/// Takes all but the last `keep` tokens off. True where there were more.
+pub(super) fn truncate(prompt: &mut Vec<u32>, keep: Option<usize>) -> bool {
+    let n_cut = keep.map_or(0, |keep| prompt.len().saturating_sub(keep));
+    prompt.drain(..n_cut);
+    n_cut > 0
+}
+
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum OneOrMore {
@@ -77,17 +127,29 @@ impl Params {
         let choices = Choices::take(fields)?;
         let seed: Option<i64> = fields.take("seed")?;
         let names_by_id = fields.take("return_tokens_as_token_ids")?.unwrap_or(false);
+        let logits = LogitsFields::take(fields, defaults)?;
+        let stream = take_stream(fields)?;
+        let temperature = take_temperature(fields, defaults)?;
+        let asked = Asked {
+            is_stream: stream.is_some(),
+            choices: &choices,
+            has_seed: seed.is_some() || temperature == 0.0,
+        };
+        let resume = Resume::take(fields, asked)?;
         Ok(Self {
             model: fields.take("model")?,
             sampling: SamplingParams {
-                temperature: take_temperature(fields, defaults)?,
+                temperature,
                 top_p: take_top_p(fields, defaults)?,
                 top_k: take_top_k(fields, defaults)?,
-                min_p: 0.0,
+                min_p: fields.number("min_p", 0.0, 1.0)?.unwrap_or(defaults.min_p),
                 seed: seed.unwrap_or(0).cast_unsigned(),
             },
             has_seed: seed.is_some(),
-            stop: take_stop(fields)?,
+            stop: take_stop(fields)?.ignored_in_first(logits.min_tokens()),
+            logits,
+            truncation: take_truncation(fields)?,
+            prompt_logprobs: take_prompt_logprobs(fields, stream.is_some())?,
             stop_token_ids: take_stop_token_ids(fields)?,
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
@@ -98,8 +160,20 @@ impl Params {
             },
             choices,
             cache_salt: take_cache_salt(fields)?,
-            stream: take_stream(fields)?,
+            stream,
+            resume,
         })
+    }
+
+    /// Settles the seed of the whole call, a fresh one where the caller named none.
+    pub(super) fn settle_seed(&mut self, fresh_seed: impl FnOnce() -> u64) {
+        self.sampling = self.sampling(fresh_seed);
+        self.has_seed = true;
+    }
+
+    /// The seed, as a call names it, where all prompts have one.
+    pub(super) fn seed(&self) -> Option<i64> {
+        self.has_seed.then(|| self.sampling.seed.cast_signed())
     }
 
     /// For one prompt; the seed is a fresh one where the caller named none.
@@ -200,7 +274,36 @@ fn take_stop(fields: &mut Fields<'_>) -> Result<StopStrings, ApiError> {
             format!("each string must have 1 to {MAX_STOP_BYTES} bytes"),
         ));
     }
-    Ok(StopStrings::new(strings))
+    let strings = StopStrings::new(strings);
+    match fields.take("include_stop_str_in_output")? {
+        Some(true) => Ok(strings.included()),
+        Some(false) | None => Ok(strings),
+    }
+}
+
+fn take_truncation(fields: &mut Fields<'_>) -> Result<Truncation, ApiError> {
+    match fields.take::<i64>("truncate_prompt_tokens")? {
+        None => Ok(Truncation::None),
+        Some(-1) => Ok(Truncation::ToContext),
+        Some(n) => match u32::try_from(n) {
+            Ok(n) if n > 0 => Ok(Truncation::To(n)),
+            _ => Err(ApiError::field(
+                "truncate_prompt_tokens",
+                format!("{n} is not -1 (as many as fit) or a positive number"),
+            )),
+        },
+    }
+}
+
+fn take_prompt_logprobs(fields: &mut Fields<'_>, is_stream: bool) -> Result<Option<u8>, ApiError> {
+    let n = take_n_logprobs(fields, "prompt_logprobs")?;
+    match n {
+        Some(_) if is_stream => Err(ApiError::field(
+            "prompt_logprobs",
+            "not available with \"stream\": true; leave one of the two out",
+        )),
+        n => Ok(n),
+    }
 }
 
 fn take_stop_token_ids(fields: &mut Fields<'_>) -> Result<Vec<u32>, ApiError> {
@@ -303,6 +406,19 @@ mod tests {
             (
                 r#"{"cache_salt": 3}"#,
                 "cache_salt: invalid type: integer `3`, expected a string",
+            ),
+            (r#"{"min_p": 1.5}"#, "min_p: 1.5 is not between 0 and 1"),
+            (
+                r#"{"truncate_prompt_tokens": 0}"#,
+                "truncate_prompt_tokens: 0 is not -1 (as many as fit) or a positive number",
+            ),
+            (
+                r#"{"prompt_logprobs": 21}"#,
+                "prompt_logprobs: 21 is not between 0 and 20",
+            ),
+            (
+                r#"{"prompt_logprobs": 1, "stream": true}"#,
+                "prompt_logprobs: not available with \"stream\": true; leave one of the two out",
             ),
             (
                 r#"{"guided_regex": "a"}"#,

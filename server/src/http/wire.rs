@@ -1,10 +1,10 @@
-//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`) and ours (`beam_score`).
-//! Plain data.
+//! What goes out: OpenAI's response objects, with vLLM's additions (`stop_reason`, `token_ids`, `prompt_logprobs`) and ours
+//! (`beam_score`). Plain data.
 
 use serde::Serialize;
 
 use super::error::ApiError;
-use super::logprobs::{ChatLogprobs, CompletionLogprobs};
+use super::logprobs::{ChatLogprobs, CompletionLogprobs, PromptLogprobs};
 use super::params::StreamUsage;
 use crate::engine::FinishReason;
 
@@ -59,6 +59,9 @@ pub(super) struct Completion<'a> {
     pub(super) object: &'static str,
     pub(super) created: u64,
     pub(super) model: &'a str,
+    /// What its tokens are drawn with, as a call names it; left out where prompts have seeds of their own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) seed: Option<i64>,
     pub(super) choices: Vec<CompletionChoice>,
     /// In a stream: see [`chunk_usage`].
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -75,6 +78,8 @@ pub(super) struct CompletionChoice {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) token_ids: Option<Vec<u32>>,
     /// With `use_beam_search`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -88,11 +93,16 @@ pub(super) struct Chat<'a, C> {
     pub(super) object: &'static str,
     pub(super) created: u64,
     pub(super) model: &'a str,
+    /// What its tokens are drawn with, as a call names it; left out where prompts have seeds of their own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) seed: Option<i64>,
     pub(super) choices: Vec<C>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) prompt_logprobs: Option<PromptLogprobs>,
 }
 
 #[derive(Debug, Serialize)]

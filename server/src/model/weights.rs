@@ -38,40 +38,42 @@ pub struct Tensors<'f> {
     imagined: bool,
 }
 
+/// The names of the weights' files, which need not be there yet: model.safetensors, or the shards that
+/// model.safetensors.index.json names.
+pub fn weight_files(files: &ModelFiles) -> Result<Vec<String>, LoadError> {
+    let Some(index) = files.open(INDEX)? else {
+        return Ok(vec![SINGLE.to_owned()]);
+    };
+    let wrong = |message: String| LoadError::Weights {
+        file: INDEX.to_owned(),
+        message,
+    };
+    let index: Value = serde_json::from_slice(&index)
+        .map_err(|error| wrong(format!("not valid JSON: {error}")))?;
+    let map = index.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| wrong("weight_map is missing, expected an object".to_owned()))?;
+    let mut names = map
+        .values()
+        .map(|name| match name.as_str() {
+            Some(name) if !name.is_empty() && !name.contains(['/', '\\', '\0']) => {
+                Ok(name.to_owned())
+            }
+            _ => Err(wrong(format!(
+                "weight_map holds {name}, expected a file name"
+            ))),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
 impl WeightFiles {
-    /// Opens model.safetensors, or the shards that model.safetensors.index.json names.
+    /// Opens them.
     pub fn open(files: &ModelFiles) -> Result<Self, LoadError> {
-        let Some(index) = files.open(INDEX)? else {
-            return Ok(Self(vec![(SINGLE.to_owned(), files.require(SINGLE)?)]));
-        };
-        let wrong = |message: String| LoadError::Weights {
-            file: INDEX.to_owned(),
-            message,
-        };
-        let index: Value = serde_json::from_slice(&index)
-            .map_err(|error| wrong(format!("not valid JSON: {error}")))?;
-        let map = index.get("weight_map").and_then(Value::as_object);
-        let map =
-            map.ok_or_else(|| wrong("weight_map is missing, expected an object".to_owned()))?;
-        let mut names = map
-            .values()
-            .map(|name| match name.as_str() {
-                Some(name) if !name.is_empty() && !name.contains(['/', '\\', '\0']) => {
-                    Ok(name.to_owned())
-                }
-                _ => Err(wrong(format!(
-                    "weight_map holds {name}, expected a file name"
-                ))),
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        names.sort();
-        names.dedup();
         let open = |name: String| files.require(&name).map(|bytes| (name, bytes));
-        names
-            .into_iter()
-            .map(open)
-            .collect::<Result<_, _>>()
-            .map(Self)
+        let names = weight_files(files)?.into_iter();
+        names.map(open).collect::<Result<_, _>>().map(Self)
     }
 
     /// Bytes of all files.

@@ -6,9 +6,13 @@
 
 use std::sync::Arc;
 
-/// The stop strings of a request, prepared. Cheap to clone.
+/// The stop strings of a request, prepared, and how they end a text. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct StopStrings(Arc<[Pattern]>);
+pub struct StopStrings {
+    patterns: Arc<[Pattern]>,
+    are_included: bool,
+    n_ignored: u32,
+}
 
 /// A stop string with its failure function (Knuth, Morris and Pratt 1977).
 #[derive(Debug)]
@@ -21,13 +25,32 @@ struct Pattern {
 impl StopStrings {
     /// Empty strings are left out: they would end every text.
     pub fn new(strings: impl IntoIterator<Item = String>) -> Self {
-        Self(
-            strings
-                .into_iter()
-                .filter(|s| !s.is_empty())
-                .map(Pattern::new)
-                .collect(),
-        )
+        let strings = strings.into_iter().filter(|s| !s.is_empty());
+        Self {
+            patterns: strings.map(Pattern::new).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// The one that ends the text is a part of it.
+    pub fn included(self) -> Self {
+        Self {
+            are_included: true,
+            ..self
+        }
+    }
+
+    /// What ends the text is a part of it.
+    pub fn are_included(&self) -> bool {
+        self.are_included
+    }
+
+    /// Those that are complete within the first `n` pieces don't end the text.
+    pub fn ignored_in_first(self, n: u32) -> Self {
+        Self {
+            n_ignored: n,
+            ..self
+        }
     }
 }
 
@@ -60,6 +83,7 @@ impl Pattern {
 #[derive(Debug)]
 pub struct StopMatcher {
     strings: StopStrings,
+    n_pieces: u32,
     /// For each string, how much of it the text ends with.
     matched: Vec<usize>,
     /// The end of the text that may begin a stop string.
@@ -69,17 +93,20 @@ pub struct StopMatcher {
 impl StopMatcher {
     /// Starts with an empty text.
     pub fn new(strings: StopStrings) -> Self {
-        let matched = vec![0; strings.0.len()];
+        let matched = vec![0; strings.patterns.len()];
         Self {
             strings,
+            n_pieces: 0,
             matched,
             held: String::new(),
         }
     }
 
     /// Takes the next piece and appends to `out` what can't belong to a stop string. Returns the stop string that
-    /// the text came to, if any: then `out` has the text before it, and the stream has ended.
+    /// the text came to, if any: then `out` has the text before it, or with it, and the stream has ended.
     pub fn push(&mut self, piece: &str, out: &mut String) -> Option<&str> {
+        let may_stop = self.n_pieces >= self.strings.n_ignored;
+        self.n_pieces = self.n_pieces.saturating_add(1);
         if self.matched.is_empty() {
             out.push_str(piece);
             return None;
@@ -89,24 +116,34 @@ impl StopMatcher {
         for end in n_held..self.held.len() {
             let byte = self.held.as_bytes()[end];
             let mut longest: Option<usize> = None;
-            for (i, (pattern, matched)) in self.strings.0.iter().zip(&mut self.matched).enumerate()
-            {
+            let patterns = &self.strings.patterns;
+            for (i, (pattern, matched)) in patterns.iter().zip(&mut self.matched).enumerate() {
                 *matched = pattern.advance(*matched, byte);
                 let n = pattern.text.len();
-                if *matched == n && longest.is_none_or(|other| self.strings.0[other].text.len() < n)
+                if *matched == n && !may_stop {
+                    *matched = pattern.borders[n];
+                } else if *matched == n
+                    && longest.is_none_or(|other| patterns[other].text.len() < n)
                 {
                     longest = Some(i);
                 }
             }
             if let Some(i) = longest {
-                let stop = &self.strings.0[i].text;
-                out.push_str(&self.held[..end + 1 - stop.len()]);
+                let stop = &patterns[i].text;
+                let n_cut = match self.strings.are_included {
+                    true => 0,
+                    false => stop.len(),
+                };
+                out.push_str(&self.held[..end + 1 - n_cut]);
                 self.held.clear();
                 return Some(stop);
             }
         }
         // A stop string begins with a character's first byte, so the cut is between characters.
-        let n_keep = self.matched.iter().copied().max().unwrap_or(0);
+        let n_keep = match self.strings.are_included {
+            true => 0,
+            false => self.matched.iter().copied().max().unwrap_or(0),
+        };
         out.extend(self.held.drain(..self.held.len() - n_keep));
         None
     }
@@ -230,6 +267,66 @@ mod tests {
             }
             matcher.finish(&mut out);
             prop_assert_eq!((out, stop), (want, want_stop));
+        }
+    }
+
+    #[test]
+    fn a_stop_string_may_be_a_part_of_the_text_and_come_too_early() {
+        let strings = || StopStrings::new(["aa".to_owned(), "b".to_owned()]);
+        for (why, strings, pieces, want, want_stop) in [
+            (
+                "included",
+                strings().included(),
+                &["xa", "ay"] as &[&str],
+                "xaa",
+                Some("aa"),
+            ),
+            (
+                "included, and none is complete",
+                strings().included(),
+                &["xa", "y"],
+                "xay",
+                None,
+            ),
+            (
+                "too early",
+                strings().ignored_in_first(1),
+                &["baax", "y"],
+                "baaxy",
+                None,
+            ),
+            (
+                "begun early, complete in time",
+                strings().ignored_in_first(1),
+                &["ba", "ab"],
+                "b",
+                Some("aa"),
+            ),
+            (
+                "complete early, and once more with its own end",
+                strings().ignored_in_first(1),
+                &["aa", "a"],
+                "a",
+                Some("aa"),
+            ),
+            (
+                "early, then included",
+                strings().ignored_in_first(2).included(),
+                &["b", "b", "b", "b"],
+                "bbb",
+                Some("b"),
+            ),
+        ] {
+            let mut matcher = StopMatcher::new(strings);
+            let (mut out, mut stop) = (String::new(), None);
+            for piece in pieces {
+                stop = matcher.push(piece, &mut out).map(str::to_owned);
+                if stop.is_some() {
+                    break;
+                }
+            }
+            matcher.finish(&mut out);
+            assert_eq!((out.as_str(), stop.as_deref()), (want, want_stop), "{why}");
         }
     }
 }

@@ -36,15 +36,21 @@ impl Deref for Server {
 impl Server {
     /// Serves the demo model with these flags, and waits until it says so.
     pub(crate) fn start(flags: &[&str]) -> Self {
-        Self::start_logging(flags, Stdio::null())
+        Self::start_in(flags, &[])
+    }
+
+    /// The same with these variables in its environment.
+    pub(crate) fn start_in(flags: &[&str], variables: &[(&str, &str)]) -> Self {
+        Self::start_logging(flags, variables, Stdio::null())
     }
 
     /// The same, with its log going there.
-    pub(crate) fn start_logging(flags: &[&str], log: Stdio) -> Self {
+    pub(crate) fn start_logging(flags: &[&str], variables: &[(&str, &str)], log: Stdio) -> Self {
         let has_management = flags.contains(&"--management-port");
         let mut child = Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
             .args(["--port", "0", "--num-gpu-blocks-override", "256"])
             .args(flags)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .stderr(log)
             .spawn()

@@ -21,9 +21,54 @@ fn full() -> Value {
     })
 }
 
+fn fetched() -> Value {
+    json!({
+        "model": { "servedName": "qwen", "source": { "huggingFace": { "repository": "Qwen/Qwen3-8B", "revision": "v1",
+            "tokenSecret": { "name": "hf", "key": "token" }, "endpoint": "https://mirror.example" } },
+            "cache": { "claimName": "models" } },
+        "engine": { "env": [{ "name": "HF_ENDPOINT", "value": "https://other.example" }] },
+        "replicas": 2
+    })
+}
+
+#[test]
+fn a_model_without_a_cache_is_fetched_into_the_pod() {
+    let mut spec = fetched();
+    spec["model"].as_object_mut().unwrap().remove("cache");
+    spec["model"]["source"] = json!({ "huggingFace": { "repository": "a/b" } });
+    let made = children(&llm_deployment(spec), 1, "i", None).unwrap();
+    let made = serde_json::to_value(made.deployment).unwrap();
+    let pod = &made["spec"]["template"]["spec"];
+    assert_eq!(
+        pod["volumes"],
+        json!([{ "name": "model-cache", "emptyDir": {} }])
+    );
+    let server = &pod["containers"][0];
+    let args: Vec<&str> = server["args"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(Value::as_str)
+        .collect();
+    assert!(
+        args.windows(2)
+            .any(|pair| pair == ["--model", "hf://a/b@main"]),
+        "{args:?}"
+    );
+    assert_eq!(
+        server["env"].as_array().unwrap().len(),
+        1,
+        "no token: {server}"
+    );
+}
+
 #[test]
 fn golden_files_are_current() {
-    for (file, spec) in [("demo.json", demo()), ("pvc-gpu.json", full())] {
+    for (file, spec) in [
+        ("demo.json", demo()),
+        ("pvc-gpu.json", full()),
+        ("hugging-face.json", fetched()),
+    ] {
         let made = children(&llm_deployment(spec), 2, "kvasir.dev/kvasir:0.1.0", None).unwrap();
         let Children {
             deployment,
@@ -162,9 +207,9 @@ fn hand_edits_of_the_template_are_taken_back() {
 #[test]
 fn a_template_too_large_to_be_recorded_is_refused() {
     let mut spec = demo();
-    spec["podTemplate"] = json!({ "metadata": { "annotations": { "a": "x".repeat(200_000) } } });
+    spec["podTemplate"] = json!({ "metadata": { "annotations": { "a": "x".repeat(120_000) } } });
     let refusal = children(&llm_deployment(spec), 1, "i", None).unwrap_err();
-    assert!(refusal.contains("bytes, of at most 200000"), "{refusal}");
+    assert!(refusal.contains("bytes, of at most 120000"), "{refusal}");
 }
 
 #[test]

@@ -7,11 +7,13 @@ use k8s_openapi::api::core::v1::{
 };
 use kube::ResourceExt;
 use kvasir_crds::llmdeployment::{EndedPods, NotReadyReplica, Reason};
+use kvasir_crds::load_report::{StartPhase, StartReport};
 
-use crate::observed::{LastLine, Observed};
+use crate::observed::{LastLine, Observed, StartingReplica};
 use crate::plan::counted::counted;
 use crate::pod::{
     SERVER, has_ended, is_ready, last_termination, last_words, memory_limit, replicas,
+    running_since,
 };
 
 /// Replicas that don't serve are listed up to here.
@@ -76,7 +78,7 @@ pub(super) fn ended(observed: &Observed, before: &[EndedPods]) -> Vec<EndedPods>
 }
 
 /// Why one pod doesn't serve: the first of these that knows.
-fn why(pod: &Pod, observed: &Observed) -> (Reason, String) {
+pub(in crate::plan) fn why(pod: &Pod, observed: &Observed) -> (Reason, String) {
     let warnings: Vec<&Event> = observed
         .warnings
         .iter()
@@ -88,7 +90,37 @@ fn why(pod: &Pod, observed: &Observed) -> (Reason, String) {
         .or_else(|| lost(&status))
         .or_else(|| not_running(pod, &status, &observed.last_lines, &warnings))
         .or_else(|| unreachable(&status))
-        .unwrap_or_else(|| warned(&status, &warnings))
+        .or_else(|| warned(&status, &warnings))
+        .unwrap_or_else(|| (Reason::Starting, starting(pod, &observed.starting)))
+}
+
+/// How far a start is that nothing stands in the way of. The percents are whole tens: each change of a word is a write.
+fn starting(pod: &Pod, starting: &[StartingReplica]) -> String {
+    if running_since(pod).is_none() {
+        return "its image is pulled and its container made".into();
+    }
+    let report = starting
+        .iter()
+        .find(|it| Some(&it.pod) == pod.metadata.name.as_ref());
+    let Some(StartReport {
+        phase: Some(phase), ..
+    }) = report.map(|it| it.report)
+    else {
+        return "the server is loading its model".into();
+    };
+    let how_far = report.and_then(|it| {
+        let gib = it.report.total_bytes? as f64 / f64::from(1 << 30);
+        Some(format!(
+            ", {} % of {gib:.1} GiB",
+            it.report.percent()? / 10 * 10
+        ))
+    });
+    let what = match phase {
+        StartPhase::Fetch => "the server is fetching its model",
+        StartPhase::Load => "the server is loading its model",
+        StartPhase::WarmUp | StartPhase::Other => "the server has loaded its model and starts",
+    };
+    format!("{what}{}", how_far.unwrap_or_default())
 }
 
 fn unschedulable(status: &PodStatus) -> Option<(Reason, String)> {
@@ -146,18 +178,20 @@ fn unreachable(status: &PodStatus) -> Option<(Reason, String)> {
 }
 
 /// What the kubelet warned of last, of a pod whose containers run or wait without a complaint of their own.
-fn warned(status: &PodStatus, warnings: &[&Event]) -> (Reason, String) {
+fn warned(status: &PodStatus, warnings: &[&Event]) -> Option<(Reason, String)> {
     let last = warnings
         .iter()
         .max_by_key(|e| e.last_timestamp.as_ref().map(|t| t.0));
     let message = last.and_then(|event| event.message.clone());
     let has_started = || containers(status).any(|c| !c.ready && c.started == Some(true));
     match last.and_then(|event| event.reason.as_deref()) {
-        Some("Unhealthy") if has_started() => (Reason::ProbeFailing, message.unwrap_or_default()),
-        Some("FailedMount" | "FailedAttachVolume" | "FailedCreatePodSandBox") => {
-            (Reason::ContainerRefused, message.unwrap_or_default())
+        Some("Unhealthy") if has_started() => {
+            Some((Reason::ProbeFailing, message.unwrap_or_default()))
         }
-        _ => (Reason::Starting, "the server is loading its model".into()),
+        Some("FailedMount" | "FailedAttachVolume" | "FailedCreatePodSandBox") => {
+            Some((Reason::ContainerRefused, message.unwrap_or_default()))
+        }
+        _ => None,
     }
 }
 

@@ -39,6 +39,7 @@ fn input<'a>(
         refused: None,
         failing: None,
         decision: None,
+        learned: None,
         scaling: None,
         load: None,
         now: Timestamp::UNIX_EPOCH,
@@ -330,7 +331,7 @@ fn what_limits_the_scaling_is_told_where_it_does() {
         let decision = Decision {
             replicas: 2,
             demand,
-            reason: String::new(),
+            ..Decision::default()
         };
         let limited = StatusInput {
             decision: Some(&decision),
@@ -437,4 +438,69 @@ fn what_serves_goes_on_where_the_spec_cannot_be_read() {
             "Available=True ReplicaServing"
         ]
     );
+}
+
+#[test]
+fn a_revision_that_is_held_or_taken_back_is_told() {
+    let spec = |paused: bool, seqs: u32| {
+        json!({ "model": { "source": { "demo": {} } }, "replicas": 1, "engine": { "maxNumSeqs": seqs },
+            "rollout": { "paused": paused } })
+    };
+    let first = deployment(spec(false, 1));
+    let children = super::super::children::children(&first, 1, "i", None);
+    let mut child = children.unwrap().deployment;
+    child.metadata.generation = Some(1);
+    child.status = serde_json::from_value(
+        json!({ "observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "readyReplicas": 1,
+            "availableReplicas": 1 }),
+    )
+    .unwrap();
+    let observed = Observed {
+        pods: vec![pod(
+            json!({ "phase": "Running", "conditions": [{ "type": "Ready", "status": "True" }] }),
+        )],
+        ..Observed::default()
+    };
+    let told = |d: &LLMDeployment, child: &Deployment| {
+        status(&input(&Stored(Ok(d.clone())), &observed, Some(child)))
+    };
+    let held = told(&deployment(spec(true, 2)), &child);
+    assert_eq!(
+        reasons(&held)[1..4],
+        [
+            "Available=True ReplicaServing",
+            "Progressing=False RolloutPaused",
+            "Ready=False RolloutPaused"
+        ]
+    );
+    assert_ne!(held.current_revision, held.update_revision);
+    let same = told(&deployment(spec(true, 1)), &child);
+    assert_eq!(
+        reasons(&same)[3],
+        "Ready=True AllReplicasServing",
+        "nothing is held"
+    );
+    assert_eq!(same.current_revision, same.update_revision);
+
+    let bad = deployment(spec(false, 3));
+    let annotations = child.metadata.annotations.as_mut().unwrap();
+    let revision = super::super::children::revision(&bad.spec);
+    annotations.insert("kvasir.dev/failed-revision".into(), revision);
+    annotations.insert(
+        "kvasir.dev/failed-because".into(),
+        "m-1: no such flag".into(),
+    );
+    let back = told(&bad, &child);
+    assert_eq!(
+        reasons(&back)[1..],
+        [
+            "Available=True ReplicaServing",
+            "Progressing=False RolledBack",
+            "Ready=False RolledBack",
+            "ScalingActive=False FixedReplicas",
+            "Stalled=True RolledBack"
+        ]
+    );
+    assert!(back.conditions[3].message.ends_with("m-1: no such flag"));
+    assert_eq!(back.current_revision, same.current_revision);
 }

@@ -95,24 +95,54 @@ impl Beams {
                 self.chosen = chosen;
                 Progress::Chosen
             }
-            Next::Ended => Progress::Ended(self.search.answers(self.wanted.len())),
+            Next::Ended => {
+                let answers = self.search.answers(self.wanted.len());
+                assert_eq!(answers.len(), self.wanted.len(), "each answer is given");
+                Progress::Ended(answers)
+            }
         }
     }
 }
 
 impl Scheduler {
+    /// The beams of a request that has not ended.
+    pub(super) fn beams_of(&mut self, id: RequestId) -> Option<&mut Beams> {
+        let key = self.keys.get(&id)?;
+        match self.running.get_mut(key) {
+            Some(group) => group.beams.as_mut(),
+            None => self.waiting.get_mut(key)?.beams.as_mut(),
+        }
+    }
+
+    /// What a step gave a beam. Nobody learns of its tokens before the search has ended.
+    pub(super) fn commit_beam(
+        &mut self,
+        blocks: &mut BlockPool,
+        mut output: RequestOutput,
+    ) -> Vec<RequestOutput> {
+        let (id, slot) = (output.id, output.sequence);
+        let reported = output.tokens.pop();
+        let is_wanted = |beams: &mut Beams| beams.wanted().any(|answer| answer == slot);
+        let mut outputs = Vec::new();
+        if !output.prompt_logprobs.is_empty() && self.beams_of(id).is_some_and(is_wanted) {
+            outputs.push(output);
+        }
+        if let Some(reported) = reported {
+            outputs.extend(self.report(blocks, id, slot, reported.top));
+        }
+        outputs
+    }
+
     /// A beam's row of logits was collected: its most likely tokens. With those of the last beam the search goes on, or it
     /// has ended with the answers that are returned.
-    pub(super) fn report(
+    fn report(
         &mut self,
         blocks: &mut BlockPool,
         id: RequestId,
         slot: u32,
         top: Vec<(u32, f32)>,
     ) -> Vec<RequestOutput> {
-        let group = self.running.get_mut(&self.keys[&id]);
-        let beams = group.and_then(|group| group.beams.as_mut());
-        let beams = beams.expect("nothing was scheduled since, so that the beams run");
+        let beams = self.beams_of(id).expect("a beam's search");
         let answers = match beams.report(slot, top) {
             Progress::Waits => return Vec::new(),
             Progress::Chosen => {
@@ -138,16 +168,6 @@ impl Scheduler {
                 beam_score: Some(answer.score),
             })
             .collect()
-    }
-
-    /// Somebody wants this answer of a search.
-    pub(super) fn is_wanted(&self, id: RequestId, answer: u32) -> bool {
-        let beams = self.keys.get(&id).and_then(|key| {
-            let running = self.running.get(key).and_then(|group| group.beams.as_ref());
-            let waiting = self.waiting.get(key).and_then(|group| group.beams.as_ref());
-            running.or(waiting)
-        });
-        beams.is_some_and(|beams| beams.wanted().any(|wanted| wanted == answer))
     }
 
     /// The beams of a group become what the search has chosen.

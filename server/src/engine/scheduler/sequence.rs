@@ -117,6 +117,16 @@ impl Sequence {
         self.tokens.push(token);
     }
 
+    /// The same where it has come so far already.
+    pub(super) fn resumed(mut self, outputs: &[u32]) -> Self {
+        self.tokens.extend_from_slice(outputs);
+        if let Some(logits) = &mut self.logits {
+            outputs.iter().for_each(|&token| logits.advance(token));
+        }
+        self.extend_chain();
+        self
+    }
+
     /// Tokens of the prompt.
     pub(super) fn n_prompt(&self) -> u32 {
         self.n_prompt
@@ -175,7 +185,7 @@ impl Sequence {
     }
 
     /// Outputs sampled or under way; the output index of the next one.
-    fn n_outputs(&self) -> u32 {
+    pub(super) fn n_outputs(&self) -> u32 {
         self.n_known() - self.n_prompt + self.n_pending
     }
 

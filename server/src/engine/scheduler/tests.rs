@@ -472,6 +472,8 @@ struct Arrival {
     n: u32,
     beams: Option<BeamParams>,
     changes: Changes,
+    /// It goes on after so many outputs that its sequences have from elsewhere.
+    resumes: Option<u32>,
     /// Steps after its arrival at which the client wants no more of one of them.
     drops: Option<(u32, u32)>,
     /// Steps after its arrival at which the client leaves.
@@ -491,6 +493,7 @@ const PLAIN: Arrival = Arrival {
     n: 1,
     beams: None,
     changes: Changes::Nothing,
+    resumes: None,
     drops: None,
     leaves_after: None,
 };
@@ -573,6 +576,7 @@ fn settings() -> impl Strategy<Value = Setting> {
             ],
             prop::option::weighted(0.2, (0..20u32, 0..4u32)),
             prop::option::weighted(0.3, beams()),
+            prop::option::weighted(0.2, 0..8u32),
         ),
         prop::option::weighted(0.2, 0..20u32),
     )
@@ -590,6 +594,7 @@ fn settings() -> impl Strategy<Value = Setting> {
                 changes: shares.4,
                 drops: shares.5,
                 beams: shares.6,
+                resumes: shares.7,
                 leaves_after,
             },
         );
@@ -663,7 +668,7 @@ fn request(i: usize, arrival: &Arrival) -> Request {
         Vec::new()
     };
     let options = arrival.changes.options();
-    Request {
+    let mut request = Request {
         id: RequestId(i as u64),
         logits: LogitsProcessors::new(options, &prompt, &stop_token_ids, VOCABULARY).map(Box::new),
         prompt,
@@ -682,7 +687,22 @@ fn request(i: usize, arrival: &Arrival) -> Request {
         prompt_logprobs: arrival.scored.then_some(0),
         tenant: None,
         cache_salt: arrival.salted.then(|| "salt".to_owned()),
+        resumed: Vec::new(),
+    };
+    if let Some(n) = arrival.resumes.filter(|_| arrival.beams.is_none()) {
+        let known = |sequence| {
+            let mut tokens = oracle(&request, arrival.changes, sequence, u32::MAX).tokens;
+            let has_ended = tokens.len() <= n as usize;
+            tokens.truncate(n as usize);
+            (!has_ended).then_some(tokens)
+        };
+        let resumed: Vec<Option<Vec<u32>>> = (0..arrival.n).map(known).collect();
+        if resumed.iter().any(Option::is_some) {
+            request.resumed = resumed;
+            request.prompt_logprobs = None;
+        }
     }
+    request
 }
 
 fn add(scheduler: &mut Scheduler, blocks: &BlockPool, setting: &Setting, request: Request) {
@@ -862,6 +882,11 @@ fn run(setting: &Setting) -> Totals {
         let request = request(i, arrival);
         for sequence in 0..arrival.n {
             let mut want = oracle(&request, arrival.changes, sequence, max_model_len);
+            match request.resumed.get(sequence as usize) {
+                None => {}
+                Some(Some(known)) => drop(want.tokens.drain(..known.len())),
+                Some(None) => want = Received::default(),
+            }
             let sequence = (request.id, sequence);
             let received = received.remove(&sequence).unwrap_or_default();
             if left.contains(&sequence) && received.finished.is_none() {
@@ -872,7 +897,7 @@ fn run(setting: &Setting) -> Totals {
                 continue;
             }
             // The first reports the prompt for all.
-            if arrival.scored && sequence.1 == 0 {
+            if request.prompt_logprobs.is_some() && sequence.1 == 0 {
                 want.scores = request.prompt[1..].to_vec();
             }
             assert_eq!(received, want, "{sequence:?}");
@@ -1000,6 +1025,7 @@ fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
             prompt_logprobs: None,
             tenant: None,
             cache_salt: None,
+            resumed: Vec::new(),
         };
         let mut chain = PrefixChain::new(
             caching.root,
@@ -1162,6 +1188,10 @@ fn decodes_run_in_every_step_while_a_long_prompt_is_cut_into_chunks() {
     assert_eq!(
         (load.n_running, load.prefill_backlog_tokens),
         (2, 40 - 5 - 7 * 3)
+    );
+    assert_eq!(
+        load.generated_tokens, 4,
+        "of the first; the other has its prompt yet"
     );
 }
 

@@ -133,7 +133,9 @@ fn says_why_in_words() {
         ),
         (
             "a model that loads",
-            container(json!({ "started": false, "state": { "running": {} } })),
+            container(
+                json!({ "started": false, "state": { "running": { "startedAt": "2026-01-01T00:00:00Z" } } }),
+            ),
             "Starting",
             "the server is loading its model",
         ),
@@ -211,6 +213,69 @@ fn says_why_in_words() {
             found[0].message.contains(words),
             "{why}: {}",
             found[0].message
+        );
+    }
+}
+
+#[test]
+fn says_how_far_a_start_is() {
+    let running = pod(container(
+        json!({ "state": { "running": { "startedAt": "2026-01-01T00:00:00Z" } } }),
+    ));
+    let pulling = pod(container(
+        json!({ "state": { "waiting": { "reason": "ContainerCreating" } } }),
+    ));
+    let report = |phase, done_gib: u64, total_gib: u64| StartReport {
+        phase: Some(phase),
+        done_bytes: Some(done_gib << 30),
+        total_bytes: Some(total_gib << 30),
+        ..StartReport::default()
+    };
+    for (why, pod, report, want) in [
+        (
+            "no container yet",
+            &pulling,
+            None,
+            "its image is pulled and its container made",
+        ),
+        (
+            "whole tens",
+            &running,
+            Some(report(StartPhase::Fetch, 7, 15)),
+            "the server is fetching its model, 40 % of 15.0 GiB",
+        ),
+        (
+            "weights",
+            &running,
+            Some(report(StartPhase::Load, 15, 15)),
+            "the server is loading its model, 100 % of 15.0 GiB",
+        ),
+        (
+            "nothing to count",
+            &running,
+            Some(report(StartPhase::WarmUp, 0, 0)),
+            "the server has loaded its model and starts",
+        ),
+        (
+            "an elder server",
+            &running,
+            Some(StartReport::default()),
+            "the server is loading its model",
+        ),
+    ] {
+        let observed = Observed {
+            pods: vec![Arc::clone(pod)],
+            starting: Vec::from_iter(report.map(|report| StartingReplica {
+                pod: "p".into(),
+                report,
+            })),
+            ..Observed::default()
+        };
+        let found = not_ready(&DeploymentStatus::default(), &observed);
+        assert_eq!(
+            (found[0].reason.as_str(), found[0].message.as_str()),
+            ("Starting", want),
+            "{why}"
         );
     }
 }
