@@ -1,5 +1,10 @@
 //! Who may call the server, how much, and what is told of it: keys, limits, request ids, the access log, CORS, TLS.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "the lint's exception for tests does not reach their helpers"
+)]
+
 mod client;
 
 use std::io::Read;
