@@ -13,7 +13,7 @@ use kvasir_kernels::step::{DeviceOutput, Sampled};
 use kvasir_server::engine::blocks::BlockPool;
 use kvasir_server::engine::groups::{CacheGroups, GroupKind};
 use kvasir_server::engine::pacer::{DECODE_STRETCH, PrefillPacer};
-use kvasir_server::engine::prefix::{PrefixCaching, PrefixChain, PrefixKey};
+use kvasir_server::engine::prefix::{PrefixCaching, PrefixChain, PrefixKey, PrefixScope};
 use kvasir_server::engine::scheduler::{Schedule, Scheduler};
 use kvasir_server::engine::{Request, RequestId, SamplingParams};
 
@@ -118,7 +118,7 @@ fn real(load: &Load, hardware: Hardware) -> Run {
         while let Some(request) = load.requests.get(next).filter(|r| r.arrival_s <= now) {
             let prompt = tokens(next, request);
             let chain = caching.map(|caching| {
-                let mut chain = PrefixChain::new(caching.root, None, size);
+                let mut chain = PrefixChain::new(caching.root, PrefixScope::default(), size);
                 chain.extend(&prompt);
                 chain
             });
@@ -139,6 +139,7 @@ fn real(load: &Load, hardware: Hardware) -> Run {
                 beams: None,
                 logprobs: None,
                 prompt_logprobs: None,
+                tenant: None,
                 cache_salt: None,
                 resumed: Vec::new(),
             };

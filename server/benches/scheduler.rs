@@ -15,11 +15,13 @@ use kvasir_kernels::step::{DeviceOutput, Sampled};
 use kvasir_server::engine::blocks::{BlockPool, Written};
 use kvasir_server::engine::groups::{CacheGroups, GroupKind};
 use kvasir_server::engine::logits::{Edits, LogitsOptions, LogitsProcessors};
-use kvasir_server::engine::prefix::{PrefixCaching, PrefixChain, PrefixHit, PrefixKey};
+use kvasir_server::engine::prefix::{
+    PrefixCaching, PrefixChain, PrefixHit, PrefixKey, PrefixScope,
+};
 use kvasir_server::engine::scheduler::Scheduler;
 use kvasir_server::engine::{Engine, Request, RequestId, SamplingParams};
 use kvasir_server::frontend::budget::ByteBudget;
-use kvasir_server::frontend::{AsyncEngine, GenerationRequest};
+use kvasir_server::frontend::{Arrival, AsyncEngine, GenerationRequest};
 use kvasir_server::metrics::Metrics;
 use kvasir_server::model::{LoadOptions, ModelFiles, load};
 use kvasir_server::text::stop::StopStrings;
@@ -97,7 +99,7 @@ fn bookkeeping(n_sequences: usize) {
     let (mut hashing, mut rest) = (Duration::ZERO, Duration::ZERO);
     for prompt in &prompts {
         let start = Instant::now();
-        let mut chain = PrefixChain::new(caching.root, None, groups.block_size());
+        let mut chain = PrefixChain::new(caching.root, PrefixScope::default(), groups.block_size());
         chain.extend(prompt);
         hashing += start.elapsed();
         let start = Instant::now();
@@ -116,7 +118,7 @@ fn bookkeeping(n_sequences: usize) {
 
     let start = Instant::now();
     let last = &prompts[n_sequences - 1];
-    let mut chain = PrefixChain::new(caching.root, None, groups.block_size());
+    let mut chain = PrefixChain::new(caching.root, PrefixScope::default(), groups.block_size());
     chain.extend(last);
     for _ in 0..n_sequences {
         let hit = pool.find_prefix(&chain, last, N_BLOCKS * SIZE - 1);
@@ -200,7 +202,7 @@ fn scheduling(n_steps: usize, load: &Load) -> Vec<Duration> {
         // No two prompts are alike.
         let prompt: Vec<u32> = (0..161).map(|p| next_id as u32 * 161 + p).collect();
         let chain = caching.map(|caching| {
-            let mut chain = PrefixChain::new(caching.root, None, positive(16));
+            let mut chain = PrefixChain::new(caching.root, PrefixScope::default(), positive(16));
             chain.extend(&prompt);
             chain
         });
@@ -216,6 +218,7 @@ fn scheduling(n_steps: usize, load: &Load) -> Vec<Duration> {
             beams: None,
             logprobs: None,
             prompt_logprobs: None,
+            tenant: None,
             cache_salt: None,
             resumed: Vec::new(),
         };
@@ -301,7 +304,10 @@ fn whole_way(n_steps: usize, changes: Option<LogitsOptions>) -> Vec<Duration> {
                 cache_salt: None,
                 resumed: Vec::new(),
                 detokenizer: Detokenizer::new(Arc::clone(tokenizer.vocabulary()), true),
-                arrived: Instant::now(),
+                arrived: Arrival {
+                    at: Instant::now(),
+                    call: Arc::default(),
+                },
             };
             async_engine.generate(request).expect("the queue has room")
         })

@@ -15,6 +15,8 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches, Parser};
 pub use kvasir_kernels::choice::DeviceChoice;
 
+use crate::access::keys::{ApiKey, KEY_FORM};
+use crate::access::origins::AllowedOrigins;
 use crate::hub::{self, Repository};
 use crate::text::tool_calls::ToolCallFormat;
 
@@ -39,6 +41,12 @@ pub struct Args {
     /// What clients may cost.
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// Who may ask.
+    #[command(flatten)]
+    pub access: AccessArgs,
+    /// How connections are encrypted.
+    #[command(flatten)]
+    pub tls: TlsArgs,
     /// How the server ends.
     #[command(flatten)]
     pub drain: DrainArgs,
@@ -246,6 +254,62 @@ pub struct LimitArgs {
     pub heartbeat_timeout: Duration,
 }
 
+/// Who may ask, and how much. What is limited is limited for each API key, on this replica.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
+pub struct AccessArgs {
+    /// A key that every route of --port asks for but /health and /ready, as KEY or NAME:KEY; may be given again. Prefer
+    /// --api-key-file: command lines are seen by others.
+    #[arg(long = "api-key", value_name = "KEY", num_args(1..), hide_env_values = true, value_parser = api_key)]
+    pub api_keys: Vec<ApiKey>,
+    /// A file of such keys, one a line; it is read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Calls to the model that each key may make in a minute on this replica; 0: any number.
+    #[arg(long, default_value = "0", value_parser = within(0_u32, u32::MAX))]
+    pub requests_per_minute: u32,
+    /// Tokens, of prompts and generated, that each key may use in a minute on this replica; 0: any number.
+    #[arg(long, default_value = "0", value_parser = within(0_u32, u32::MAX))]
+    pub tokens_per_minute: u32,
+    /// Calls to the model that each key may have under way at once on this replica; 0: any number.
+    #[arg(long, default_value = "0", value_parser = within(0_u32, u32::MAX))]
+    pub max_concurrent_requests: u32,
+    /// Log a line for each request to --port: route, status, tokens, times and the key's name, no prompts.
+    #[arg(long)]
+    pub access_log: bool,
+    /// Serve /tokenizer_info: tokenizer_config.json with the chat template.
+    #[arg(long)]
+    pub enable_tokenizer_info_endpoint: bool,
+    /// Web pages that may call --port from a browser: a JSON list of their origins, or ["*"] [default: none].
+    #[arg(long, value_name = "ORIGINS", default_value = "[]", hide_default_value = true, value_parser = AllowedOrigins::parse)]
+    pub allowed_origins: AllowedOrigins,
+}
+
+impl AccessArgs {
+    /// Keys are asked for.
+    pub fn has_keys(&self) -> bool {
+        !self.api_keys.is_empty() || self.api_key_file.is_some()
+    }
+
+    fn limits(&self) -> [(&'static str, u32); 3] {
+        [
+            ("requests-per-minute", self.requests_per_minute),
+            ("tokens-per-minute", self.tokens_per_minute),
+            ("max-concurrent-requests", self.max_concurrent_requests),
+        ]
+    }
+}
+
+/// How connections to the API's port are encrypted.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
+pub struct TlsArgs {
+    /// The certificate in PEM, and those that it is signed by: --port then speaks TLS. It is read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    pub ssl_certfile: Option<PathBuf>,
+    /// Its private key in PEM, not encrypted.
+    #[arg(long, value_name = "FILE")]
+    pub ssl_keyfile: Option<PathBuf>,
+}
+
 /// How the server ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::Args)]
 pub struct DrainArgs {
@@ -373,6 +437,22 @@ impl Args {
                 "--max-num-batched-tokens: {tokens} is less than --max-num-seqs, {seqs}; a step needs one token for each request"
             ));
         }
+        for (flag, n) in self.access.limits() {
+            if n > 0 && !self.access.has_keys() {
+                found.push(format!(
+                    "--{flag}: it is a limit for each API key; give keys with --api-key-file"
+                ));
+            }
+        }
+        let TlsArgs {
+            ssl_certfile,
+            ssl_keyfile,
+        } = &self.tls;
+        if ssl_certfile.is_some() != ssl_keyfile.is_some() {
+            found.push(
+                "--ssl-certfile and --ssl-keyfile: TLS needs both; give the other too".to_owned(),
+            );
+        }
         found
     }
 }
@@ -431,9 +511,14 @@ fn mistake(command: &Command, error: &clap::Error) -> Option<(clap::Id, String)>
             .get_value_names()
             .is_some_and(|names| names.iter().any(|it| it == name)),
     };
-    let id = command.get_arguments().find(is_flag)?.get_id().clone();
+    let arg = command.get_arguments().find(is_flag)?;
     let flag = if flag.starts_with("--") { flag } else { name };
-    Some((id, format!("{flag}: {found:?} is not {expected}")))
+    let mistake = match arg.is_hide_env_values_set() {
+        // A secret.
+        true => format!("{flag}: what was given is not {expected}"),
+        false => format!("{flag}: {found:?} is not {expected}"),
+    };
+    Some((arg.get_id().clone(), mistake))
 }
 
 // What follows reads one value; the error is what was expected.
@@ -514,6 +599,10 @@ fn model_source(found: &str) -> Result<ModelSource, String> {
         path if path.is_dir() => Ok(ModelSource::Directory(path.to_owned())),
         _ => Err("\"demo\", an existing directory, or hf://OWNER/NAME".to_owned()),
     }
+}
+
+fn api_key(found: &str) -> Result<ApiKey, String> {
+    ApiKey::parse(found).ok_or_else(|| KEY_FORM.to_owned())
 }
 
 fn name(found: &str) -> Result<String, String> {

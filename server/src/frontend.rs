@@ -5,11 +5,12 @@
 //! thread never waits for a client: a request's channel has room for all that the request can give, and what lies
 //! there unread counts in the [`budget`]. It knows nothing of HTTP.
 //!
-//! - [`request`]: what goes in. [`stream`]: what comes out, and the end of a request whose client leaves.
+//! - [`call`]: who asks, and what it took. [`request`]: what goes in. [`stream`]: what comes out, and the end of a request whose client leaves.
 //! - [`outputs`]: the thread: tokens to text, stop strings.
 //! - [`timeline`]: pure: which latencies of a request are complete.
 
 pub mod budget;
+mod call;
 mod outputs;
 mod request;
 mod stream;
@@ -26,6 +27,7 @@ use tokio::sync::mpsc;
 use crate::engine::{EngineHandle, EngineOutputs, RequestId, SubmitError};
 use crate::metrics::Metrics;
 use budget::ByteBudget;
+pub use call::{Arrival, Call};
 use outputs::{OutputThread, RequestState};
 pub use request::GenerationRequest;
 pub use stream::{RequestEvent, RequestStream};
@@ -116,11 +118,13 @@ impl AsyncEngine {
             return Ok(streams);
         }
         self.0.send(Command::Add(id, states));
+        let (call, n_prompt) = (Arc::clone(&request.arrived.call), request.prompt.len());
         let engine_request = request.into_engine(id, &has_ended);
         if let Err(error) = self.0.engine.submit(engine_request) {
             streams.into_iter().for_each(RequestStream::forget);
             return Err(error);
         }
+        call.prompted(n_prompt as u64);
         Ok(streams)
     }
 

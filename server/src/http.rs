@@ -5,17 +5,19 @@
 //! - [`incoming`], [`fields`], [`params`], [`choices`], [`prompts`], [`conversation`]: requests are read in time and parsed
 //!   once, in bounded memory; every mistake names its field.
 //! - [`structured`], [`tools`]: what holds an answer to a grammar; the tools that it may call.
-//! - [`completions`], [`chat`], [`tokenize`]: the interfaces; [`generate`] is what the first two share; [`answer`] takes a chat's
-//!   answer apart.
-//! - [`management`]: probes, load, metrics. [`middleware`]: around every request.
+//! - [`completions`], [`chat`], [`tokenize`], [`detokenize`]: the interfaces; [`generate`] is what the first two share;
+//!   [`answer`] takes a chat's answer apart.
+//! - [`management`]: probes, load, metrics. [`middleware`]: around every request. [`access`]: who may call the API.
 //! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client reads too slowly.
 
+pub mod access;
 mod answer;
 mod chat;
 mod choices;
 mod completions;
 mod conversation;
 mod defaults;
+mod detokenize;
 pub mod error;
 mod fields;
 mod generate;
@@ -54,6 +56,7 @@ use crate::grammar::GrammarCompiler;
 use crate::metrics::Metrics;
 use crate::text::tool_calls::ToolCallFormat;
 use crate::text::{TextPool, Tokenizer};
+use access::Access;
 pub use defaults::SamplingDefaults;
 use error::ApiError;
 use serve::Phase;
@@ -134,19 +137,24 @@ pub struct App {
     phase: watch::Sender<Phase>,
     metrics: Arc<Metrics>,
     limits: Limits,
+    access: Access,
+    ids: Ids,
     boot_id: String,
     start: Mutex<StartReport>,
 }
 
 impl App {
     /// Nothing is loaded yet.
-    pub fn new(metrics: Arc<Metrics>, limits: Limits) -> Arc<Self> {
-        let boot_id = Ids::default().call();
+    pub fn new(metrics: Arc<Metrics>, limits: Limits, access: Access) -> Arc<Self> {
+        let ids = Ids::default();
+        let boot_id = ids.call();
         Arc::new(Self {
             serving: OnceLock::new(),
             phase: watch::Sender::new(Phase::Loading),
             metrics,
             limits,
+            access,
+            ids,
             boot_id,
             start: Mutex::default(),
         })
@@ -218,7 +226,12 @@ pub fn router(app: Arc<App>, routes: Routes) -> Router {
             .route("/v1/models/{*name}", get(model))
             .route("/v1/completions", post(completions::completions))
             .route("/v1/chat/completions", post(chat::chat))
-            .route("/tokenize", post(tokenize::tokenize));
+            .route("/tokenize", post(tokenize::tokenize))
+            .route("/detokenize", post(detokenize::detokenize))
+            .route("/version", get(version));
+        if app.access.tokenizer_info() {
+            router = router.route("/tokenizer_info", get(detokenize::tokenizer_info));
+        }
     }
     if routes != Routes::Api {
         router = router
@@ -226,8 +239,7 @@ pub fn router(app: Arc<App>, routes: Routes) -> Router {
             .route("/metrics", get(management::metrics))
             .route("/load", get(management::load));
     }
-    let middleware = axum::middleware::from_fn_with_state(Arc::clone(&app), middleware::middleware);
-    router
+    router = router
         .fallback(async |request: Request| {
             ApiError::new(
                 StatusCode::NOT_FOUND,
@@ -241,9 +253,15 @@ pub fn router(app: Arc<App>, routes: Routes) -> Router {
                 request.method()
             );
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
-        })
-        .layer(middleware)
-        .with_state(app)
+        });
+    let middleware = axum::middleware::from_fn_with_state(Arc::clone(&app), middleware::middleware);
+    let router = match routes {
+        Routes::Management => router.layer(middleware),
+        Routes::All | Routes::Api => {
+            access::outer(access::inner(router, &app).layer(middleware), &app)
+        }
+    };
+    router.with_state(app)
 }
 
 fn model_object(serving: &Serving) -> serde_json::Value {
@@ -254,6 +272,10 @@ fn model_object(serving: &Serving) -> serde_json::Value {
         "owned_by": "kvasir",
         "max_model_len": serving.engine.handle().model_info().max_model_len,
     })
+}
+
+async fn version() -> Json<serde_json::Value> {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
 }
 
 async fn models(State(app): State<Arc<App>>) -> Result<Response, ApiError> {

@@ -2,6 +2,7 @@
 //!
 //! The engine knows token ids, never text; HTTP knows text and events, never blocks.
 
+pub mod access;
 pub mod args;
 pub mod engine;
 pub mod frontend;

@@ -128,6 +128,7 @@ mod tests {
 
     use super::*;
     use crate::http::Limits;
+    use crate::http::access::Access;
     use crate::metrics::Metrics;
 
     fn app() -> Arc<App> {
@@ -136,7 +137,8 @@ mod tests {
             read_timeout: Duration::ZERO,
             heartbeat_timeout: Duration::ZERO,
         };
-        App::new(Arc::new(Metrics::new("m").unwrap()), limits)
+        let metrics = Arc::new(Metrics::new("m").unwrap());
+        App::new(metrics, limits, Access::default())
     }
 
     #[tokio::test]

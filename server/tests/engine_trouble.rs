@@ -214,7 +214,7 @@ fn start(setting: Setting) -> Trouble {
         read_timeout: LONG,
         heartbeat_timeout: HEARTBEAT_TIMEOUT,
     };
-    let app = App::new(metrics, limits);
+    let app = App::new(metrics, limits, http::access::Access::default());
     app.ready(serving);
     let runtime = Runtime::new().unwrap();
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();

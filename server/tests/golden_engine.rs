@@ -195,6 +195,7 @@ fn requests(case: &Path) -> Vec<Request> {
                 n: NonZeroU32::MIN,
                 beams: None,
                 prompt_logprobs: (i % 2 == 1).then_some(1),
+                tenant: None,
                 cache_salt: None,
                 resumed: Vec::new(),
             });

@@ -175,6 +175,37 @@ fn a_plan_takes_the_servers_flags_and_the_model_alone() {
 }
 
 #[test]
+fn keys_are_never_shown() {
+    let flags = ["--api-key", "red:hush-1", "hush-2", "--api-key", "hush-3"];
+    let args = parse(&flags).unwrap();
+    assert_eq!(args.access.api_keys.len(), 3);
+    let shown = format!("{args:?}");
+    assert!(shown.contains("red") && !shown.contains("hush"), "{shown}");
+    let mistakes = parse(&["--api-key", "hush hush"]).unwrap_err();
+    let want = format!("--api-key: what was given is not {KEY_FORM}");
+    assert_eq!(mistakes, [want]);
+}
+
+#[test]
+fn limits_need_keys_and_tls_both_files() {
+    let mistakes = |flags: &[&str]| parse(flags).unwrap_err();
+    assert_eq!(
+        mistakes(&["--tokens-per-minute", "9", "--ssl-keyfile", "key.pem"]),
+        [
+            "--tokens-per-minute: it is a limit for each API key; give keys with --api-key-file",
+            "--ssl-certfile and --ssl-keyfile: TLS needs both; give the other too",
+        ]
+    );
+    let args = parse(&["--tokens-per-minute", "9", "--api-key", "k"]).unwrap();
+    assert_eq!(args.access.tokens_per_minute, 9);
+    let origins = mistakes(&["--allowed-origins", "https://a.example"]);
+    assert!(
+        origins[0].contains("is not a JSON list of origins"),
+        "{origins:?}"
+    );
+}
+
+#[test]
 fn a_directory_gives_the_name() {
     let directory = tempfile::tempdir().unwrap();
     let model = directory.path().join("my-model");
@@ -193,7 +224,7 @@ fn every_flag_has_its_environment_variable() {
         .get_arguments()
         .map(|arg| arg.get_env().unwrap().to_str().unwrap())
         .collect();
-    assert_eq!(variables.len(), 30);
+    assert_eq!(variables.len(), 40);
     for variable in [
         "KVASIR_MODEL",
         "KVASIR_PORT",
@@ -201,6 +232,8 @@ fn every_flag_has_its_environment_variable() {
         "KVASIR_GPU_MEMORY_UTILIZATION",
         "KVASIR_NUM_GPU_BLOCKS_OVERRIDE",
         "KVASIR_DRAIN_SECONDS",
+        "KVASIR_API_KEY",
+        "KVASIR_SSL_CERTFILE",
     ] {
         assert!(variables.contains(&variable), "{variable}");
     }

@@ -12,7 +12,8 @@ use kvasir_crds::load_report::{StartPhase, StartReport};
 use kvasir_server::args::{
     Args, ArgsError, CommandLine, LogFormat, ModelSource, PlanArgs, PortArgs,
 };
-use kvasir_server::http::serve::{self, Phase, PortLimits};
+use kvasir_server::http::access::{self, Access};
+use kvasir_server::http::serve::{self, Listener, Phase, PortLimits, Tls};
 use kvasir_server::http::{self, App, Limits, Routes};
 use kvasir_server::hub::HubError;
 use kvasir_server::lifecycle::{self, ServeError};
@@ -112,14 +113,17 @@ async fn run(args: Args) -> Result<(), Failure> {
         read_timeout: args.limits.read_timeout,
         heartbeat_timeout: args.limits.heartbeat_timeout,
     };
-    let app = App::new(Arc::clone(&metrics), limits);
+    let mistake = |message| (MISTAKE, message);
+    let access = Access::open(&args.access).map_err(mistake)?;
+    let tls = access::open_tls(&args.tls).map_err(mistake)?;
+    let app = App::new(Arc::clone(&metrics), limits, access);
     follow_signals(Arc::clone(&app), args.drain.accept)?;
     allow_open_files(args.limits.max_connections);
     let Ports {
         server,
         address,
         management_address,
-    } = open_ports(&args, &app)?;
+    } = open_ports(&args, &app, tls)?;
 
     let Some(Started {
         serving,
@@ -158,7 +162,7 @@ struct Ports {
 }
 
 /// Listens on all ports, or on none, and serves probes from now on.
-fn open_ports(args: &Args, app: &Arc<App>) -> Result<Ports, Failure> {
+fn open_ports(args: &Args, app: &Arc<App>, tls: Option<Tls>) -> Result<Ports, Failure> {
     let PortArgs {
         host,
         port,
@@ -173,7 +177,8 @@ fn open_ports(args: &Args, app: &Arc<App>) -> Result<Ports, Failure> {
         read_timeout: args.limits.read_timeout,
     };
     let failed = |error: std::io::Error| (FAILED, format!("the ports can't be served: {error}"));
-    let listener = TcpListener::from_std(listener).map_err(failed)?;
+    let tcp = TcpListener::from_std(listener).map_err(failed)?;
+    let listener = Listener { tcp, tls };
     let routes = match management {
         Some(_) => Routes::Api,
         None => Routes::All,
@@ -366,10 +371,18 @@ fn announcement(
     let management = management.map_or(String::new(), |address| {
         format!("Health, load and metrics at http://{address}\n")
     });
+    let scheme = match args.tls.ssl_certfile {
+        Some(_) => "https",
+        None => "http",
+    };
+    let key = match args.access.has_keys() {
+        true => " -H \"authorization: Bearer $API_KEY\"",
+        false => "",
+    };
     format!(
-        "Serving {name} at http://{address} ({device}; {dtype})\n{management}\
+        "Serving {name} at {scheme}://{address} ({device}; {dtype})\n{management}\
          KV cache: {n_blocks} blocks of {block_size} tokens = {slots} tokens in {mib} MiB; the longest context is {max_model_len} tokens{warning}\n\
-         Ask it:\n  curl http://{address}/v1/{path} -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{name}\", {body}}}'"
+         Ask it:\n  curl {scheme}://{address}/v1/{path}{key} -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{name}\", {body}}}'"
     )
 }
 

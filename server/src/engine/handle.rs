@@ -147,8 +147,8 @@ impl EngineHandle {
         // A prompt is hashed here, not on the engine's thread, which others wait for.
         let info = self.model_info();
         let chain = info.prefix_caching.map(|caching| {
-            let (salt, size) = (request.cache_salt.as_deref(), info.groups.block_size());
-            let mut chain = PrefixChain::new(caching.root, salt, size);
+            let (scope, size) = (request.prefix_scope(), info.groups.block_size());
+            let mut chain = PrefixChain::new(caching.root, scope, size);
             chain.extend(&request.prompt);
             chain
         });

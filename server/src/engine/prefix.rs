@@ -57,6 +57,15 @@ pub struct PrefixCaching {
     pub equal_bits: bool,
 }
 
+/// Whose prefixes a request finds: those of requests with the same of both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefixScope<'a> {
+    /// The name of the API key; not empty.
+    pub tenant: Option<&'a str>,
+    /// What the client sent; not empty.
+    pub cache_salt: Option<&'a str>,
+}
+
 /// The keys of one sequence's full blocks. Each is hashed once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrefixChain {
@@ -66,11 +75,12 @@ pub struct PrefixChain {
 }
 
 impl PrefixChain {
-    /// Of no tokens yet. Sequences with different salts share nothing.
-    pub fn new(root: PrefixKey, cache_salt: Option<&str>, block_size: NonZeroU32) -> Self {
-        let salt = cache_salt.unwrap_or_default().as_bytes();
-        // An adapter's digest and a tenant have their fields already, so that keys stay what they are when those come.
-        let (adapter, tenant): (&[u8], &[u8]) = (&[], &[]);
+    /// Of no tokens yet. Sequences of different scopes share nothing.
+    pub fn new(root: PrefixKey, scope: PrefixScope<'_>, block_size: NonZeroU32) -> Self {
+        let tenant = scope.tenant.unwrap_or_default().as_bytes();
+        let salt = scope.cache_salt.unwrap_or_default().as_bytes();
+        // An adapter's digest has its field already, so that keys stay what they are when it comes.
+        let adapter: &[u8] = &[];
         Self {
             block_size: block_size.get() as usize,
             keys: vec![PrefixKey::of_fields(&[&root.0, adapter, tenant, salt])],
@@ -322,9 +332,17 @@ impl PrefixIndex {
 mod tests {
     use super::*;
 
-    fn chain(salt: Option<&str>, tokens: &[u32]) -> PrefixChain {
+    fn chain(cache_salt: Option<&str>, tokens: &[u32]) -> PrefixChain {
+        let scope = PrefixScope {
+            tenant: None,
+            cache_salt,
+        };
+        scoped(scope, tokens)
+    }
+
+    fn scoped(scope: PrefixScope<'_>, tokens: &[u32]) -> PrefixChain {
         let root = PrefixKey::of_fields(&[b"a model"]);
-        let mut chain = PrefixChain::new(root, salt, NonZeroU32::new(4).unwrap());
+        let mut chain = PrefixChain::new(root, scope, NonZeroU32::new(4).unwrap());
         chain.extend(tokens);
         chain
     }
@@ -355,6 +373,17 @@ mod tests {
         let root = PrefixKey::of_fields(&[b"a model"]);
         let first = PrefixKey::of_fields(&[&root.0, b"", b"", b"s"]);
         assert_eq!(whole.before(0), first);
+        let of_tenant = scoped(
+            PrefixScope {
+                tenant: Some("team"),
+                cache_salt: Some("s"),
+            },
+            &[],
+        );
+        assert_eq!(
+            of_tenant.before(0),
+            PrefixKey::of_fields(&[&root.0, b"", b"team", b"s"])
+        );
         let tokens = [1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 3, 2, 1];
         assert_eq!(
             whole.block(0),

@@ -4,12 +4,14 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvasir_kernels::step::Sampled;
 pub use kvasir_kernels::step::SamplingParams;
 
 use super::logits::LogitsProcessors;
+use super::prefix::PrefixScope;
 
 /// Names a request for its whole life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,6 +41,8 @@ pub struct Request {
     pub logprobs: Option<u8>,
     /// Report log-probabilities of the prompt's tokens (all but the first), and of this many alternatives.
     pub prompt_logprobs: Option<u8>,
+    /// Who asks, where API keys tell. Only requests of the same tenant find each other's cached prefixes.
+    pub tenant: Option<Arc<str>>,
     /// Only requests with the same one find each other's cached prefixes.
     pub cache_salt: Option<String>,
     /// Outputs that its sequences have already, by index, none of them ended by these: they go on as they would after a
@@ -79,6 +83,14 @@ pub enum EarlyStopping {
 }
 
 impl Request {
+    /// Who finds its prefixes.
+    pub fn prefix_scope(&self) -> PrefixScope<'_> {
+        PrefixScope {
+            tenant: self.tenant.as_deref(),
+            cache_salt: self.cache_salt.as_deref(),
+        }
+    }
+
     /// Sequences that run at once.
     pub fn n_sequences(&self) -> NonZeroU32 {
         self.beams.map_or(self.n, |beams| beams.width)

@@ -10,6 +10,7 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 
 use super::budget::{ByteBudget, Purpose};
+use super::call::Call;
 use super::stream::RequestEvent;
 use super::timeline::Timeline;
 use super::{Command, GenerationRequest, Shared};
@@ -136,11 +137,13 @@ impl OutputThread {
 }
 
 /// What the output thread knows of a prompt.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Prompt {
     pub(super) n_tokens: u64,
     /// Another sequence of the request counts it.
     pub(super) is_counted: bool,
+    /// Whose tokens are counted.
+    pub(super) call: Arc<Call>,
 }
 
 /// The text of one sequence of a request.
@@ -225,8 +228,10 @@ impl RequestState {
             if self.n_generated == 0 && !self.prompt.is_counted {
                 metrics.prompt(self.prompt.n_tokens);
             }
-            self.n_generated += output.tokens.len() as u64;
-            metrics.generated(output.tokens.len() as u64);
+            let n_tokens = output.tokens.len() as u64;
+            self.n_generated += n_tokens;
+            self.prompt.call.generated(n_tokens);
+            metrics.generated(n_tokens);
             (self.timeline).token(now, |kind, length| metrics.observe(kind, length));
         }
         let n_tokens = output.tokens.len();

@@ -1,11 +1,13 @@
 //! A request on its way in: what the engine needs, and what its tokens become on the way out.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
 
 use super::budget::ByteBudget;
+use super::call::Arrival;
 use super::outputs::{Prompt, RequestState};
 use super::stream::RequestEvent;
 use crate::engine::logits::LogitsProcessors;
@@ -42,8 +44,8 @@ pub struct GenerationRequest {
     pub resumed: Vec<Vec<u32>>,
     /// Ready to take the first generated token.
     pub detokenizer: Detokenizer,
-    /// When the client's call came.
-    pub arrived: Instant,
+    /// The client's call.
+    pub arrived: Arrival,
 }
 
 impl GenerationRequest {
@@ -68,8 +70,9 @@ impl GenerationRequest {
             Prompt {
                 n_tokens: self.prompt.len() as u64,
                 is_counted: index > 0,
+                call: Arc::clone(&self.arrived.call),
             },
-            (self.arrived, queued),
+            (self.arrived.at, queued),
         )
     }
 
@@ -90,6 +93,7 @@ impl GenerationRequest {
             beams: self.beams,
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
+            tenant: self.arrived.call.tenant().cloned(),
             cache_salt: self.cache_salt,
         }
     }

@@ -104,6 +104,14 @@ impl ApiError {
         }
     }
 
+    /// 401: no key, or none that is known.
+    pub fn unauthorized(message: impl Into<String>) -> Self {
+        Self {
+            code: Some("invalid_api_key"),
+            ..Self::new(StatusCode::UNAUTHORIZED, message)
+        }
+    }
+
     /// 503: try again soon, here or elsewhere.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self {

@@ -4,7 +4,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
@@ -22,7 +21,7 @@ use crate::engine::constraint::Constraint;
 use crate::engine::logits::{LogitsOptions, LogitsProcessors};
 use crate::engine::{FinishReason, TokenLogprobs};
 use crate::frontend::budget::Lease;
-use crate::frontend::{GenerationRequest, RequestEvent, RequestStream};
+use crate::frontend::{Arrival, GenerationRequest, RequestEvent, RequestStream};
 use crate::grammar::CompiledGrammar;
 use crate::text::Detokenizer;
 
@@ -128,7 +127,7 @@ impl Serving {
         prepared: Vec<Prepared>,
         params: &Params,
         logits: &LogitsOptions,
-        arrived: Instant,
+        arrived: Arrival,
     ) -> Result<Vec<RequestStream>, ApiError> {
         let info = self.engine.handle().model_info();
         let mut stop_token_ids = params.stop_token_ids.clone();
@@ -173,7 +172,7 @@ impl Serving {
                 cache_salt: params.cache_salt.clone(),
                 resumed: resumed.clone(),
                 detokenizer: one.detokenizer,
-                arrived,
+                arrived: arrived.clone(),
             })
         };
         let streams: Result<Vec<Vec<RequestStream>>, _> =

@@ -13,6 +13,7 @@ use http_body_util::BodyExt;
 
 use super::error::ApiError;
 use super::{App, Limits, Serving};
+use crate::frontend::Arrival;
 use crate::frontend::budget::{ByteBudget, Lease, Purpose};
 
 /// A call to the model, read and not parsed.
@@ -24,18 +25,20 @@ pub(super) struct Incoming {
     pub(super) body: Vec<u8>,
     /// The body's bytes in the budget: to be kept until nothing is left of what was made of it.
     pub(super) lease: Lease,
-    /// When its head had arrived.
-    pub(super) arrived: Instant,
+    /// When its head had arrived, and whose tokens are counted.
+    pub(super) arrived: Arrival,
 }
 
 impl FromRequest<Arc<App>> for Incoming {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
-        let arrived = Instant::now();
+        let at = Instant::now();
         // Before the body: a client needn't send one to a server that can't answer.
         let serving = app.serving()?;
         let (head, body) = request.into_parts();
+        let call = head.extensions.get().cloned().unwrap_or_default();
+        let arrived = Arrival { at, call };
         let (body, lease) = read(&app.limits, serving.engine.budget(), &head.headers, body).await?;
         Ok(Self {
             serving,

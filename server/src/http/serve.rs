@@ -8,17 +8,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Extension;
-use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
-use http_body_util::BodyExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt::set_socket_send_buffer_size;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 
+use super::middleware::hold;
 use super::write_timeout::WriteTimeout;
 
 /// Connections beyond the limit that get an answer. Even more are closed at once.
@@ -50,6 +52,24 @@ pub enum Phase {
     Closing,
 }
 
+/// The certificate that new connections get.
+pub type Tls = watch::Receiver<Arc<ServerConfig>>;
+
+/// What connections come from, and how they speak.
+#[derive(Debug)]
+pub struct Listener {
+    /// Accepts them.
+    pub tcp: TcpListener,
+    /// `None`: in plain text.
+    pub tls: Option<Tls>,
+}
+
+impl From<TcpListener> for Listener {
+    fn from(tcp: TcpListener) -> Self {
+        Self { tcp, tls: None }
+    }
+}
+
 /// Marks requests of connections beyond the limit.
 #[derive(Clone, Copy, Debug)]
 pub struct OverLimit;
@@ -66,12 +86,13 @@ pub struct PortLimits {
 /// Accepts connections until the phase is [`Phase::Closing`], then lets answers under way finish for at most `drain`.
 /// Returns how many connections were cut.
 pub async fn serve(
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     routes: axum::Router,
     limits: PortLimits,
     mut phase: watch::Receiver<Phase>,
     drain: Duration,
 ) -> usize {
+    let Listener { tcp: listener, tls } = listener.into();
     let most = limits.max_connections + RESERVE;
     let open = Arc::new(Semaphore::new(most));
     let over_limit = routes.clone().layer(Extension(OverLimit));
@@ -99,7 +120,10 @@ pub async fn serve(
             true => &over_limit,
             false => &routes,
         };
-        let connection = connection(stream, routes.clone(), timeouts, phase.clone());
+        let tls = tls
+            .as_ref()
+            .map(|tls| TlsAcceptor::from(Arc::clone(&tls.borrow())));
+        let connection = connection(stream, tls, routes.clone(), timeouts, phase.clone());
         tokio::spawn(async move {
             connection.await;
             drop(permit);
@@ -122,6 +146,7 @@ struct Timeouts {
 
 async fn connection(
     stream: TcpStream,
+    tls: Option<TlsAcceptor>,
     routes: axum::Router,
     timeouts: Timeouts,
     mut phase: watch::Receiver<Phase>,
@@ -130,12 +155,37 @@ async fn connection(
     let _ = stream.set_nodelay(true);
     let _ = set_socket_send_buffer_size(&stream, MAX_BUFFER_BYTES);
     let stream = WriteTimeout::new(stream, timeouts.write);
+    let Some(tls) = tls else {
+        return requests(stream, routes, timeouts.read, phase).await;
+    };
+    let leaving = async {
+        closing(&mut phase).await;
+        tokio::time::sleep(LINGER).await;
+    };
+    let accepted = tokio::select! {
+        accepted = tokio::time::timeout(timeouts.read, tls.accept(stream)) => accepted,
+        () = leaving => return,
+    };
+    match accepted {
+        Ok(Ok(stream)) => requests(stream, routes, timeouts.read, phase).await,
+        Ok(Err(error)) => tracing::debug!(%error, "no TLS connection"),
+        Err(_) => tracing::debug!("no TLS connection in time"),
+    }
+}
+
+/// Serves the requests of one connection.
+async fn requests(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    routes: axum::Router,
+    read_timeout: Duration,
+    mut phase: watch::Receiver<Phase>,
+) {
     let under_way = Arc::new(watch::Sender::new(0));
     let mut answers = under_way.subscribe();
     let routes = routes.layer(axum::middleware::from_fn_with_state(under_way, count));
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(timeouts.read)
+        .header_read_timeout(read_timeout)
         .max_buf_size(MAX_BUFFER_BYTES)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
     let mut connection = pin!(connection);
@@ -157,12 +207,7 @@ async fn count(
     next: Next,
 ) -> Response {
     let counted = Counted::new(under_way);
-    next.run(request).await.map(|body| {
-        Body::new(body.map_err(move |error| {
-            let _held = &counted;
-            error
-        }))
-    })
+    hold(next.run(request).await, counted)
 }
 
 struct Counted(Arc<watch::Sender<usize>>);
@@ -210,7 +255,7 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use axum::body::Bytes;
+    use axum::body::{Body, Bytes};
     use axum::routing::get;
     use tokio::sync::oneshot;
 
@@ -243,7 +288,7 @@ mod tests {
             write: LONG,
         };
         let (phase, phases) = watch::channel(Phase::Ready);
-        let served = tokio::spawn(connection(stream, routes, timeouts, phases));
+        let served = tokio::spawn(connection(stream, None, routes, timeouts, phases));
         let ask = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n";
         let read = |mut client: &std::net::TcpStream| {
             let (mut answer, mut byte) = (Vec::new(), [0]);
@@ -297,7 +342,7 @@ mod tests {
             write: Duration::from_millis(200),
         };
         let (_phase, phases) = watch::channel(Phase::Ready);
-        let served = tokio::spawn(connection(stream, routes, timeouts, phases));
+        let served = tokio::spawn(connection(stream, None, routes, timeouts, phases));
 
         let ended = tokio::time::timeout(LONG, dropped).await;
         assert!(

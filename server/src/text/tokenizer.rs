@@ -28,6 +28,7 @@ pub struct Tokenizer {
     bounds: TextBounds,
     vocabulary: Arc<Vocabulary>,
     chat_template: Option<ChatTemplate>,
+    info: Value,
 }
 
 impl Tokenizer {
@@ -49,6 +50,10 @@ impl Tokenizer {
             )),
             None => template_of(&config).map(|source| ("tokenizer_config.json", source)),
         };
+        let info = info_of(
+            config.clone(),
+            chat_template.as_ref().map(|(_, source)| source),
+        );
         let chat_template = chat_template
             .map(|(file, source)| ChatTemplate::new(file, &source, special_tokens_of(&config)))
             .transpose()?;
@@ -57,6 +62,7 @@ impl Tokenizer {
             inner,
             vocabulary,
             chat_template,
+            info,
         })
     }
 
@@ -112,6 +118,11 @@ impl Tokenizer {
         &self.vocabulary
     }
 
+    /// `tokenizer_config.json` with the class and the chat template that are used, as vLLM tells it: without names of files.
+    pub fn info(&self) -> &Value {
+        &self.info
+    }
+
     /// The chat template, or why there can't be a chat.
     pub fn chat_template(&self) -> Result<&ChatTemplate, TextError> {
         self.chat_template.as_ref().ok_or(TextError::NoTemplate)
@@ -149,6 +160,27 @@ fn template_of(config: &Value) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// See [`Tokenizer::info`].
+fn info_of(config: Value, chat_template: Option<&String>) -> Value {
+    let mut info = match config {
+        Value::Object(info) => info,
+        _ => serde_json::Map::new(),
+    };
+    for file in ["vocab_file", "merges_file", "tokenizer_file"] {
+        info.remove(file);
+    }
+    let class = info
+        .entry("tokenizer_class")
+        .or_insert_with(|| "PreTrainedTokenizerFast".into());
+    if !class.is_string() {
+        *class = "PreTrainedTokenizerFast".into();
+    }
+    if let Some(source) = chat_template {
+        info.insert("chat_template".to_owned(), source.as_str().into());
+    }
+    Value::Object(info)
 }
 
 /// `bos_token` and the like, written as a string or as an added token with its `content`.

@@ -41,20 +41,25 @@ impl Server {
 
     /// The same with these variables in its environment.
     pub(crate) fn start_in(flags: &[&str], variables: &[(&str, &str)]) -> Self {
+        Self::start_logging(flags, variables, Stdio::null())
+    }
+
+    /// The same, with its log going there.
+    pub(crate) fn start_logging(flags: &[&str], variables: &[(&str, &str)], log: Stdio) -> Self {
         let has_management = flags.contains(&"--management-port");
         let mut child = Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
             .args(["--port", "0", "--num-gpu-blocks-override", "256"])
             .args(flags)
             .envs(variables.iter().copied())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(log)
             .spawn()
             .unwrap();
         let mut addresses = BufReader::new(child.stdout.take().unwrap())
             .lines()
             .filter_map(|line| {
                 let line = line.unwrap();
-                line.split_once("http://")
+                line.split_once("://")
                     .map(|(_, rest)| rest.split(' ').next().unwrap().to_owned())
             });
         let mut client = || Client {
@@ -106,8 +111,19 @@ impl Client {
 
     /// Sends a request and reads the answer's head.
     pub(crate) fn open(&self, method: &str, path: &str, body: &str) -> Answer {
+        self.open_with(method, path, &[], body)
+    }
+
+    /// The same, with these headers.
+    pub(crate) fn open_with(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
         let mut stream = self.connect();
-        send(&mut stream, method, path, body);
+        send_with(&mut stream, method, path, headers, body);
         Answer::read(stream)
     }
 
@@ -160,12 +176,26 @@ impl Drop for Server {
 }
 
 pub(crate) fn send(stream: &mut TcpStream, method: &str, path: &str, body: &str) {
+    send_with(stream, method, path, &[], body);
+}
+
+pub(crate) fn send_with(
+    stream: &mut impl Write,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) {
     let n = body.len();
-    write!(
-        stream,
-        "{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {n}\r\n\r\n{body}"
-    )
-    .unwrap();
+    let headers = headers
+        .iter()
+        .map(|(name, value)| format!("{name}: {value}\r\n"));
+    let headers: String = headers.collect();
+    // At once: a server that refuses the head may be gone before the body.
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {n}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).unwrap();
 }
 
 /// An answer whose body is read as it comes.

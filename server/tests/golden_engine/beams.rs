@@ -51,6 +51,7 @@ fn request(id: u64, prompt: Vec<u32>, beams: BeamParams) -> Request {
         beams: Some(beams),
         logprobs: None,
         prompt_logprobs: None,
+        tenant: None,
         cache_salt: None,
         resumed: Vec::new(),
     }

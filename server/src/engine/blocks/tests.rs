@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::prefix::PrefixKey;
+use crate::engine::prefix::{PrefixKey, PrefixScope};
 
 /// What happens to a pool; the indices choose among the live tables.
 #[derive(Clone, Debug)]
@@ -142,7 +142,7 @@ impl Model {
         let tokens: Vec<u32> = (0..n_shared).map(|p| p % 4).chain(own).collect();
         let n_tokens = tokens.len() as u32;
         let root = self.root.unwrap_or(PrefixKey::of_fields(&[]));
-        let mut chain = PrefixChain::new(root, None, self.pool.groups.block_size);
+        let mut chain = PrefixChain::new(root, PrefixScope::default(), self.pool.groups.block_size);
         chain.extend(&tokens);
         let hit = self.pool.find_prefix(&chain, &tokens, n_tokens - 1);
         let tail = hit.tail.as_ref().map_or(0, |tail| tail.n_tokens);
@@ -430,7 +430,7 @@ fn what_was_let_go_is_found_and_what_is_found_is_shared() {
     };
     let mut pool = BlockPool::new(12, groups.clone(), Some(caching));
     let tokens: Vec<u32> = (0..10).collect();
-    let mut chain = PrefixChain::new(root, None, groups.block_size());
+    let mut chain = PrefixChain::new(root, PrefixScope::default(), groups.block_size());
     chain.extend(&tokens);
     let written = Written {
         chain: &chain,

@@ -19,7 +19,7 @@ use crate::engine::beam::tests::{logprobs, most_likely, run as run_search};
 use crate::engine::constraint::Constraint;
 use crate::engine::groups::{CacheGroups, GroupKind};
 use crate::engine::logits::{LogitsOptions, LogitsProcessors};
-use crate::engine::prefix::{PrefixCaching, PrefixKey};
+use crate::engine::prefix::{PrefixCaching, PrefixKey, PrefixScope};
 use crate::engine::{BeamParams, EarlyStopping};
 
 mod beams;
@@ -685,6 +685,7 @@ fn request(i: usize, arrival: &Arrival) -> Request {
         beams: arrival.beams,
         logprobs: None,
         prompt_logprobs: arrival.scored.then_some(0),
+        tenant: None,
         cache_salt: arrival.salted.then(|| "salt".to_owned()),
         resumed: Vec::new(),
     };
@@ -707,7 +708,7 @@ fn request(i: usize, arrival: &Arrival) -> Request {
 fn add(scheduler: &mut Scheduler, blocks: &BlockPool, setting: &Setting, request: Request) {
     let chain = setting.caching.map(|caching| {
         let size = NonZeroU32::new(setting.block_size).unwrap();
-        let mut chain = PrefixChain::new(caching.root, request.cache_salt.as_deref(), size);
+        let mut chain = PrefixChain::new(caching.root, request.prefix_scope(), size);
         chain.extend(&request.prompt);
         chain
     });
@@ -1022,10 +1023,15 @@ fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
             beams: None,
             logprobs: None,
             prompt_logprobs: None,
+            tenant: None,
             cache_salt: None,
             resumed: Vec::new(),
         };
-        let mut chain = PrefixChain::new(caching.root, None, NonZeroU32::new(4).unwrap());
+        let mut chain = PrefixChain::new(
+            caching.root,
+            PrefixScope::default(),
+            NonZeroU32::new(4).unwrap(),
+        );
         chain.extend(&request.prompt);
         scheduler.add(blocks, request, Some(chain));
         let schedule = scheduler.schedule(blocks, u32::MAX);
