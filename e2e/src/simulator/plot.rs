@@ -8,7 +8,7 @@ use super::{Cell, Row};
 const WIDTH: f64 = 860.0;
 const HEIGHT: f64 = 320.0;
 const LEFT: f64 = 56.0;
-const RIGHT: f64 = 210.0;
+const RIGHT: f64 = 236.0;
 const TOP: f64 = 34.0;
 const BOTTOM: f64 = 40.0;
 
