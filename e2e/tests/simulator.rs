@@ -140,6 +140,7 @@ fn real(load: &Load, hardware: Hardware) -> Run {
                 logprobs: None,
                 prompt_logprobs: None,
                 cache_salt: None,
+                resumed: Vec::new(),
             };
             scheduler.add(&blocks, request, chain);
             next += 1;

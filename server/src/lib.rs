@@ -5,6 +5,7 @@
 pub mod args;
 pub mod engine;
 pub mod frontend;
+pub mod grammar;
 pub mod http;
 pub mod hub;
 pub mod lifecycle;
