@@ -36,6 +36,7 @@ const NOT_WITH_BEAMS: &[(&str, &[&str], &str)] = &[
     ("allowed_token_ids", &["[]"], NOT_BUILT),
     ("bad_words", &["[]"], NOT_BUILT),
     ("response_format", &[r#"{"type":"text"}"#], NOT_BUILT),
+    ("tools", &["[]"], NOT_BUILT),
     ("structured_outputs", &["{}"], NOT_BUILT),
     ("guided_json", &[], NOT_BUILT),
     ("guided_regex", &[], NOT_BUILT),
@@ -268,6 +269,10 @@ mod tests {
             (
                 r#""repetition_penalty": 1.1"#,
                 "repetition_penalty: not supported with beams; leave it out or set it to 1",
+            ),
+            (
+                r#""tools": [{}]"#,
+                "tools: not supported with beams; leave it out or set it to []",
             ),
             (
                 r#""length_penalty": 6"#,
