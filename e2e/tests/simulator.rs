@@ -19,7 +19,7 @@ use kvasir_server::engine::scheduler::{Schedule, Scheduler};
 use kvasir_server::engine::{Request, RequestId, SamplingParams};
 
 fn positive(n: u32) -> NonZeroU32 {
-    NonZeroU32::new(n).unwrap()
+    NonZeroU32::new(n).expect("not 0")
 }
 
 /// Times to the first token, preempted sequences and prompt tokens computed.
@@ -65,9 +65,10 @@ fn modelled(load: &Load, hardware: Hardware) -> Run {
     }
     replica.advance(requests, 1e6);
     let report = replica.report(requests, 1e6);
-    let computed = report.totals.unwrap().prompt_tokens.unwrap();
+    let computed = report.totals.and_then(|totals| totals.prompt_tokens);
     let firsts = std::mem::take(&mut replica.first_tokens);
-    Run::new(load, firsts, report.preemptions.unwrap(), computed)
+    let preemptions = report.preemptions.expect("it is told");
+    Run::new(load, firsts, preemptions, computed.expect("it is told"))
 }
 
 /// A prompt whose chunks hold what their ids say, and whose rest is its own.
@@ -177,7 +178,7 @@ fn real(load: &Load, hardware: Hardware) -> Run {
 
 /// Prompts of conversations: each begins as one before it does.
 fn conversations() -> Load {
-    let mut load = Load::by_name("bursts", 200.0, 1.0).unwrap();
+    let mut load = Load::by_name("bursts", 200.0, 1.0).expect("it has a name");
     for (n, request) in load.requests.iter_mut().enumerate() {
         let talk = (n % 7) as u64;
         request.prompt += 1_024;

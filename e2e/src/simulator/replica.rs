@@ -5,8 +5,10 @@
 //! a step costs the same however many there are. `e2e/tests/simulator.rs` holds it against the real scheduler and block pool.
 //! What it leaves out: several sequences for a request, windowed layers, and cached answers (prompts alone are found again).
 
+mod pool;
+
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap};
 
 use kvasir_crds::LoadReport;
 use kvasir_crds::load_report::{
@@ -15,6 +17,7 @@ use kvasir_crds::load_report::{
 
 use super::hardware::{Hardware, StepSize};
 use super::load::Request;
+use pool::Pool;
 
 /// A step with prompts may take this many times as long as one that only decodes, as the server's pacer has it.
 const MOST_STRETCH: f64 = 2.9;
@@ -53,11 +56,26 @@ struct Decode {
     arrived_s: f64,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Chunk {
-    holders: u32,
-    /// Of its place in the order of eviction; an older place is void.
-    stamp: u64,
+/// The sequences that decode.
+#[derive(Debug)]
+struct Decodes {
+    sequences: BTreeMap<Key, Decode>,
+    ends: BinaryHeap<Reverse<(u64, Key)>>,
+    /// Steps with decodes so far.
+    n_steps: u64,
+    /// By the remainder of the number of steps: sequences that take a block in it.
+    takes_block: Vec<u64>,
+    /// Tokens in the cache of all of them.
+    cached_tokens: u64,
+}
+
+/// Counts since the start.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    prompt_tokens: u64,
+    generated: u64,
+    ended: u64,
+    preemptions: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -74,26 +92,13 @@ pub struct Replica {
     boot: u64,
     waiting: BTreeMap<Key, Prompt>,
     prefilling: BTreeMap<Key, Prompt>,
-    decoding: BTreeMap<Key, Decode>,
-    ends: BinaryHeap<Reverse<(u64, Key)>>,
-    /// Steps with decodes so far.
-    n_decode_steps: u64,
-    /// By the remainder of the number of steps: sequences that take a block in it.
-    takes_block: Vec<u64>,
-    /// Tokens in the cache of the sequences that decode.
-    cached_tokens: u64,
-    /// Blocks held by sequences, those of shared chunks once.
-    active: u64,
-    chunks: HashMap<u64, Chunk>,
-    n_cached_chunks: u64,
-    eviction: VecDeque<(u64, u64)>,
-    stamp: u64,
+    decodes: Decodes,
+    pool: Pool,
     step: Option<Step>,
     n_mixed: u32,
     /// Prompt tokens of the waiting and the prompts under way that are to be computed.
     backlog: u64,
-    preemptions: u64,
-    totals: [u64; 3],
+    counts: Counts,
     /// First tokens: whose and when.
     pub first_tokens: Vec<(usize, f64)>,
     /// When the last request ended.
@@ -109,21 +114,18 @@ impl Replica {
             boot,
             waiting: BTreeMap::new(),
             prefilling: BTreeMap::new(),
-            decoding: BTreeMap::new(),
-            ends: BinaryHeap::new(),
-            n_decode_steps: 0,
-            takes_block: vec![0; hardware.block_size as usize],
-            cached_tokens: 0,
-            active: 0,
-            chunks: HashMap::new(),
-            n_cached_chunks: 0,
-            eviction: VecDeque::new(),
-            stamp: 0,
+            decodes: Decodes {
+                sequences: BTreeMap::new(),
+                ends: BinaryHeap::new(),
+                n_steps: 0,
+                takes_block: vec![0; hardware.block_size as usize],
+                cached_tokens: 0,
+            },
+            pool: Pool::new(&hardware),
             step: None,
             n_mixed: 0,
             backlog: 0,
-            preemptions: 0,
-            totals: [0; 3],
+            counts: Counts::default(),
             first_tokens: Vec::new(),
             idle_since_s: now_s,
         }
@@ -132,7 +134,7 @@ impl Replica {
     /// Sequences that run.
     #[must_use]
     pub fn n_running(&self) -> usize {
-        self.prefilling.len() + self.decoding.len()
+        self.prefilling.len() + self.decodes.sequences.len()
     }
 
     /// Requests that wait.
@@ -195,15 +197,11 @@ impl Replica {
         chunks * self.hardware.blocks_of_a_chunk() * self.hardware.block_size
     }
 
-    fn available(&self) -> u64 {
-        u64::from(self.hardware.blocks).saturating_sub(self.active)
-    }
-
     /// Chunks at the beginning of a prompt that the cache holds; one token at least is computed.
     fn hit(&self, request: &Request, known: u32) -> u32 {
         let most = (known - 1) / self.chunk_tokens(1);
         let chunks = request.chunks.iter().take(most as usize);
-        let held = chunks.take_while(|id| self.chunks.contains_key(id));
+        let held = chunks.take_while(|id| self.pool.has(**id));
         held.count() as u32
     }
 
@@ -215,63 +213,24 @@ impl Replica {
         self.waiting.insert(key, prompt);
     }
 
-    fn hold_chunk(&mut self, id: u64) {
-        let chunk_blocks = self.chunk_blocks(1);
-        let chunk = self.chunks.entry(id).or_insert(Chunk {
-            holders: 0,
-            stamp: u64::MAX,
-        });
-        if chunk.holders == 0 {
-            if chunk.stamp < u64::MAX {
-                self.n_cached_chunks -= 1;
-            }
-            self.active += chunk_blocks;
-        }
-        chunk.holders += 1;
-    }
-
-    fn release_chunks(&mut self, request: &Request, n: u32) {
-        // The last first: a prefix is worth more than what follows it.
-        for id in request.chunks[..n as usize].iter().rev() {
-            let Some(chunk) = self.chunks.get_mut(id) else {
-                continue;
-            };
-            chunk.holders -= 1;
-            if chunk.holders == 0 {
-                self.stamp += 1;
-                chunk.stamp = self.stamp;
-                self.eviction.push_back((*id, self.stamp));
-                self.n_cached_chunks += 1;
-                self.active -= u64::from(self.hardware.blocks_of_a_chunk());
-            }
-        }
-    }
-
-    /// Evicts what active blocks have no room beside.
-    fn evict(&mut self) {
-        let chunk_blocks = self.chunk_blocks(1);
-        while self.active + self.n_cached_chunks * chunk_blocks > u64::from(self.hardware.blocks)
-            && let Some((id, stamp)) = self.eviction.pop_front()
-        {
-            let is_place = |chunk: &Chunk| chunk.holders == 0 && chunk.stamp == stamp;
-            if self.chunks.get(&id).is_some_and(is_place) {
-                self.chunks.remove(&id);
-                self.n_cached_chunks -= 1;
-            }
-        }
+    /// Gives back the blocks of a sequence of so many tokens in the cache.
+    fn let_go(&mut self, request: &Request, length: u32, chunks_held: u32) {
+        let own = self.blocks_for(length) - self.chunk_blocks(chunks_held);
+        self.pool.give(own);
+        self.pool.release(&request.chunks[..chunks_held as usize]);
     }
 
     fn begin_step(&mut self, requests: &[Request], now_s: f64) {
         let mut preempted = false;
-        let bucket = (self.n_decode_steps % u64::from(self.hardware.block_size)) as usize;
-        while self.takes_block[bucket] > self.available() {
+        let bucket = (self.decodes.n_steps % u64::from(self.hardware.block_size)) as usize;
+        while self.decodes.takes_block[bucket] > self.pool.available() {
             self.preempt_newest(requests);
             preempted = true;
         }
-        self.active += self.takes_block[bucket];
+        self.pool.take(self.decodes.takes_block[bucket]);
         let decodes = StepSize {
-            n_decodes: self.decoding.len() as u64,
-            n_cached: self.cached_tokens,
+            n_decodes: self.decodes.sequences.len() as u64,
+            n_cached: self.decodes.cached_tokens,
             ..StepSize::default()
         };
         let room = match decodes.n_decodes {
@@ -287,7 +246,7 @@ impl Replica {
             prompts: Vec::new(),
         };
         self.fill(requests, &mut batch, preempted);
-        self.evict();
+        self.pool.evict();
         let Batch { size, prompts, .. } = batch;
         if size.n_decodes == 0 && prompts.is_empty() {
             return;
@@ -374,13 +333,11 @@ impl Replica {
         }
         let headroom = if n_running == 0 { 0 } else { n_running + 1 };
         let hit = self.hit(request, prompt.known);
-        let cached = request.chunks[..hit as usize]
-            .iter()
-            .filter(|id| self.chunks.get(id).is_some_and(|chunk| chunk.holders == 0))
-            .count() as u32;
+        let found = request.chunks[..hit as usize].iter();
+        let cached = found.filter(|id| self.pool.is_cached(**id)).count() as u32;
         let own = self.blocks_for(prompt.known) - self.chunk_blocks(hit);
         let needed = own + self.chunk_blocks(cached);
-        (needed + headroom <= self.available()).then_some(hit)
+        (needed + headroom <= self.pool.available()).then_some(hit)
     }
 
     fn admit(&mut self, requests: &[Request], key: Key) -> bool {
@@ -392,9 +349,10 @@ impl Replica {
             return false;
         };
         for &id in &request.chunks[..hit as usize] {
-            self.hold_chunk(id);
+            self.pool.hold(id);
         }
-        self.active += self.blocks_for(prompt.known) - self.chunk_blocks(hit);
+        let own = self.blocks_for(prompt.known) - self.chunk_blocks(hit);
+        self.pool.take(own);
         self.backlog -= u64::from(prompt.known - prompt.done);
         prompt.chunks_held = hit;
         prompt.done = self.chunk_tokens(hit);
@@ -422,22 +380,20 @@ impl Replica {
     }
 
     fn preempt_newest(&mut self, requests: &[Request]) {
-        let decoding = self.decoding.last_key_value().map(|(&key, _)| key);
+        let decoding = self.decodes.sequences.last_key_value().map(|(&key, _)| key);
         let prefilling = self.prefilling.last_key_value().map(|(&key, _)| key);
         let Some(key) = decoding.max(prefilling) else {
             return;
         };
-        self.preemptions += 1;
+        self.counts.preemptions += 1;
         let known = match self.prefilling.remove(&key) {
             Some(prompt) => {
                 self.backlog -= u64::from(prompt.known - prompt.done);
-                self.active -=
-                    self.blocks_for(prompt.known) - self.chunk_blocks(prompt.chunks_held);
-                self.release_chunks(&requests[key], prompt.chunks_held);
+                self.let_go(&requests[key], prompt.known, prompt.chunks_held);
                 Some(prompt)
             }
             None => self.stop_decoding(requests, key).map(|decode| {
-                let steps = (self.n_decode_steps - decode.since) as u32;
+                let steps = (self.decodes.n_steps - decode.since) as u32;
                 Prompt {
                     known: decode.length + steps + 1,
                     done: 0,
@@ -469,34 +425,38 @@ impl Replica {
 
     /// Takes a sequence out, with its blocks.
     fn stop_decoding(&mut self, requests: &[Request], key: Key) -> Option<Decode> {
-        let decode = self.decoding.remove(&key)?;
-        let steps = (self.n_decode_steps - decode.since) as u32;
+        let decode = self.decodes.sequences.remove(&key)?;
+        let steps = (self.decodes.n_steps - decode.since) as u32;
         let length = decode.length + steps;
-        self.active -= self.blocks_for(length) - self.chunk_blocks(decode.chunks_held);
-        self.cached_tokens -= u64::from(length);
+        self.decodes.cached_tokens -= u64::from(length);
         let bucket = self.bucket(&decode);
-        self.takes_block[bucket] -= 1;
-        self.release_chunks(&requests[key], decode.chunks_held);
+        self.decodes.takes_block[bucket] -= 1;
+        self.let_go(&requests[key], length, decode.chunks_held);
         Some(decode)
     }
 
     fn end_step(&mut self, requests: &[Request]) {
         let Some(step) = self.step.take() else { return };
-        let [prompt_tokens, generated, _] = &mut self.totals;
-        *generated += step.n_decodes;
-        *prompt_tokens += step.prompts.iter().map(|(_, n)| u64::from(*n)).sum::<u64>();
+        let computed = step.prompts.iter().map(|(_, n)| u64::from(*n));
+        self.counts.prompt_tokens += computed.sum::<u64>();
+        self.counts.generated += step.n_decodes;
         if step.n_decodes > 0 {
-            self.cached_tokens += step.n_decodes;
-            self.n_decode_steps += 1;
+            self.decodes.cached_tokens += step.n_decodes;
+            self.decodes.n_steps += 1;
         }
-        while let Some(&Reverse((until, key))) = self.ends.peek()
-            && until <= self.n_decode_steps
+        while let Some(&Reverse((until, key))) = self.decodes.ends.peek()
+            && until <= self.decodes.n_steps
         {
-            self.ends.pop();
+            self.decodes.ends.pop();
             // One that was preempted meanwhile ends later.
-            if self.decoding.get(&key).is_some_and(|d| d.until == until) {
+            if self
+                .decodes
+                .sequences
+                .get(&key)
+                .is_some_and(|d| d.until == until)
+            {
                 self.stop_decoding(requests, key);
-                self.totals[2] += 1;
+                self.counts.ended += 1;
             }
         }
         for (key, _) in step.prompts {
@@ -521,34 +481,33 @@ impl Replica {
             self.first_tokens.push((key, now_s));
         }
         let generated = prompt.generated + 1;
-        self.totals[1] += 1;
+        self.counts.generated += 1;
         let decode = Decode {
             length: prompt.known,
-            since: self.n_decode_steps,
-            until: self.n_decode_steps + u64::from(request.outputs.saturating_sub(generated)),
+            since: self.decodes.n_steps,
+            until: self.decodes.n_steps + u64::from(request.outputs.saturating_sub(generated)),
             generated,
             chunks_held,
             arrived_s: prompt.arrived_s,
         };
         if decode.until == decode.since {
-            self.active -= self.blocks_for(prompt.known) - self.chunk_blocks(chunks_held);
-            self.release_chunks(request, chunks_held);
-            self.totals[2] += 1;
+            self.let_go(request, prompt.known, chunks_held);
+            self.counts.ended += 1;
             return;
         }
         let bucket = self.bucket(&decode);
-        self.takes_block[bucket] += 1;
-        self.cached_tokens += u64::from(prompt.known);
-        self.ends.push(Reverse((decode.until, key)));
-        self.decoding.insert(key, decode);
+        self.decodes.takes_block[bucket] += 1;
+        self.decodes.cached_tokens += u64::from(prompt.known);
+        self.decodes.ends.push(Reverse((decode.until, key)));
+        self.decodes.sequences.insert(key, decode);
     }
 
     /// Offers the chunks that were computed to the cache: those that it holds by now are kept once.
     fn register(&mut self, request: &Request, prompt: &Prompt) -> u32 {
         let n = (request.chunks.len() as u32).min(prompt.known / self.chunk_tokens(1));
         for &id in &request.chunks[prompt.chunks_held.min(n) as usize..n as usize] {
-            self.active -= self.chunk_blocks(1);
-            self.hold_chunk(id);
+            self.pool.give(self.chunk_blocks(1));
+            self.pool.hold(id);
         }
         n.max(prompt.chunks_held)
     }
@@ -556,7 +515,7 @@ impl Replica {
     /// What it reports at `now_s`.
     #[must_use]
     pub fn report(&self, requests: &[Request], now_s: f64) -> LoadReport {
-        let cached = self.n_cached_chunks * self.chunk_blocks(1);
+        let cached = self.pool.cached();
         let need = |(key, prompt): (&Key, &Prompt)| {
             let hit = self.hit(&requests[*key], prompt.known);
             self.blocks_for(prompt.known) - self.chunk_blocks(hit)
@@ -566,11 +525,11 @@ impl Replica {
             .values()
             .map(|p| p.arrived_s)
             .fold(now_s, f64::min);
-        let decoding = self.decoding.values();
+        let decoding = self.decodes.sequences.values();
         let generated = decoding
-            .map(|d| u64::from(d.generated) + self.n_decode_steps - d.since)
+            .map(|d| u64::from(d.generated) + self.decodes.n_steps - d.since)
             .sum();
-        let [prompt_tokens, generated_tokens, ended_sequences] = self.totals.map(Some);
+        let counts = self.counts;
         LoadReport {
             schema: Some(SCHEMA),
             boot_id: Some(format!("boot-{}", self.boot)),
@@ -579,9 +538,9 @@ impl Replica {
             blocks: Some(BlockCounts {
                 block_size: self.hardware.block_size,
                 total: self.hardware.blocks.into(),
-                active: self.active,
+                active: self.pool.active(),
                 cached,
-                free: self.available().saturating_sub(cached),
+                free: self.pool.available().saturating_sub(cached),
                 waiting_need: self.waiting.iter().map(need).sum(),
             }),
             page_demand: Some(PageDemand {
@@ -600,11 +559,11 @@ impl Replica {
                 oldest_waiting_ms: ((now_s - oldest) * 1e3) as u64,
             }),
             prefill_backlog_tokens: Some(self.backlog),
-            preemptions: Some(self.preemptions),
+            preemptions: Some(counts.preemptions),
             totals: Some(TotalCounts {
-                prompt_tokens,
-                generated_tokens,
-                ended_sequences,
+                prompt_tokens: Some(counts.prompt_tokens),
+                generated_tokens: Some(counts.generated),
+                ended_sequences: Some(counts.ended),
             }),
             ..LoadReport::default()
         }

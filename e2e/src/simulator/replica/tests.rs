@@ -41,15 +41,20 @@ fn everything_ends_and_every_block_is_given_back() {
     ] {
         let replica = run(&load, hardware);
         assert!(replica.is_idle(), "{why}");
-        assert_eq!(replica.active, 0, "{why}");
-        assert_eq!(replica.cached_tokens, 0, "{why}");
+        assert_eq!(replica.pool.active(), 0, "{why}");
+        assert_eq!(replica.decodes.cached_tokens, 0, "{why}");
         assert_eq!(replica.backlog, 0, "{why}");
-        assert!(replica.takes_block.iter().all(|n| *n == 0), "{why}");
+        assert!(replica.decodes.takes_block.iter().all(|n| *n == 0), "{why}");
         assert_eq!(replica.first_tokens.len(), load.requests.len(), "{why}");
-        let [prompt_tokens, generated, ended] = replica.totals;
+        let Counts {
+            prompt_tokens,
+            generated,
+            ended,
+            preemptions,
+        } = replica.counts;
         assert_eq!(ended, load.requests.len() as u64, "{why}");
         assert_eq!(generated, sum(|r| r.outputs), "{why}");
-        assert_eq!(replica.preemptions > 0, preempts, "{why}");
+        assert_eq!(preemptions > 0, preempts, "{why}");
         match preempts {
             true => assert!(prompt_tokens > sum(|r| r.prompt), "{why}: again"),
             false => assert_eq!(prompt_tokens, sum(|r| r.prompt), "{why}"),
@@ -76,8 +81,8 @@ fn equal_prefixes_are_computed_once_and_are_the_last_to_go() {
     };
     let computed = |blocks| {
         let replica = run(&load, hardware(blocks, 8));
-        assert_eq!(replica.active, 0);
-        replica.totals[0]
+        assert_eq!(replica.pool.active(), 0);
+        replica.counts.prompt_tokens
     };
     let first = 2_100;
     let rest = u64::from(2_100 - 3 * CHUNK_TOKENS);
