@@ -1,6 +1,7 @@
 """Whole conversations through LangChain's ChatOpenAI and OpenAI: python drive_langchain.py URL/v1"""
 
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+import pydantic
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
@@ -27,6 +28,38 @@ def total(chunks):
         whole += chunk
     assert len(chunks) > 3, "the answer comes in pieces"
     return whole
+
+
+class Scale(pydantic.BaseModel, extra="forbid"):
+    """Sets the replicas of a deployment."""
+
+    deployment: str = pydantic.Field(max_length=8)
+    replicas: int = pydantic.Field(ge=1, le=9)
+
+
+def check_structured_output(url):
+    """By a schema in the answer's format, by a call, and by JSON alone."""
+    for method in ("json_schema", "function_calling"):
+        answer = model(url, temperature=1, seed=3).with_structured_output(Scale, method=method).invoke(QUESTION)
+        equal(type(answer), Scale)
+    schema = {"title": "block", "type": "object", "properties": {"index": {"type": "integer", "minimum": 0, "maximum": 9}},
+              "required": ["index"], "additionalProperties": False}  # fmt: skip
+    answer = model(url).with_structured_output(schema, strict=True).invoke(QUESTION)
+    assert 0 <= answer["index"] <= 9, answer
+
+
+def check_tools(url):
+    """An agent's turn: a call, its result, an answer."""
+    bound = model(url, temperature=1, seed=5).bind_tools([Scale], tool_choice="any", parallel_tool_calls=False)
+    answer = bound.invoke(QUESTION)
+    (call,) = answer.tool_calls
+    equal((call["name"], answer.response_metadata["finish_reason"]), ("Scale", "tool_calls"))
+    Scale.model_validate(call["args"])
+    equal(total(list(bound.stream(QUESTION))).tool_calls[0]["args"], call["args"])
+    named = model(url).bind_tools([Scale], tool_choice="Scale").invoke(QUESTION)
+    Scale.model_validate(named.tool_calls[0]["args"])
+    messages = [HumanMessage(QUESTION), answer, ToolMessage("done", tool_call_id=call["id"])]
+    assert model(url).invoke(messages).content
 
 
 def check_invoke(url):
@@ -115,9 +148,9 @@ def check_errors(url):
     for n_words in (5000, 90000):
         error = raises(OpenAIContextOverflowError, lambda n=n_words: model(url).invoke("block " * n))
         equal(error.code, "context_length_exceeded")
-    # Schemas and tools are refused by name, before anything is computed.
-    structured = model(url).with_structured_output({"title": "answer", "type": "object", "properties": {"a": {"type": "string"}}})
-    equal(raises(OpenAIInvalidRequestError, lambda: structured.invoke(QUESTION)).param, "response_format")
+    # A schema that can't be enforced is refused by name, before anything is computed.
+    structured = model(url).with_structured_output({"title": "answer", "type": "object", "properties": {"a": {"not": {}}}})
+    equal(raises(OpenAIInvalidRequestError, lambda: structured.invoke(QUESTION)).param, "response_format.json_schema.schema")
 
 
 run(globals())

@@ -1,8 +1,11 @@
 """Whole conversations through the `openai` package: python drive_openai.py URL/v1"""
 
 import asyncio
+import json
+from typing import Literal
 
 import openai
+import pydantic
 
 from checks import MODEL, PROMPT, QUESTION, chat, completion, equal, raises, run, user
 
@@ -31,6 +34,78 @@ def assembled(events):
     assert len(events) > 3, "the answer comes in pieces"
     usage = events[-1].usage and tokens(events[-1].usage)
     return "".join(piece or "" for piece in delta), reasons[0], usage
+
+
+class Block(pydantic.BaseModel):
+    index: int = pydantic.Field(ge=0, le=99)
+    owner: str = pydantic.Field(max_length=12)
+
+
+class Table(pydantic.BaseModel):
+    state: Literal["active", "cached", "free"]
+    blocks: list[Block] = pydantic.Field(max_length=2)
+    first: Block | None
+
+
+class Scale(pydantic.BaseModel):
+    """Sets the replicas of a deployment."""
+
+    deployment: str = pydantic.Field(max_length=8)
+    replicas: int = pydantic.Field(ge=1, le=9)
+
+
+SCALE = openai.pydantic_function_tool(Scale, name="scale")
+
+
+def check_structured_answers(url):
+    """A schema out of a class, and the answer as its object; streamed as well."""
+    api = client(url)
+    fields = {"model": MODEL, "messages": [user(QUESTION)], "temperature": 1, "seed": 3, "response_format": Table}
+    choice = api.chat.completions.parse(**fields).choices[0]
+    table = choice.message.parsed
+    equal((type(table), choice.finish_reason), (Table, "stop"))
+    equal(Table.model_validate_json(choice.message.content), table)
+    with api.chat.completions.stream(**fields) as stream:
+        equal(stream.get_final_completion().choices[0].message.parsed, table)
+    several = api.chat.completions.parse(**{**fields, "n": 3}).choices
+    equal(several[0].message.parsed, table)
+    assert all(type(choice.message.parsed) is Table for choice in several)
+    answer = ask(api, response_format={"type": "json_object"}, max_tokens=300, temperature=1, seed=1).choices[0]
+    assert answer.finish_reason == "length" or type(json.loads(answer.message.content)) is dict, answer
+    for extra, fits in [({"guided_choice": ["free", "cached"]}, ("free", "cached")),
+                        ({"structured_outputs": {"regex": "block [0-9]{2}"}}, tuple(f"block {i:02}" for i in range(100)))]:  # fmt: skip
+        answer = ask(api, extra_body=extra).choices[0]
+        assert answer.message.content in fits and answer.finish_reason == "stop", answer
+    error = raises(openai.BadRequestError, lambda: ask(api, extra_body={"guided_json": {"not": {}}}))
+    equal(error.param, "guided_json")
+    assert "not is not supported" in error.body["message"], error.body
+
+
+def check_tools(url):
+    """A call that is asked for, its result sent back, and the same streamed."""
+    api = client(url)
+    fields = {"model": MODEL, "temperature": 1, "seed": 5, "tools": [SCALE], "tool_choice": "required"}
+    messages = [user(QUESTION)]
+    choice = api.chat.completions.parse(messages=messages, parallel_tool_calls=False, **fields).choices[0]
+    (call,) = choice.message.tool_calls
+    equal((choice.finish_reason, choice.message.content, call.type, call.function.name), ("tool_calls", None, "function", "scale"))
+    equal(type(call.function.parsed_arguments), Scale)
+    events = list(api.chat.completions.create(messages=messages, parallel_tool_calls=False, stream=True, **fields))
+    deltas = [delta for event in events for choice in event.choices for delta in choice.delta.tool_calls or []]
+    equal([(delta.index, delta.id, delta.function.name) for delta in deltas if delta.id], [(0, deltas[0].id, "scale")])
+    assert len(deltas) > 3, "arguments come in pieces"
+    equal("".join(delta.function.arguments for delta in deltas), call.function.arguments)
+    equal([choice.finish_reason for event in events for choice in event.choices if choice.finish_reason], ["tool_calls"])
+    with api.chat.completions.stream(messages=messages, parallel_tool_calls=False, **fields) as stream:
+        final = stream.get_final_completion().choices[0].message
+    equal(final.tool_calls[0].function.parsed_arguments, call.function.parsed_arguments)
+    named = {"type": "function", "function": {"name": "scale"}}
+    choice = ask(api, tools=[SCALE], tool_choice=named).choices[0]
+    equal((choice.finish_reason, len(choice.message.tool_calls)), ("stop", 1))
+    Scale.model_validate_json(choice.message.tool_calls[0].function.arguments)
+    # The package's own object goes back, and the tool's answer with the call's id.
+    messages += [choice.message, {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "done"}]
+    assert ask(api, messages=messages, tools=[SCALE], tool_choice="none").choices[0].message.content
 
 
 def check_models(url):
@@ -149,8 +224,9 @@ def check_errors(url):
     api = client(url)
     for param, fields in [("temperature", {"temperature": -1}), ("max_tokens", {"max_tokens": 0}),
                           ("messages", {"messages": []}), ("messages[0].role", {"messages": [{"content": "a"}]}),
-                          ("response_format", {"response_format": {"type": "json_object"}}),
-                          ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+                          ("response_format", {"response_format": {"type": "xml"}}),
+                          ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": "f g"}}]}),
+                          ("tool_choice", {"tool_choice": "required"}),
                           ("novel", {"extra_body": {"novel": 1}})]:  # fmt: skip
         error = raises(openai.BadRequestError, lambda fields=fields: ask(api, **fields))
         equal((error.param, error.type, error.status_code), (param, "invalid_request_error", 400))

@@ -18,6 +18,7 @@ pub use kvasir_kernels::choice::DeviceChoice;
 use crate::access::keys::{ApiKey, KEY_FORM};
 use crate::access::origins::AllowedOrigins;
 use crate::hub::{self, Repository};
+use crate::text::tool_calls::ToolCallFormat;
 
 /// What to serve, and how; only valid values.
 #[derive(Clone, Debug, PartialEq, Parser)]
@@ -131,6 +132,23 @@ pub struct ModelArgs {
         ("auto", DeviceChoice::Auto), ("cpu", DeviceChoice::Cpu), ("cuda", DeviceChoice::Cuda),
     ]))]
     pub device: DeviceChoice,
+    /// How the model writes tool calls: auto (by its chat template), none, hermes, llama3_json, pythonic, mistral,
+    /// phi4_mini_json or qwen3_coder.
+    #[arg(long, default_value = "auto", value_parser = choice(&[
+        ("auto", ToolCallChoice::Auto), ("none", ToolCallChoice::None),
+        ("hermes", ToolCallChoice::Format(ToolCallFormat::Hermes)),
+        ("llama3_json", ToolCallChoice::Format(ToolCallFormat::Llama3Json)),
+        ("pythonic", ToolCallChoice::Format(ToolCallFormat::Pythonic)),
+        ("mistral", ToolCallChoice::Format(ToolCallFormat::Mistral)),
+        ("phi4_mini_json", ToolCallChoice::Format(ToolCallFormat::Phi4Mini)),
+        ("qwen3_coder", ToolCallChoice::Format(ToolCallFormat::Qwen3Coder)),
+    ]))]
+    pub tool_call_parser: ToolCallChoice,
+    /// How the model's reasoning is told apart from its answer: auto (by its chat template), none, or think (`<think>` tags).
+    #[arg(long, default_value = "auto", value_parser = choice(&[
+        ("auto", ReasoningChoice::Auto), ("none", ReasoningChoice::None), ("think", ReasoningChoice::Think),
+    ]))]
+    pub reasoning_parser: ReasoningChoice,
     /// The longest context in tokens, prompt and answer together [default: the model's own].
     #[arg(long, value_parser = positive::<u32>)]
     pub max_model_len: Option<u32>,
@@ -333,6 +351,28 @@ pub enum DtypeChoice {
     BFloat16,
     /// float32.
     Float32,
+}
+
+/// How tool calls are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ToolCallChoice {
+    /// By the chat template.
+    Auto,
+    /// Not at all.
+    None,
+    /// In this format.
+    Format(ToolCallFormat),
+}
+
+/// How reasoning is told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReasoningChoice {
+    /// By the chat template.
+    Auto,
+    /// Not at all.
+    None,
+    /// By `<think>` tags.
+    Think,
 }
 
 /// How log lines look.

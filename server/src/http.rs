@@ -4,11 +4,14 @@
 //!
 //! - [`incoming`], [`fields`], [`params`], [`choices`], [`prompts`], [`conversation`]: requests are read in time and parsed
 //!   once, in bounded memory; every mistake names its field.
-//! - [`completions`], [`chat`], [`tokenize`], [`detokenize`]: the interfaces; [`generate`] is what the first two share.
+//! - [`structured`], [`tools`]: what holds an answer to a grammar; the tools that it may call.
+//! - [`completions`], [`chat`], [`tokenize`], [`detokenize`]: the interfaces; [`generate`] is what the first two share;
+//!   [`answer`] takes a chat's answer apart.
 //! - [`management`]: probes, load, metrics. [`middleware`]: around every request. [`access`]: who may call the API.
 //! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client reads too slowly.
 
 pub mod access;
+mod answer;
 mod chat;
 mod choices;
 mod completions;
@@ -27,7 +30,9 @@ mod params;
 mod prompts;
 mod resume;
 pub mod serve;
+mod structured;
 mod tokenize;
+mod tools;
 mod wire;
 mod write_timeout;
 
@@ -47,7 +52,9 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::frontend::AsyncEngine;
+use crate::grammar::GrammarCompiler;
 use crate::metrics::Metrics;
+use crate::text::tool_calls::ToolCallFormat;
 use crate::text::{TextPool, Tokenizer};
 use access::Access;
 pub use defaults::SamplingDefaults;
@@ -74,6 +81,12 @@ pub struct Serving {
     pub tokenizer: Arc<Tokenizer>,
     /// Threads for the tokenizer.
     pub pool: TextPool,
+    /// Makes of grammars what answers are held to.
+    pub grammars: GrammarCompiler,
+    /// How the model writes tool calls, where it does.
+    pub tool_calls: Option<ToolCallFormat>,
+    /// The model's reasoning is told apart from its answer.
+    pub splits_reasoning: bool,
     /// The way to the engine and back.
     pub engine: AsyncEngine,
     /// What a request that says nothing gets.

@@ -6,6 +6,7 @@ pub mod access;
 pub mod args;
 pub mod engine;
 pub mod frontend;
+pub mod grammar;
 pub mod http;
 pub mod hub;
 pub mod lifecycle;

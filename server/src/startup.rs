@@ -13,15 +13,19 @@ use kvasir_kernels::device::DeviceError;
 use kvasir_kernels::shape::Precision;
 use kvasir_kernels::stored::Dtype;
 
-use crate::args::{Args, DtypeChoice, ModelSource, PlanArgs};
-use crate::engine::{Engine, EngineError};
+use crate::args::{
+    Args, DtypeChoice, ModelArgs, ModelSource, PlanArgs, ReasoningChoice, ToolCallChoice,
+};
+use crate::engine::{Engine, EngineError, ModelInfo};
 use crate::frontend::AsyncEngine;
 use crate::frontend::budget::ByteBudget;
+use crate::grammar::GrammarCompiler;
 use crate::http::{Ids, SamplingDefaults, Serving, unix_time};
 use crate::hub::{self, Fetched, Found, HeaderFolder, Hub, HubError, Repository};
 use crate::metrics::Metrics;
 use crate::model::{self, LoadError, LoadOptions, LoadedModel, MemoryPlan, ModelFiles, Progress};
 use crate::text::tokenizer::TextFiles;
+use crate::text::tool_calls::ToolCallFormat;
 use crate::text::{TextError, TextPool, Tokenizer};
 
 /// Requests that may wait for each sequence that may run, and however few these are.
@@ -174,11 +178,15 @@ fn serve(
     let slots = u32::try_from(info.limits.max_sequences).unwrap_or(u32::MAX);
     let max_waiting = (args.engine.max_waiting).unwrap_or_else(|| default_max_waiting(slots));
     let (engine, outputs) = Engine::start(Box::new(loaded.executor), info, max_waiting)?;
+    let grammars = start_grammars(&examined.tokenizer, engine.handle().model_info())?;
     let budget = ByteBudget::new(args.limits.request_memory_bytes);
     let async_engine = AsyncEngine::start(engine.handle(), outputs, Arc::clone(metrics), budget)
         .map_err(StartError::Thread)?;
     let serving = Serving {
         model_name: args.model.served_name(),
+        grammars,
+        tool_calls: tool_call_format(&args.model, &examined.tokenizer),
+        splits_reasoning: splits_reasoning(&args.model, &examined.tokenizer),
         tokenizer: examined.tokenizer,
         pool: TextPool::start(text_threads()).map_err(StartError::Thread)?,
         engine: async_engine,
@@ -371,6 +379,35 @@ fn load_tokenizer(files: &ModelFiles) -> Result<Tokenizer, StartError> {
         tokenizer_config: tokenizer_config.as_deref(),
         chat_template: chat_template.as_deref(),
     })?)
+}
+
+fn start_grammars(tokenizer: &Tokenizer, info: &ModelInfo) -> Result<GrammarCompiler, StartError> {
+    let vocabulary = Arc::clone(tokenizer.vocabulary());
+    GrammarCompiler::start(
+        vocabulary,
+        info.vocab_size,
+        &info.eos_token_ids,
+        text_threads(),
+    )
+    .map_err(StartError::Thread)
+}
+
+fn tool_call_format(args: &ModelArgs, tokenizer: &Tokenizer) -> Option<ToolCallFormat> {
+    match args.tool_call_parser {
+        ToolCallChoice::Auto => tokenizer.chat_template().ok()?.style().tool_calls,
+        ToolCallChoice::None => None,
+        ToolCallChoice::Format(format) => Some(format),
+    }
+}
+
+fn splits_reasoning(args: &ModelArgs, tokenizer: &Tokenizer) -> bool {
+    match args.reasoning_parser {
+        ReasoningChoice::Auto => tokenizer
+            .chat_template()
+            .is_ok_and(|template| template.style().thinks),
+        ReasoningChoice::None => false,
+        ReasoningChoice::Think => true,
+    }
 }
 
 fn load_defaults(files: &ModelFiles) -> Result<(SamplingDefaults, Vec<String>), StartError> {

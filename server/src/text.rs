@@ -8,8 +8,10 @@ pub mod chat_template;
 pub mod detokenize;
 mod pieces;
 pub mod pool;
+pub mod reasoning;
 pub mod stop;
 pub mod tokenizer;
+pub mod tool_calls;
 pub mod vocabulary;
 
 pub use chat_template::ChatTemplate;

@@ -20,6 +20,7 @@ use kvasir_server::engine::groups::{CacheGroups, GroupKind};
 use kvasir_server::engine::{Engine, ModelInfo};
 use kvasir_server::frontend::AsyncEngine;
 use kvasir_server::frontend::budget::ByteBudget;
+use kvasir_server::grammar::GrammarCompiler;
 use kvasir_server::http::serve::{self, Phase, PortLimits};
 use kvasir_server::http::{self, App, Ids, Routes, SamplingDefaults, Serving};
 use kvasir_server::lifecycle::{self, ServeError};
@@ -192,9 +193,14 @@ fn start(setting: Setting) -> Trouble {
     let budget = ByteBudget::new(64 << 20);
     let async_engine =
         AsyncEngine::start(engine.handle(), outputs, Arc::clone(&metrics), budget).unwrap();
+    let tokenizer = Arc::new(Tokenizer::load(files).unwrap());
+    let vocabulary = Arc::clone(tokenizer.vocabulary());
     let serving = Serving {
         model_name: "m".to_owned(),
-        tokenizer: Arc::new(Tokenizer::load(files).unwrap()),
+        grammars: GrammarCompiler::start(vocabulary, 2048, &[1], NonZeroUsize::MIN).unwrap(),
+        tool_calls: None,
+        splits_reasoning: false,
+        tokenizer,
         pool: TextPool::start(NonZeroUsize::MIN).unwrap(),
         engine: async_engine.clone(),
         defaults: SamplingDefaults::default(),

@@ -523,12 +523,12 @@ fn what_is_wrong_is_named() {
             "not supported",
         ),
         (
-            "unbuilt",
+            "no tool",
             CHAT,
             json!({"messages": question(), "tools": [{}]}).to_string(),
             400,
-            json!("tools"),
-            "not supported",
+            json!("tools[0]"),
+            "missing field `type`",
         ),
         (
             "unknown",

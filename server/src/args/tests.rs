@@ -212,7 +212,7 @@ fn every_flag_has_its_environment_variable() {
         .get_arguments()
         .map(|arg| arg.get_env().unwrap().to_str().unwrap())
         .collect();
-    assert_eq!(variables.len(), 38);
+    assert_eq!(variables.len(), 40);
     for variable in [
         "KVASIR_MODEL",
         "KVASIR_PORT",

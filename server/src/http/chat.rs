@@ -1,10 +1,12 @@
-//! `POST /v1/chat/completions`: messages through the model's chat template, whole or streamed.
+//! `POST /v1/chat/completions`: messages and tools through the model's chat template, and the answer, whole or streamed, taken
+//! apart into reasoning, content and tool calls.
 
 use std::sync::Arc;
 
 use axum::response::Response;
 
 use super::Serving;
+use super::answer::{AnswerFormat, AnswerParser, CallFormat, Parts};
 use super::conversation::Conversation;
 use super::error::ApiError;
 use super::fields::{Fields, Interface};
@@ -14,16 +16,29 @@ use super::generate::{
 use super::incoming::Incoming;
 use super::logprobs::{ChatLogprobs, PromptLogprobs};
 use super::params::{MAX_LOGPROBS, Params, StreamUsage, take_n_logprobs, truncate};
-use super::wire::{Chat, ChatChoice, ChatDelta, Delta, Message, Usage, chunk_usage, reasons};
+use super::structured::{Structured, refusal};
+use super::tools::{ToolChoice, Tools};
+use super::wire::{
+    Chat, ChatChoice, ChatDelta, Delta, Message, ToolCall, Usage, chunk_usage, reasons,
+};
 use crate::engine::TokenLogprobs;
 use crate::frontend::RequestEvent;
 use crate::frontend::budget::Purpose;
-use crate::text::Detokenizer;
+use crate::grammar::CompiledGrammar;
+use crate::grammar::lark::{Reasoning, after_reasoning};
+use crate::text::reasoning::{PromptEnd, THINK, THINK_END};
+use crate::text::stop::StopStrings;
+use crate::text::tool_calls::ToolCallFormat;
+use crate::text::{Detokenizer, StopMatcher};
 
 /// What a body asks for.
 struct ChatRequest {
     params: Params,
     conversation: Conversation,
+    tools: Tools,
+    structured: Option<Structured>,
+    /// Reasoning is part of the answer.
+    include_reasoning: bool,
     /// `None`: as many as the model's defaults and the context have room for.
     max_tokens: Option<u32>,
     logprobs: Option<u8>,
@@ -49,16 +64,140 @@ impl ChatRequest {
             let message = format!("allowed only with \"logprobs\": true (0 to {MAX_LOGPROBS})");
             return Err(ApiError::field("top_logprobs", message));
         }
-        let conversation = Conversation::take(&mut fields)?;
+        let tools = Tools::take(&mut fields)?;
+        serving.check_tools(&tools)?;
+        let structured = Structured::take(&mut fields)?;
+        let conversation = Conversation::take(&mut fields, tools.for_template())?;
+        let include_reasoning = fields.take("include_reasoning")?.unwrap_or(true);
         fields.finish(Interface::Chat)?;
         serving.check_choices(&params.choices, 1)?;
         Ok(Self {
             params,
             conversation,
+            tools,
+            structured,
+            include_reasoning,
             max_tokens,
             logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)),
         })
     }
+}
+
+impl Serving {
+    /// Refuses tools that the model would never see, unless its answer is held to them.
+    fn check_tools(&self, tools: &Tools) -> Result<(), ApiError> {
+        let style = self.tokenizer.chat_template()?.style();
+        match tools.choice == ToolChoice::Auto && !style.shows_tools {
+            true => Err(ApiError::field(
+                "tools",
+                "the chat template of this model shows it no tools; with \"tool_choice\": \"required\" or a named function its answer is a call",
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// The prompt in tokens, and where its text leaves the model.
+    async fn encode_chat(
+        &self,
+        conversation: Conversation,
+        params: &Params,
+        max_tokens: Option<u32>,
+    ) -> Result<(Vec<u32>, PromptEnd), ApiError> {
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let max_model_len = self.engine.handle().model_info().max_model_len;
+        let keep = params.truncation.keeps(max_model_len, max_tokens)?;
+        // A prompt that is cut may be as long as it likes.
+        let longest = keep.is_none().then_some(max_model_len);
+        let n_bytes = conversation.n_bytes;
+        let encode = move || conversation.encode(&tokenizer, longest);
+        let rendered = self.pool.run(n_bytes, encode).await?;
+        let mut rendered = rendered.map_err(|error| ApiError::from(error).about("messages"))?;
+        truncate(&mut rendered.tokens, keep);
+        Ok((rendered.tokens, rendered.end))
+    }
+
+    /// An answer's id, and when it was begun.
+    fn answer_name(&self, params: &Params) -> (Arc<str>, u64) {
+        match &params.resume {
+            Some(resume) => (resume.id.as_str().into(), resume.created),
+            None => {
+                let id = format!("chatcmpl-{}", self.ids.call());
+                (id.into(), super::unix_time())
+            }
+        }
+    }
+
+    /// How the answer to a prompt that ends so is taken apart.
+    fn answer_format(&self, tools: &Tools, end: PromptEnd) -> AnswerFormat {
+        AnswerFormat {
+            thinking: match end {
+                PromptEnd::BehindReasoning => None,
+                end => self
+                    .splits_reasoning
+                    .then_some(end == PromptEnd::InReasoning),
+            },
+            calls: tools.format(self.tool_calls).map(|format| CallFormat {
+                format,
+                types: tools.types(),
+                most: if tools.parallel { usize::MAX } else { 1 },
+            }),
+        }
+    }
+
+    /// What the answer has to match, compiled.
+    async fn answer_grammar(
+        &self,
+        tools: &Tools,
+        structured: Option<Structured>,
+        format: &AnswerFormat,
+    ) -> Result<Option<CompiledGrammar>, ApiError> {
+        let (grammar, field) = match &format.calls {
+            Some(calls) => {
+                let vocabulary = self.tokenizer.vocabulary();
+                let structured = structured.as_ref().map(|structured| &structured.grammar);
+                let grammar = tools.grammar(calls.format, vocabulary, structured)?;
+                (grammar, "tools".to_owned())
+            }
+            None => match structured {
+                Some(Structured { grammar, field }) => (Some(grammar), field),
+                None => (None, String::new()),
+            },
+        };
+        let Some(grammar) = grammar else {
+            return Ok(None);
+        };
+        let grammar = match format.thinking {
+            None => Ok(grammar),
+            Some(true) => after_reasoning(&grammar, Reasoning::Begun, (THINK, THINK_END)),
+            Some(false) => after_reasoning(&grammar, Reasoning::Possible, (THINK, THINK_END)),
+        };
+        let grammar = grammar.map_err(|error| refusal(&field, error))?;
+        let structured = Structured { grammar, field };
+        structured.compile(self).await.map(Some)
+    }
+
+    /// Whether special tokens are part of an answer's text: where one of them begins a call.
+    fn skips_special_tokens(&self, asked: bool, calls: Option<ToolCallFormat>) -> bool {
+        let mark = calls.and_then(ToolCallFormat::mark);
+        let is_special = |mark| self.tokenizer.vocabulary().special_token(mark).is_some();
+        asked && !mark.is_some_and(is_special)
+    }
+}
+
+/// The choices of a call, as far as its client has them.
+fn choices(
+    format: &AnswerFormat,
+    id: &Arc<str>,
+    params: &Params,
+    detokenizer: &Detokenizer,
+) -> Vec<Choice> {
+    let resume = params.resume.as_ref();
+    let choice = |index: usize| {
+        let resumed = resume.and_then(|resume| resume.choices.get(index));
+        let said = resumed.map(|tokens| (tokens.as_slice(), detokenizer.clone(), &params.stop));
+        Choice::new(format.parser(id, index), said)
+    };
+    (0..params.choices.n.get() as usize).map(choice).collect()
 }
 
 /// Answers one call.
@@ -73,62 +212,51 @@ pub(super) async fn chat(
     let ChatRequest {
         mut params,
         conversation,
+        tools,
+        structured,
+        include_reasoning,
         max_tokens,
         logprobs,
     } = ChatRequest::parse(&serving, &body)?;
     drop(body);
     params.settle_seed(|| serving.ids.seed());
     let logits = serving.logits_options(params.logits.clone()).await?;
-    let tokenizer = Arc::clone(&serving.tokenizer);
-    let max_model_len = serving.engine.handle().model_info().max_model_len;
-    let keep = params.truncation.keeps(max_model_len, max_tokens)?;
-    // A prompt that is cut may be as long as it likes.
-    let longest = keep.is_none().then_some(max_model_len);
-    let mut prompt = serving
-        .pool
-        .run(conversation.n_bytes, move || {
-            conversation.encode(&tokenizer, longest)
-        })
-        .await?
-        .map_err(|error| ApiError::from(error).about("messages"))?;
-    truncate(&mut prompt, keep);
+    let (prompt, end) = serving
+        .encode_chat(conversation, &params, max_tokens)
+        .await?;
     let max_tokens = serving.check_prompt(&prompt, max_tokens, "messages")?;
-    let n = params.choices.n.get() as usize;
-    let (id, created, choices) = match &params.resume {
-        Some(resume) => {
-            let choices = resume.choices.iter().map(|tokens| Choice {
-                started: true,
-                was_over: false,
-                n_completion: tokens.len(),
-            });
-            (resume.id.clone(), resume.created, choices.collect())
-        }
-        None => {
-            let id = format!("chatcmpl-{}", serving.ids.call());
-            (id, super::unix_time(), vec![Choice::default(); n])
-        }
-    };
+    let format = serving.answer_format(&tools, end);
+    let grammar = serving.answer_grammar(&tools, structured, &format).await?;
+    // An answer is a text of its own, unlike a completion.
+    let vocabulary = Arc::clone(serving.tokenizer.vocabulary());
+    let calls = format.calls.as_ref().map(|calls| calls.format);
+    let skip_special = serving.skips_special_tokens(params.skip_special_tokens, calls);
+    let detokenizer = Detokenizer::new(vocabulary, skip_special);
+    let (id, created) = serving.answer_name(&params);
+    let choices = choices(&format, &id, &params, &detokenizer);
     let tells_prompt = params.return_token_ids && params.resume.is_none();
     let mut call = Call {
-        id,
         created,
         n_prompt: prompt.len(),
         n_cached: 0,
         choices,
         prompt: tells_prompt.then(|| prompt.clone()),
-        with_logprobs: logprobs.is_some(),
+        options: Options {
+            with_logprobs: logprobs.is_some(),
+            include_reasoning,
+            is_named: matches!(tools.choice, ToolChoice::Named(_)),
+        },
+        id,
         params,
         serving: Arc::clone(&serving),
     };
-    // An answer is a text of its own, unlike a completion.
-    let vocabulary = Arc::clone(serving.tokenizer.vocabulary());
-    let detokenizer = Detokenizer::new(vocabulary, call.params.skip_special_tokens);
     let prepared = Prepared {
         prompt,
         detokenizer,
         max_tokens,
         logprobs,
         prompt_logprobs: call.params.prompt_logprobs,
+        grammar,
     };
     let streams = serving.submit(vec![prepared], &call.params, &logits, arrived)?;
     drop(lease);
@@ -143,8 +271,9 @@ pub(super) async fn chat(
 }
 
 /// One choice, as far as it has come.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug)]
 struct Choice {
+    parser: AnswerParser,
     /// Its role is sent.
     started: bool,
     /// Its client has seen the end of it before.
@@ -152,12 +281,43 @@ struct Choice {
     n_completion: usize,
 }
 
+impl Choice {
+    /// `said`: the tokens that its client has already, what makes text of them, and what ends it.
+    fn new(mut parser: AnswerParser, said: Option<(&[u32], Detokenizer, &StopStrings)>) -> Self {
+        let n_completion = said.as_ref().map_or(0, |(tokens, ..)| tokens.len());
+        let started = said.is_some();
+        if let Some((tokens, mut detokenizer, stop)) = said {
+            let (mut text, mut decided) = (String::new(), String::new());
+            tokens
+                .iter()
+                .for_each(|&id| detokenizer.push(id, &mut text));
+            StopMatcher::new(stop.clone()).push(&text, &mut decided);
+            parser.push(decided, false);
+        }
+        Self {
+            parser,
+            started,
+            was_over: false,
+            n_completion,
+        }
+    }
+}
+
+/// What a call wants of its answer.
+#[derive(Clone, Copy, Debug)]
+struct Options {
+    with_logprobs: bool,
+    include_reasoning: bool,
+    /// A function is named that the answer calls.
+    is_named: bool,
+}
+
 /// A call under way.
 struct Call {
-    id: String,
+    id: Arc<str>,
     created: u64,
     params: Params,
-    with_logprobs: bool,
+    options: Options,
     n_prompt: usize,
     n_cached: usize,
     choices: Vec<Choice>,
@@ -203,11 +363,18 @@ impl Call {
             .map(|n_top| PromptLogprobs::new(vocabulary, scored.unwrap_or_default(), n_top.into()));
         for (index, answer) in answers.into_iter().enumerate() {
             let (finish_reason, stop_reason) = reasons(answer.reason, &self.params.stop_token_ids)?;
+            let parts = self.parts(index, answer.text, true);
+            let finish_reason = self.finish_reason(index, finish_reason);
+            let reasoning = (!parts.reasoning.is_empty()).then_some(parts.reasoning);
+            let is_call_alone = parts.content.is_empty() && !parts.tool_calls.is_empty();
             choices.push(ChatChoice {
                 index,
                 message: Message {
                     role: "assistant",
-                    content: answer.text,
+                    content: (!is_call_alone).then_some(parts.content),
+                    reasoning_content: reasoning.clone(),
+                    reasoning,
+                    tool_calls: parts.tool_calls.into_iter().map(ToolCall::from).collect(),
                 },
                 logprobs: self.logprobs(&answer.tokens),
                 finish_reason,
@@ -242,13 +409,31 @@ impl Call {
         ));
     }
 
+    /// What a piece of a choice's text brings.
+    fn parts(&mut self, index: usize, text: String, ended: bool) -> Parts {
+        let mut parts = self.choices[index].parser.push(text, ended);
+        if !self.options.include_reasoning {
+            parts.reasoning.clear();
+        }
+        parts
+    }
+
+    /// As in OpenAI's interface: an answer that came to calls ends with these, unless they were asked for by name.
+    fn finish_reason(&self, index: usize, reason: &'static str) -> &'static str {
+        let has_called = self.choices[index].parser.has_called;
+        match reason == "stop" && has_called && !self.options.is_named {
+            true => "tool_calls",
+            false => reason,
+        }
+    }
+
     fn usage(&self) -> Usage {
         let n_completion = self.choices.iter().map(|choice| choice.n_completion);
         Usage::new(self.n_prompt, self.n_cached, n_completion.sum())
     }
 
     fn logprobs(&self, tokens: &[TokenLogprobs]) -> Option<ChatLogprobs> {
-        self.with_logprobs.then(|| {
+        self.options.with_logprobs.then(|| {
             ChatLogprobs::new(
                 self.serving.tokenizer.vocabulary(),
                 self.params.token_names,
@@ -279,6 +464,7 @@ impl ChunkWriter for Call {
             let delta = Delta {
                 role: Some("assistant"),
                 content: Some(String::new()),
+                ..Delta::default()
             };
             let role = ChatDelta {
                 index,
@@ -291,24 +477,29 @@ impl ChunkWriter for Call {
             self.chunk(role, out);
         }
         self.choices[index].n_completion += event.tokens.len();
-        let wanted =
-            (self.params.return_token_ids || self.with_logprobs) && !event.tokens.is_empty();
-        if event.text.is_empty() && event.finished.is_none() && !wanted {
+        let wanted = (self.params.return_token_ids || self.options.with_logprobs)
+            && !event.tokens.is_empty();
+        let parts = self.parts(index, event.text, event.finished.is_some());
+        if parts.is_empty() && event.finished.is_none() && !wanted {
             return Ok(());
         }
         let (finish_reason, stop_reason) = match event.finished {
             None => (None, None),
             Some(reason) => {
                 let (finish, stop) = reasons(reason, &self.params.stop_token_ids)?;
-                (Some(finish), stop)
+                (Some(self.finish_reason(index, finish)), stop)
             }
         };
-        let content = (!event.text.is_empty() || finish_reason.is_none()).then_some(event.text);
+        let says_nothing = parts.is_empty() && finish_reason.is_none();
+        let reasoning = (!parts.reasoning.is_empty()).then_some(parts.reasoning);
         let choice = ChatDelta {
             index,
             delta: Delta {
                 role: None,
-                content,
+                content: (!parts.content.is_empty() || says_nothing).then_some(parts.content),
+                reasoning_content: reasoning.clone(),
+                reasoning,
+                tool_calls: parts.tool_calls,
             },
             logprobs: if event.tokens.is_empty() {
                 None

@@ -41,6 +41,7 @@ const NOT_WITH_BEAMS: &[(&str, &[&str], &str)] = &[
     ("guided_regex", &[], NOT_BUILT),
     ("guided_choice", &["[]"], NOT_BUILT),
     ("guided_grammar", &[], NOT_BUILT),
+    ("tools", &["[]"], NOT_BUILT),
 ];
 const NOT_SAMPLED: &str = "beams are searched, not sampled";
 const NOT_BUILT: &str = "not supported with beams";

@@ -15,6 +15,7 @@ use super::incoming::Incoming;
 use super::logprobs::{CompletionScorer, PromptLogprobs, TextOffsets};
 use super::params::{Params, StreamUsage, take_n_logprobs, truncate};
 use super::prompts::{Prompt, PromptLimits, take_prompts};
+use super::structured::Structured;
 use super::wire::{Completion, CompletionChoice, Usage, chunk_usage, reasons};
 use crate::engine::FinishReason;
 use crate::frontend::RequestEvent;
@@ -27,6 +28,7 @@ const DEFAULT_MAX_TOKENS: u32 = 16;
 /// What a body asks for.
 struct CompletionRequest {
     prompts: Vec<Prompt>,
+    structured: Option<Structured>,
     options: Options,
 }
 
@@ -52,6 +54,7 @@ impl CompletionRequest {
             max_tokens: max_model_len,
         };
         let mut prompts = take_prompts(&mut fields, limits)?;
+        let structured = Structured::take(&mut fields)?;
         // Left out, it is OpenAI's default; null is no limit, as in vLLM.
         let max_tokens = match fields.take_null("max_tokens") {
             true => None,
@@ -93,7 +96,11 @@ impl CompletionRequest {
                 }
             }
         }
-        Ok(Self { prompts, options })
+        Ok(Self {
+            prompts,
+            structured,
+            options,
+        })
     }
 }
 
@@ -119,12 +126,17 @@ pub(super) async fn completions(
 ) -> Result<Response, ApiError> {
     let CompletionRequest {
         prompts,
+        structured,
         mut options,
     } = CompletionRequest::parse(&serving, &body)?;
     drop(body);
     if prompts.len() == 1 {
         options.params.settle_seed(|| serving.ids.seed());
     }
+    let grammar = match structured {
+        Some(structured) => Some(structured.compile(&serving).await?),
+        None => None,
+    };
     let logits = serving
         .logits_options(options.params.logits.clone())
         .await?;
@@ -151,6 +163,7 @@ pub(super) async fn completions(
             max_tokens,
             logprobs: options.logprobs,
             prompt_logprobs: options.scores_of_prompt(),
+            grammar: grammar.clone(),
         });
     }
     let prompt_is_unscored = options.scores_of_prompt().is_none();

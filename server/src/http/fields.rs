@@ -48,10 +48,10 @@ const NO_EFFECT: &[(&str, &[Interface], NoEffect)] = &[
     ("service_tier", BOTH, Any),
     ("safety_identifier", BOTH, Any),
     ("request_id", BOTH, Any),
-    // Hints to the prefix cache, and no parser takes reasoning apart.
+    // Hints to the prefix cache.
     ("prompt_cache_key", BOTH, Any),
     ("prompt_cache_retention", BOTH, Any),
-    ("include_reasoning", BOTH, Any),
+    ("include_reasoning", &[Completions], Any),
     // Sampling; of beams, where none are asked for.
     ("length_penalty", BOTH, Any),
     ("early_stopping", BOTH, Any),
@@ -62,20 +62,11 @@ const NO_EFFECT: &[(&str, &[Interface], NoEffect)] = &[
     // The decoders of the models that are served put no spaces there (ByteLevel, Metaspace).
     ("spaces_between_special_tokens", BOTH, Any),
     ("priority", BOTH, Only(&["0"])),
-    ("response_format", BOTH, Only(&[r#"{"type":"text"}"#])),
-    ("structured_outputs", BOTH, Only(&["{}"])),
-    ("guided_json", BOTH, Only(&[])),
-    ("guided_regex", BOTH, Only(&[])),
-    ("guided_choice", BOTH, Only(&["[]"])),
-    ("guided_grammar", BOTH, Only(&[])),
     ("guided_decoding_backend", BOTH, Any),
     ("guided_whitespace_pattern", BOTH, Any),
     ("kv_transfer_params", BOTH, Only(&["{}"])),
     ("vllm_xargs", BOTH, Only(&["{}"])),
     ("suffix", &[Completions], Only(&["\"\""])),
-    ("tools", &[Chat], Only(&["[]"])),
-    ("tool_choice", &[Chat], Only(&["\"none\"", "\"auto\""])),
-    ("parallel_tool_calls", &[Chat], Any),
     ("functions", &[Chat], Only(&["[]"])),
     ("function_call", &[Chat], Only(&["\"none\"", "\"auto\""])),
     ("modalities", &[Chat], Only(&["[\"text\"]"])),
@@ -351,11 +342,10 @@ mod tests {
     fn a_value_that_changes_nothing_is_accepted_and_no_other() {
         for (field, values, refused) in [
             (
-                "include_reasoning",
-                &["true", "false"] as &[&str],
+                "prompt_cache_retention",
+                &["\"24h\"", "null"] as &[&str],
                 &[] as &[&str],
             ),
-            ("prompt_cache_retention", &["\"24h\"", "null"], &[]),
             ("user", &["\"me\""], &[]),
             ("metadata", &[r#"{"a": "b"}"#], &[]),
             ("store", &["false", "true"], &[]),
@@ -363,17 +353,8 @@ mod tests {
             ("length_penalty", &["2"], &[]),
             ("typical_p", &["1", "1.0"], &["0.9"]),
             ("spaces_between_special_tokens", &["true", "false"], &[]),
-            (
-                "response_format",
-                &[r#"{"type": "text"}"#],
-                &[r#"{"type": "json_object"}"#],
-            ),
-            ("tools", &["[]", "null"], &[r#"[{"type": "function"}]"#]),
-            ("tool_choice", &["\"none\"", "null"], &["\"required\""]),
-            ("parallel_tool_calls", &["true", "false"], &[]),
             ("modalities", &[r#"["text"]"#], &[r#"["text", "audio"]"#]),
             ("verbosity", &["\"medium\""], &["\"low\""]),
-            ("guided_json", &["null"], &["{}"]),
             ("echo", &["false"], &["true"]),
         ] {
             let finish = |value: &str| {
@@ -393,10 +374,10 @@ mod tests {
                 );
             }
         }
-        let fields = Fields::parse(br#"{"tools": []}"#).unwrap();
+        let fields = Fields::parse(br#"{"documents": []}"#).unwrap();
         assert_eq!(
             message(fields.finish(Completions)),
-            "tools: unknown field; leave it out"
+            "documents: unknown field; leave it out"
         );
     }
 }

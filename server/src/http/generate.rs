@@ -16,10 +16,13 @@ use super::choices::Choices;
 use super::error::ApiError;
 use super::logits_fields::LogitsFields;
 use super::params::Params;
+use super::structured::check_logits;
+use crate::engine::constraint::Constraint;
 use crate::engine::logits::{LogitsOptions, LogitsProcessors};
 use crate::engine::{FinishReason, TokenLogprobs};
 use crate::frontend::budget::Lease;
 use crate::frontend::{Arrival, GenerationRequest, RequestEvent, RequestStream};
+use crate::grammar::CompiledGrammar;
 use crate::text::Detokenizer;
 
 /// One prompt, ready to run.
@@ -30,6 +33,8 @@ pub(super) struct Prepared {
     pub(super) max_tokens: u32,
     pub(super) logprobs: Option<u8>,
     pub(super) prompt_logprobs: Option<u8>,
+    /// What the text has to match.
+    pub(super) grammar: Option<CompiledGrammar>,
 }
 
 impl Serving {
@@ -132,6 +137,9 @@ impl Serving {
         let mut resumed = Vec::new();
         for one in &prepared {
             params.logits.check_max_tokens(one.max_tokens)?;
+            if one.grammar.is_some() {
+                check_logits(logits)?;
+            }
             if let Some(resume) = &params.resume {
                 resume.check(prepared.len(), one.max_tokens, info.vocab_size)?;
                 resumed.clone_from(&resume.choices);
@@ -142,7 +150,11 @@ impl Serving {
                 // A default of the model's may be left: beams know no changes of logits.
                 Some(_) => None,
                 None => {
-                    let (options, n_ids) = (logits.clone(), info.vocab_size);
+                    let (mut options, n_ids) = (logits.clone(), info.vocab_size);
+                    options.constraint = one.grammar.as_ref().map(|grammar| {
+                        let constraint = grammar.constraint(&stop_token_ids);
+                        Box::new(constraint) as Box<dyn Constraint>
+                    });
                     LogitsProcessors::new(options, &one.prompt, &stop_token_ids, n_ids)
                 }
             };

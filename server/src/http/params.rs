@@ -421,8 +421,8 @@ mod tests {
                 "prompt_logprobs: not available with \"stream\": true; leave one of the two out",
             ),
             (
-                r#"{"guided_regex": "a"}"#,
-                "guided_regex: not supported by this server; leave it out",
+                r#"{"logits_processors": ["x"]}"#,
+                "logits_processors: not supported by this server; leave it out or set it to []",
             ),
             (
                 r#"{"stream_options": {}}"#,

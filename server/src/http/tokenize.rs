@@ -10,6 +10,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::generate::json_response;
 use super::incoming::Incoming;
+use super::tools::Tools;
 use crate::frontend::budget::Purpose;
 use crate::text::{TextError, Tokenizer, Vocabulary};
 
@@ -50,7 +51,8 @@ impl Text {
             let message = "missing; give a prompt or messages";
             return Err(ApiError::field("prompt", message));
         }
-        Conversation::take(fields).map(Self::Chat)
+        let tools = Tools::take(fields)?;
+        Conversation::take(fields, tools.for_template()).map(Self::Chat)
     }
 
     fn n_bytes(&self) -> usize {
@@ -63,7 +65,7 @@ impl Text {
     fn encode(self, tokenizer: &Tokenizer) -> Result<Vec<u32>, TextError> {
         match self {
             Self::Prompt { text, special } => tokenizer.encode(&text, special),
-            Self::Chat(conversation) => conversation.encode(tokenizer, None),
+            Self::Chat(conversation) => Ok(conversation.encode(tokenizer, None)?.tokens),
         }
     }
 }

@@ -122,7 +122,61 @@ pub(super) struct ChatChoice {
 #[derive(Debug, Serialize)]
 pub(super) struct Message {
     pub(super) role: &'static str,
-    pub(super) content: String,
+    /// None where the answer is calls alone.
+    pub(super) content: Option<String>,
+    /// Under vLLM's name and under the one it had before, which most clients read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) reasoning: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) tool_calls: Vec<ToolCall>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct ToolCall {
+    pub(super) id: String,
+    pub(super) r#type: &'static str,
+    pub(super) function: FunctionCall,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct FunctionCall {
+    pub(super) name: String,
+    /// A JSON object, as the model wrote it.
+    pub(super) arguments: String,
+}
+
+/// A part of a call. Its first has id, type and name.
+#[derive(Debug, Serialize)]
+pub(super) struct ToolCallDelta {
+    pub(super) index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) r#type: Option<&'static str>,
+    pub(super) function: FunctionDelta,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct FunctionDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) name: Option<String>,
+    pub(super) arguments: String,
+}
+
+impl From<ToolCallDelta> for ToolCall {
+    /// All parts of a call, put together.
+    fn from(delta: ToolCallDelta) -> Self {
+        Self {
+            id: delta.id.unwrap_or_default(),
+            r#type: "function",
+            function: FunctionCall {
+                name: delta.function.name.unwrap_or_default(),
+                arguments: delta.function.arguments,
+            },
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -143,6 +197,12 @@ pub(super) struct Delta {
     pub(super) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) reasoning: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) tool_calls: Vec<ToolCallDelta>,
 }
 
 /// What the text ended with: a stop string, or the id of a stop token that the caller named.

@@ -12,6 +12,8 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 
 use super::TextError;
+use super::reasoning::THINK_END;
+use super::tool_calls::ToolCallFormat;
 
 const NAME: &str = "chat_template";
 
@@ -21,6 +23,28 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// `bos_token` and the like.
     special_tokens: BTreeMap<String, String>,
+    style: TemplateStyle,
+}
+
+/// What a template shows of how its model writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TemplateStyle {
+    /// It shows the model its tools.
+    pub shows_tools: bool,
+    /// How calls are written in it.
+    pub tool_calls: Option<ToolCallFormat>,
+    /// It knows reasoning between `<think>` tags.
+    pub thinks: bool,
+}
+
+impl TemplateStyle {
+    fn of(source: &str) -> Self {
+        Self {
+            shows_tools: source.contains("tools"),
+            tool_calls: ToolCallFormat::of_template(source),
+            thinks: source.contains(THINK_END),
+        }
+    }
 }
 
 /// What a rendering takes besides the messages.
@@ -30,6 +54,8 @@ pub struct RenderArgs {
     pub add_generation_prompt: bool,
     /// End inside the last message, which the model then continues.
     pub continue_final_message: bool,
+    /// The tools that the model may call, a list as in OpenAI's interface; none where it is undefined.
+    pub tools: Value,
     /// Further names that the caller passes (`chat_template_kwargs`).
     pub kwargs: BTreeMap<String, Value>,
     /// The local time, for `strftime_now`.
@@ -59,6 +85,7 @@ impl ChatTemplate {
                 Err(Error::new(ErrorKind::InvalidOperation, message))
             },
         );
+        let style = TemplateStyle::of(source);
         let source = without_generation_tags(source);
         environment
             .add_template_owned(NAME, source)
@@ -66,7 +93,13 @@ impl ChatTemplate {
         Ok(Self {
             environment,
             special_tokens,
+            style,
         })
+    }
+
+    /// How its model writes.
+    pub fn style(&self) -> TemplateStyle {
+        self.style
     }
 
     /// Renders `messages`, a list of maps with `role` and `content`. Fails with the template's own message.
@@ -76,7 +109,12 @@ impl ChatTemplate {
             false => None,
         };
         let mut names: BTreeMap<String, Value> = BTreeMap::new();
-        names.insert("tools".into(), Value::from(()));
+        let tools = args.tools;
+        let has_tools = !tools.is_undefined();
+        names.insert(
+            "tools".into(),
+            if has_tools { tools } else { Value::from(()) },
+        );
         names.insert("documents".into(), Value::from(()));
         names.extend(
             self.special_tokens
@@ -408,12 +446,11 @@ mod tests {
         let mut wrong = Vec::new();
         for case in golden.cases {
             let template = ChatTemplate::new("test", &case.template, golden.special_tokens.clone());
-            let mut kwargs = case.kwargs;
-            kwargs.extend(case.tools.map(|tools| ("tools".to_owned(), tools)));
             let args = RenderArgs {
                 add_generation_prompt: case.add_generation_prompt,
                 continue_final_message: false,
-                kwargs,
+                tools: case.tools.unwrap_or_default(),
+                kwargs: case.kwargs,
                 now: golden.now.parse().unwrap(),
             };
             let got = template.and_then(|t| t.render(case.messages, args));

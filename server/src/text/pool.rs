@@ -3,7 +3,7 @@
 //!
 //! Short texts have threads of their own, which no long text can take. Long ones share a single thread, the shortest
 //! first, so that they take the memory of one at a time; few of them may wait. A job that panics fails alone. It knows
-//! nothing of the work itself.
+//! nothing of the work itself. A [`Lane`], threads with one queue, serves others too.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -20,6 +20,9 @@ pub const SHORT_BYTES: usize = 64 << 10;
 /// Long texts that may wait: each is seconds of work in the worst case.
 const MAX_WAITING_LONG: usize = 8;
 
+/// As threads have by default.
+const STACK_BYTES: usize = 2 << 20;
+
 /// The threads end when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct TextPool {
@@ -32,8 +35,13 @@ impl TextPool {
     /// connection has one at most.
     pub fn start(n_threads: NonZeroUsize) -> std::io::Result<Self> {
         Ok(Self {
-            short: Lane::start("text", n_threads, usize::MAX)?,
-            long: Lane::start("long-text", NonZeroUsize::MIN, MAX_WAITING_LONG)?,
+            short: Lane::new("text", n_threads, usize::MAX, STACK_BYTES)?,
+            long: Lane::new(
+                "long-text",
+                NonZeroUsize::MIN,
+                MAX_WAITING_LONG,
+                STACK_BYTES,
+            )?,
         })
     }
 
@@ -44,28 +52,19 @@ impl TextPool {
         n_bytes: usize,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, TextError> {
-        let (done, result) = oneshot::channel();
-        let job = Box::new(move || {
-            if !done.is_closed() {
-                // What the work has of shared state is not changed by it, so that a panic leaves nothing half done.
-                let result = catch_unwind(AssertUnwindSafe(work));
-                let _ = done.send(result.map_err(|_| TextError::Panicked));
-            }
-        });
         match n_bytes <= SHORT_BYTES {
             // All alike: in the order of their arrival.
-            true => self.short.push(0, job)?,
-            false => self.long.push(n_bytes, job)?,
+            true => self.short.run(0, work).await,
+            false => self.long.run(n_bytes, work).await,
         }
-        result.await.map_err(|_| TextError::Stopped)?
     }
 }
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads with a queue of their own.
+/// Threads with a queue of their own. They end when the last clone is dropped.
 #[derive(Clone, Debug)]
-struct Lane(Arc<Owner>);
+pub(crate) struct Lane(Arc<Owner>);
 
 /// Its drop ends the threads.
 #[derive(Debug)]
@@ -80,7 +79,7 @@ struct Queue {
 
 #[derive(Default)]
 struct State {
-    /// By bytes, then by arrival: the first is next.
+    /// By rank, then by arrival: the first is next.
     waiting: BTreeMap<(usize, u64), Job>,
     n_arrived: u64,
     closed: bool,
@@ -93,7 +92,13 @@ impl std::fmt::Debug for State {
 }
 
 impl Lane {
-    fn start(name: &str, n_threads: NonZeroUsize, capacity: usize) -> std::io::Result<Self> {
+    /// Threads with stacks of `stack_bytes`, for which `capacity` jobs may wait.
+    pub(crate) fn new(
+        name: &str,
+        n_threads: NonZeroUsize,
+        capacity: usize,
+        stack_bytes: usize,
+    ) -> std::io::Result<Self> {
         let queue = Arc::new(Queue {
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -104,6 +109,7 @@ impl Lane {
             let queue = Arc::clone(&queue);
             std::thread::Builder::new()
                 .name(format!("{name}-{i}"))
+                .stack_size(stack_bytes)
                 .spawn(move || {
                     while let Some(job) = queue.next() {
                         job();
@@ -113,7 +119,35 @@ impl Lane {
         Ok(lane)
     }
 
-    fn push(&self, n_bytes: usize, job: Job) -> Result<(), TextError> {
+    /// Runs `work` on one of the threads, before work with a higher `rank`. Where the caller has left by the time its turn
+    /// comes, it isn't run. [`TextError::Busy`] comes at once, before any work.
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        rank: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, TextError> {
+        let (done, result) = oneshot::channel();
+        let job = Box::new(move || {
+            if !done.is_closed() {
+                // What the work has of shared state is not changed by it, so that a panic leaves nothing half done.
+                let result = catch_unwind(AssertUnwindSafe(work));
+                let _ = done.send(result.map_err(|_| TextError::Panicked));
+            }
+        });
+        self.push(rank, job)?;
+        result.await.map_err(|_| TextError::Stopped)?
+    }
+
+    /// Runs `work` in its turn, and tells nobody.
+    pub(crate) fn spawn(&self, work: impl FnOnce() + Send + 'static) {
+        let job = Box::new(move || {
+            let _ = catch_unwind(AssertUnwindSafe(work));
+        });
+        // Where the queue is full it is dropped, which is all that there is to tell.
+        let _ = self.push(0, job);
+    }
+
+    fn push(&self, rank: usize, job: Job) -> Result<(), TextError> {
         let queue = &self.0.0;
         let mut state = queue.state();
         if state.waiting.len() >= queue.capacity {
@@ -122,7 +156,7 @@ impl Lane {
             });
         }
         state.n_arrived += 1;
-        let key = (n_bytes, state.n_arrived);
+        let key = (rank, state.n_arrived);
         state.waiting.insert(key, job);
         drop(state);
         queue.changed.notify_one();

@@ -136,6 +136,13 @@ impl Vocabulary {
         self.entries.get(id as usize).is_some_and(|e| e.special)
     }
 
+    /// The special token with this name.
+    pub fn special_token(&self, name: &str) -> Option<u32> {
+        let ids = 0..u32::try_from(self.len()).unwrap_or(u32::MAX);
+        let mut named = ids.filter(|id| self.is_special(*id) && self.bytes(*id) == name.as_bytes());
+        named.next()
+    }
+
     pub(super) fn token(&self, id: u32, first: bool) -> Option<TokenText<'_>> {
         let entry = self.entries.get(id as usize)?;
         match if first { entry.first } else { entry.later } {
