@@ -54,9 +54,9 @@ impl NotReadyMetrics {
         let start = GaugeVec::new(
             Opts::new(
                 "kvasir_operator_start_seconds",
-                "How long the replicas that serve took to start, by phase; quantiles over the replicas.",
+                "How long the replicas that serve took to start, by phase; percentiles over the replicas.",
             ),
-            &["namespace", "name", "phase", "quantile"],
+            &["namespace", "name", "phase", "percentile"],
         )?;
         registry.register(Box::new(replicas.clone()))?;
         registry.register(Box::new(start.clone()))?;
@@ -72,10 +72,10 @@ impl NotReadyMetrics {
                 .remove_label_values(&[namespace, name, reason.as_str()]);
         }
         for phase in StartTimes::PHASES {
-            for quantile in ["0.5", "0.9"] {
+            for percentile in ["50", "90"] {
                 let _ = self
                     .start
-                    .remove_label_values(&[namespace, name, phase, quantile]);
+                    .remove_label_values(&[namespace, name, phase, percentile]);
             }
         }
         let Some(status) = status else { return };
@@ -84,11 +84,11 @@ impl NotReadyMetrics {
             self.replicas.with_label_values(&labels).inc();
         }
         for times in status.start.iter().flat_map(|start| &start.phases) {
-            for (quantile, ms) in [
-                ("0.5", times.p50_milliseconds),
-                ("0.9", times.p90_milliseconds),
+            for (percentile, ms) in [
+                ("50", times.p50_milliseconds),
+                ("90", times.p90_milliseconds),
             ] {
-                let labels = [namespace, name, times.phase.as_str(), quantile];
+                let labels = [namespace, name, times.phase.as_str(), percentile];
                 self.start.with_label_values(&labels).set(ms as f64 / 1e3);
             }
         }
@@ -489,7 +489,7 @@ mod tests {
         );
         let crashed =
             "kvasir_operator_not_ready_replicas{name=\"m\",namespace=\"n\",reason=\"Crashed\"} 2";
-        let start = "kvasir_operator_start_seconds{name=\"m\",namespace=\"n\",phase=\"Load\",quantile=\"0.9\"} 2.5";
+        let start = "kvasir_operator_start_seconds{name=\"m\",namespace=\"n\",percentile=\"90\",phase=\"Load\"} 2.5";
         assert!(
             holds(crashed) && holds(start),
             "{}",
