@@ -10,8 +10,9 @@ PREDICTED = {
     "static": "60", "ttft": "49.5", "ready": "1.7", "2048_128": "1,680", "2048_128_unbounded": "2,120", "128_2048": "13,500",
     "2048_2048": "5,900", "pacing": "2.95", "pacing loss": "31",
 }  # fmt: skip
-PREDICTION_NOTE = ("Predictions were written before each run, from the run before it: products of 192 rows and more take the "
-                   "fastest of cuBLASLt's algorithms of equal bits, and prompts may stretch a decode 2.9 times in place of 3.")  # fmt: skip
+PREDICTION_NOTE = ("Predictions were written before the first run of the day's last builds, from the run before it. They count on a choice "
+                   "among cuBLASLt's algorithms that was measured and taken out again (PLAN.md), and on prompts that may stretch a "
+                   "decode 2.9 times in place of 3.")  # fmt: skip
 
 
 def read(folder, stage):

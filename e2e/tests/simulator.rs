@@ -1,5 +1,5 @@
 //! The simulator's replica held against the real scheduler, block pool and pacer, and a comparison that must come out as
-//! the README says.
+//! operator/README.md says.
 #![allow(clippy::unwrap_used)] // A test's helpers, outside of #[test] functions.
 
 use std::num::NonZeroU32;
