@@ -16,7 +16,7 @@ use kvasir_server::engine::groups::{CacheGroups, GroupKind};
 use kvasir_server::engine::pacer::{DECODE_STRETCH, PrefillPacer};
 use kvasir_server::engine::prefix::{PrefixCaching, PrefixChain, PrefixKey, PrefixScope};
 use kvasir_server::engine::scheduler::{Schedule, Scheduler};
-use kvasir_server::engine::{Request, RequestId, SamplingParams};
+use kvasir_server::engine::{Request, RequestId};
 
 fn positive(n: u32) -> NonZeroU32 {
     NonZeroU32::new(n).expect("not 0")
@@ -124,27 +124,7 @@ fn real(load: &Load, hardware: Hardware) -> Run {
                 chain.extend(&prompt);
                 chain
             });
-            let request = Request {
-                id: RequestId(next as u64),
-                prompt,
-                max_tokens: request.outputs,
-                stop_token_ids: Vec::new(),
-                sampling: SamplingParams {
-                    temperature: 0.0,
-                    top_p: 1.0,
-                    top_k: None,
-                    min_p: 0.0,
-                    seed: 0,
-                },
-                logits: None,
-                n: NonZeroU32::MIN,
-                beams: None,
-                logprobs: None,
-                prompt_logprobs: None,
-                tenant: None,
-                cache_salt: None,
-                resumed: Vec::new(),
-            };
+            let request = Request::greedy(RequestId(next as u64), prompt, request.outputs);
             scheduler.add(&blocks, request, chain);
             next += 1;
         }

@@ -298,13 +298,7 @@ impl Bench {
         };
         let greedy = LogitsRow {
             request: LogitsRequest::Sample {
-                params: SamplingParams {
-                    temperature: 0.0,
-                    top_p: 1.0,
-                    top_k: None,
-                    min_p: 0.0,
-                    seed: 0,
-                },
+                params: SamplingParams::GREEDY,
                 output_index: 0,
                 edit: LogitsEdit::default(),
             },

@@ -93,6 +93,17 @@ pub struct SamplingParams {
     pub seed: u64,
 }
 
+impl SamplingParams {
+    /// The most likely token.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: None,
+        min_p: 0.0,
+        seed: 0,
+    };
+}
+
 /// What is wanted of one row of logits.
 #[derive(Clone, Debug, PartialEq)]
 pub enum LogitsRequest {

@@ -206,21 +206,13 @@ fn scheduling(n_steps: usize, load: &Load) -> Vec<Duration> {
             chain.extend(&prompt);
             chain
         });
+        // Lengths differ, so that requests end and arrive throughout.
+        let max_tokens = 200 + (next_id * 37 % 277) as u32;
         let request = Request {
-            id: RequestId(next_id),
             logits: logits(options, &prompt),
-            prompt,
-            // Lengths differ, so that requests end and arrive throughout.
-            max_tokens: 200 + (next_id * 37 % 277) as u32,
             stop_token_ids: vec![2],
             sampling: sampling(next_id),
-            n: NonZeroU32::MIN,
-            beams: None,
-            logprobs: None,
-            prompt_logprobs: None,
-            tenant: None,
-            cache_salt: None,
-            resumed: Vec::new(),
+            ..Request::greedy(RequestId(next_id), prompt, max_tokens)
         };
         scheduler.add(blocks, request, chain);
         next_id += 1;

@@ -98,13 +98,7 @@ impl Bench {
     /// Runs `ids` from `position` on, and returns each one's greedy token and row of logits.
     fn run(&mut self, ids: &[u32], position: usize) -> Vec<(u32, Vec<f32>)> {
         let request = LogitsRequest::Sample {
-            params: SamplingParams {
-                temperature: 0.0,
-                top_p: 1.0,
-                top_k: None,
-                min_p: 0.0,
-                seed: 0,
-            },
+            params: SamplingParams::GREEDY,
             output_index: 0,
             edit: LogitsEdit::default(),
         };

@@ -178,12 +178,9 @@ fn requests(case: &Path) -> Vec<Request> {
                 true => LogitsOptions::default(),
                 false => changes(i, &prompt, vocab_size),
             };
+            let id = RequestId(requests.len() as u64);
             requests.push(Request {
-                id: RequestId(requests.len() as u64),
                 logits: LogitsProcessors::new(options, &prompt, &[], vocab_size).map(Box::new),
-                prompt: prompt.clone(),
-                max_tokens: 24,
-                stop_token_ids: Vec::new(),
                 sampling: SamplingParams {
                     temperature,
                     top_p: 0.95,
@@ -192,12 +189,8 @@ fn requests(case: &Path) -> Vec<Request> {
                     seed: 5 + i as u64,
                 },
                 logprobs: Some(3),
-                n: NonZeroU32::MIN,
-                beams: None,
                 prompt_logprobs: (i % 2 == 1).then_some(1),
-                tenant: None,
-                cache_salt: None,
-                resumed: Vec::new(),
+                ..Request::greedy(id, prompt.clone(), 24)
             });
         }
     }

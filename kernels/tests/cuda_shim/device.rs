@@ -399,13 +399,7 @@ fn edits_may_need_the_step_before_and_are_those_of_the_host() {
         let TestModel { device, layers } = &mut decoding.model;
         let logits = device.read_logits(layers.logits).unwrap();
         let [edit, ..] = edits;
-        let params = SamplingParams {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: None,
-            min_p: 0.0,
-            seed: 0,
-        };
+        let params = SamplingParams::GREEDY;
         let row = LogitsRow {
             request: LogitsRequest::Sample {
                 params,

@@ -50,6 +50,27 @@ pub struct Request {
     pub resumed: Vec<Option<Vec<u32>>>,
 }
 
+impl Request {
+    /// One answer of the most likely tokens, at most `max_tokens`, and nothing else.
+    pub fn greedy(id: RequestId, prompt: Vec<u32>, max_tokens: u32) -> Self {
+        Self {
+            id,
+            prompt,
+            max_tokens,
+            stop_token_ids: Vec::new(),
+            sampling: SamplingParams::GREEDY,
+            logits: None,
+            n: NonZeroU32::MIN,
+            beams: None,
+            logprobs: None,
+            prompt_logprobs: None,
+            tenant: None,
+            cache_salt: None,
+            resumed: Vec::new(),
+        }
+    }
+}
+
 /// How a request's beams are searched.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BeamParams {

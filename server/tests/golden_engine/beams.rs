@@ -35,25 +35,9 @@ fn searches(
 
 fn request(id: u64, prompt: Vec<u32>, beams: BeamParams) -> Request {
     Request {
-        id: RequestId(id),
-        prompt,
-        max_tokens: 14,
-        stop_token_ids: Vec::new(),
-        sampling: SamplingParams {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: None,
-            min_p: 0.0,
-            seed: 0,
-        },
-        logits: None,
         n: beams.width,
         beams: Some(beams),
-        logprobs: None,
-        prompt_logprobs: None,
-        tenant: None,
-        cache_salt: None,
-        resumed: Vec::new(),
+        ..Request::greedy(RequestId(id), prompt, 14)
     }
 }
 

@@ -10,15 +10,6 @@ use crate::engine::logits::{Edits, LogitsProcessors};
 use crate::engine::prefix::PrefixChain;
 use crate::engine::{FinishReason, Request};
 
-/// Of a beam's row of logits only the most likely tokens are used.
-const GREEDY: SamplingParams = SamplingParams {
-    temperature: 0.0,
-    top_p: 1.0,
-    top_k: None,
-    min_p: 0.0,
-    seed: 0,
-};
-
 /// Where a token that is still under way will appear: a row of logits of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PendingSample {
@@ -286,7 +277,8 @@ impl Sequence {
         if let Some(n_candidates) = self.n_candidates {
             return Some(LogitsRow {
                 request: LogitsRequest::Sample {
-                    params: GREEDY,
+                    // Only the most likely tokens of the row are used.
+                    params: SamplingParams::GREEDY,
                     output_index: self.n_outputs(),
                     edit: LogitsEdit::default(),
                 },

@@ -669,25 +669,18 @@ fn request(i: usize, arrival: &Arrival) -> Request {
     };
     let options = arrival.changes.options();
     let mut request = Request {
-        id: RequestId(i as u64),
         logits: LogitsProcessors::new(options, &prompt, &stop_token_ids, VOCABULARY).map(Box::new),
-        prompt,
-        max_tokens: arrival.max_tokens,
         stop_token_ids,
         sampling: SamplingParams {
             temperature: 1.0,
-            top_p: 1.0,
-            top_k: None,
-            min_p: 0.0,
             seed: i as u64,
+            ..SamplingParams::GREEDY
         },
         n: NonZeroU32::new(arrival.n).unwrap(),
         beams: arrival.beams,
-        logprobs: None,
         prompt_logprobs: arrival.scored.then_some(0),
-        tenant: None,
         cache_salt: arrival.salted.then(|| "salt".to_owned()),
-        resumed: Vec::new(),
+        ..Request::greedy(RequestId(i as u64), prompt, arrival.max_tokens)
     };
     if let Some(n) = arrival.resumes.filter(|_| arrival.beams.is_none()) {
         let known = |sequence| {
@@ -1006,27 +999,7 @@ fn nothing_is_found_before_the_step_that_wrote_it_is_collected() {
     let mut blocks = BlockPool::new(64, groups, Some(caching));
     let mut scheduler = Scheduler::new(limits, 256);
     let arrive = |scheduler: &mut Scheduler, blocks: &mut BlockPool, id| {
-        let request = Request {
-            id: RequestId(id),
-            prompt: (0..20).collect(),
-            max_tokens: 4,
-            stop_token_ids: Vec::new(),
-            sampling: SamplingParams {
-                temperature: 0.0,
-                top_p: 1.0,
-                top_k: None,
-                min_p: 0.0,
-                seed: 0,
-            },
-            logits: None,
-            n: NonZeroU32::MIN,
-            beams: None,
-            logprobs: None,
-            prompt_logprobs: None,
-            tenant: None,
-            cache_salt: None,
-            resumed: Vec::new(),
-        };
+        let request = Request::greedy(RequestId(id), (0..20).collect(), 4);
         let mut chain = PrefixChain::new(
             caching.root,
             PrefixScope::default(),
