@@ -7,7 +7,8 @@
 //! - [`structured`], [`tools`]: what holds an answer to a grammar; the tools that it may call.
 //! - [`completions`], [`chat`], [`tokenize`], [`detokenize`]: the interfaces; [`generate`] is what the first two share;
 //!   [`answer`] takes a chat's answer apart.
-//! - [`management`]: probes, load, metrics. [`middleware`]: around every request. [`access`]: who may call the API.
+//! - [`management`]: probes, load, metrics. [`middleware`]: around every request; [`hold`](mod@hold): until its answer is sent.
+//!   [`access`]: who may call the API.
 //! - [`serve`]: connections, their limits, and the drain; [`write_timeout`] ends those whose client reads too slowly.
 
 pub mod access;
@@ -21,6 +22,7 @@ mod detokenize;
 pub mod error;
 mod fields;
 mod generate;
+mod hold;
 mod incoming;
 mod logits_fields;
 mod logprobs;

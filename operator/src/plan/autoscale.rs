@@ -8,7 +8,7 @@
 //! replicas that stay carry all of it with room to spare. A replica that is silent counts as empty when scaling up and as
 //! full when scaling down, as the horizontal pod autoscaler treats missing metrics. What replicas can carry is measured.
 //!
-//! - [`demand`]: what is reported, and how many replicas it is work for.
+//! - [`demand`]: what is reported, and how many replicas it is work for; `usable`: which reports can be judged.
 //! - `learned`: what was measured of the replicas. `starts`: how long they take to start.
 //! - `forecast`: how much the load grows meanwhile.
 //! - `window`: the largest answer of the past.
@@ -17,6 +17,7 @@ pub mod demand;
 mod forecast;
 mod learned;
 mod starts;
+mod usable;
 mod window;
 
 use std::time::Duration;

@@ -1,14 +1,12 @@
 //! What is done around every request: it is counted, refused where its connection is over the limit, and answered with
-//! a goodbye while the server drains. It owns what is kept until an answer has been sent.
+//! a goodbye while the server drains.
 
 use std::sync::Arc;
 
-use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http_body_util::BodyExt;
 
 use super::App;
 use super::error::ApiError;
@@ -35,14 +33,4 @@ pub(super) async fn middleware(
             .insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
-}
-
-/// Keeps `held` until the answer's body has been sent, or nobody is there to take it.
-pub(super) fn hold<T: Send + 'static>(response: Response, held: T) -> Response {
-    response.map(|body| {
-        Body::new(body.map_err(move |error| {
-            let _held = &held;
-            error
-        }))
-    })
 }

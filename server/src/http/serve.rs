@@ -20,7 +20,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 
-use super::middleware::hold;
+use super::hold::hold;
 use super::write_timeout::WriteTimeout;
 
 /// Connections beyond the limit that get an answer. Even more are closed at once.

@@ -5,13 +5,12 @@
 
 use kvasir_crds::LoadReport;
 use kvasir_crds::llmdeployment::Autoscaling;
-use kvasir_crds::load_report::{BlockCounts, HeldCounts, PageDemand, QueueCounts, SCHEMA};
+use kvasir_crds::load_report::{BlockCounts, HeldCounts, PageDemand};
 
 use super::learned::Learned;
+use super::usable::{Usable, usable};
 use crate::observed::ReplicaLoad;
 
-/// A report whose engine has not beaten for so long is none.
-const STALE_MS: u64 = 10_000;
 /// Prompt tokens that arrive may take this part of what replicas can compute: the rest takes the bursts between two looks.
 const PREFILL_TARGET: f64 = 0.8;
 /// What waits is to be worked off in this time, beside what arrives; or in the time of a start, where that is longer:
@@ -88,26 +87,6 @@ pub(super) struct Totals {
 struct Held {
     requests: u64,
     prompt_tokens: u64,
-}
-
-/// The two figures without which a report says nothing.
-pub(super) struct Usable<'a> {
-    pub(super) report: &'a LoadReport,
-    pub(super) blocks: BlockCounts,
-    pub(super) queue: QueueCounts,
-}
-
-/// A report that can be judged, of a replica that serves. One without blocks or queue is as good as none, and so is one of
-/// another schema, or one whose engine doesn't beat any more.
-pub(super) fn usable(report: &LoadReport) -> Option<Usable<'_>> {
-    let is_fresh = report.heartbeat_age_ms.is_none_or(|age| age < STALE_MS);
-    let is_known = report.schema.is_none_or(|schema| schema == SCHEMA);
-    let (blocks, queue) = (report.blocks?, report.queue?);
-    (is_fresh && is_known && blocks.total > 0).then_some(Usable {
-        report,
-        blocks,
-        queue,
-    })
 }
 
 impl Totals {

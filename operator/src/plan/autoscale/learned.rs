@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use kvasir_crds::llmdeployment::LearnedCapacity;
 
-use super::demand::{Usable, usable};
 use super::starts::Starts;
+use super::usable::{Usable, usable};
 use crate::observed::ReplicaLoad;
 
 /// The share of a new measurement in a running mean.

@@ -14,7 +14,7 @@ use axum::response::{IntoResponse, Response};
 use crate::access::limits::{KeyLimits, KeyUse, Level, Levels, Limit, Refusal};
 use crate::frontend::Call;
 use crate::http::error::ApiError;
-use crate::http::middleware::hold;
+use crate::http::hold::hold;
 
 /// What all keys have used.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use axum::response::Response;
 
 use super::request_id::RequestId;
 use crate::frontend::Call;
-use crate::http::middleware::hold;
+use crate::http::hold::hold;
 
 /// What is logged when it is dropped.
 struct Line {
