@@ -100,12 +100,13 @@ fn kubectl_scale_reaches_the_pods() {
     assert!(condition(&object, "Stalled").is_null(), "{object}");
     ns.kubectl(&["scale", "llmdeployment", "fixed", "--replicas=0"])
         .expect("scaled");
+    // Until the Deployment has seen its new number, Ready is False for the same reason.
     let object = ns.await_deployment("nothing runs, as asked", "fixed", 60, |object| {
-        condition(object, "Available")["reason"] == "ScaledToZero"
+        let ready = condition(object, "Ready");
+        ready["reason"] == "ScaledToZero" && ready["status"] == "True"
     });
+    assert_eq!(condition(&object, "Available")["reason"], "ScaledToZero");
     assert_eq!(condition(&object, "Available")["status"], "False");
-    assert_eq!(condition(&object, "Ready")["reason"], "ScaledToZero");
-    assert_eq!(condition(&object, "Ready")["status"], "True");
     assert!(condition(&object, "Reconciling").is_null(), "{object}");
 }
 
