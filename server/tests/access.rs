@@ -12,7 +12,7 @@ use std::net::TcpStream;
 use std::process::Command;
 use std::sync::Arc;
 
-use client::{Client, Server, send, send_with};
+use client::{Client, Server, refusal, send, send_with};
 use serde_json::{Value, json};
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
@@ -249,13 +249,7 @@ fn mistakes_are_exit_code_2_and_a_sentence_without_the_key() {
             "--requests-per-minute",
         ),
     ] {
-        let output = Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
-            .args(["--port", "0"])
-            .args(&flags)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{flags:?}: {said}");
+        let said = refusal(&[&["--port", "0"], &flags[..]].concat());
         assert!(said.contains(part), "{flags:?}: {said}");
         assert!(!said.contains("hush"), "{flags:?}: {said}");
     }

@@ -4,7 +4,7 @@ mod client;
 
 use std::io::{Read, Write};
 
-use client::{Answer, Server, send};
+use client::{Answer, Server, refusal, send};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -923,7 +923,7 @@ fn a_drain_loses_no_answer() {
         text.ends_with("data: [DONE]\n\n") && text.contains("\"finish_reason\":\"length\""),
         "the stream ends whole"
     );
-    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+    assert_eq!(server.exit_code(), Some(0));
 }
 
 #[test]
@@ -934,14 +934,14 @@ fn the_second_signal_ends_at_once() {
     server.signal("TERM");
     server.wait_for_load("it drains", |load| load["draining"] == true);
     server.signal("INT");
-    assert_eq!(server.child.wait().unwrap().code(), Some(130));
+    assert_eq!(server.exit_code(), Some(130));
 }
 
 #[test]
 fn an_idle_server_leaves_at_once_on_ctrl_c() {
     let mut server = Server::start(&["--drain-accept-seconds", "600"]);
     server.signal("INT");
-    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+    assert_eq!(server.exit_code(), Some(0));
 }
 
 #[test]
@@ -1015,7 +1015,7 @@ fn the_management_port_answers_through_the_whole_drain() {
     assert_eq!(load["draining"], true);
     assert_eq!(load["queue"]["running"], 1, "{load}");
     assert!(stream.text().ends_with("data: [DONE]\n\n"));
-    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+    assert_eq!(server.exit_code(), Some(0));
 }
 
 #[test]
@@ -1033,6 +1033,18 @@ fn heads_and_bodies_must_come_in_time() {
         rest.is_empty() || rest.starts_with(b"HTTP/1.1 408"),
         "closed by the server"
     );
+}
+
+#[test]
+fn a_server_whose_log_nobody_reads_still_drains() {
+    let (reader, log) = std::io::pipe().unwrap();
+    // Every line that it logs is a broken pipe.
+    drop(reader);
+    let flags = ["--drain-accept-seconds", "0", "--drain-seconds", "5"];
+    let mut server = Server::start_logging(&flags, &[], log.into());
+    server.wait_for("it is ready", "/ready", |status, _| status == 200);
+    server.signal("TERM");
+    assert_eq!(server.exit_code(), Some(0));
 }
 
 #[test]
@@ -1056,12 +1068,7 @@ fn mistakes_of_the_user_are_exit_code_2_and_a_sentence() {
         ),
         (vec!["--no-such-flag"], "--no-such-flag"),
     ] {
-        let output = std::process::Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
-            .args(&flags)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{flags:?}: {said}");
+        let said = refusal(&flags);
         assert!(said.contains(part), "{flags:?}: {said}");
         assert!(!said.contains("panicked"), "{flags:?}: {said}");
     }

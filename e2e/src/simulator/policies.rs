@@ -6,6 +6,7 @@ pub mod hpa;
 pub mod known;
 pub mod kpa;
 pub mod kvasir;
+mod timing;
 pub mod wva;
 
 use super::policy::Policy;

@@ -88,6 +88,18 @@ impl Server {
         std::fs::write(path, "5").unwrap();
     }
 
+    /// Waits until it ends; its exit code.
+    pub(crate) fn exit_code(&mut self) -> Option<i32> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(start.elapsed() < LONG, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         let status = Command::new("kill")
             .args(["-s", name, &self.child.id().to_string()])
@@ -95,6 +107,17 @@ impl Server {
             .unwrap();
         assert!(status.success());
     }
+}
+
+/// What a server says that refuses these flags, which is exit code 2.
+pub(crate) fn refusal(flags: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_kvasir-server"))
+        .args(flags)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{flags:?}: {said}");
+    said
 }
 
 /// Asks the server at an address; each call has a connection of its own.

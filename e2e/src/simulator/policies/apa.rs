@@ -2,8 +2,7 @@
 //! tenth of tolerance both ways, up to twice and down to half as many, over a stable window of 180 s and a panic window of
 //! 60 s, and no way down for 300 s after a change.
 
-use std::collections::VecDeque;
-
+use super::timing::{Interval, Samples};
 use crate::simulator::policy::{Policy, View};
 
 const UP_WINDOW_S: f64 = 60.0;
@@ -34,8 +33,8 @@ fn target_replicas(current: f64, used: f64, target: f64, rates: Rates) -> u32 {
 #[derive(Clone, Debug)]
 pub struct Apa {
     target: f64,
-    samples: VecDeque<(f64, f64)>,
-    last_s: Option<f64>,
+    samples: Samples,
+    interval: Interval,
     changed_s: f64,
 }
 
@@ -45,16 +44,10 @@ impl Apa {
     pub fn new(target: f64) -> Self {
         Self {
             target,
-            samples: VecDeque::new(),
-            last_s: None,
+            samples: Samples::default(),
+            interval: Interval::every(INTERVAL_S),
             changed_s: f64::NEG_INFINITY,
         }
-    }
-
-    fn mean(&self, now_s: f64, window_s: f64) -> f64 {
-        let recent = self.samples.iter().filter(|(at, _)| now_s - at < window_s);
-        let (sum, n) = recent.fold((0.0, 0.0), |(sum, n), (_, value)| (sum + value, n + 1.0));
-        if n > 0.0 { sum / n } else { 0.0 }
     }
 }
 
@@ -67,23 +60,17 @@ impl Policy for Apa {
         let serving = view.serving();
         let n = serving.len().max(1) as f64;
         let used = serving.iter().map(|m| m.kv_usage).sum::<f64>() / n;
-        self.samples.push_back((view.now_s, used));
-        self.samples
-            .retain(|(at, _)| view.now_s - at <= DOWN_WINDOW_S);
-        if self
-            .last_s
-            .is_some_and(|last| view.now_s - last < INTERVAL_S - 1e-6)
-        {
+        self.samples.push(view.now_s, used, DOWN_WINDOW_S);
+        if !self.interval.is_due(view.now_s) {
             return view.asked;
         }
-        self.last_s = Some(view.now_s);
         let rates = Rates {
             tolerance: 0.1,
             up: 2.0,
             down: 2.0,
         };
         let wish = |window_s| {
-            let used = self.mean(view.now_s, window_s);
+            let used = self.samples.mean(view.now_s, window_s);
             target_replicas(f64::from(view.asked), used, self.target, rates)
         };
         let (up, down) = (wish(UP_WINDOW_S), wish(DOWN_WINDOW_S));

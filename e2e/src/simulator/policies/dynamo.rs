@@ -2,6 +2,7 @@
 //! workers without a performance model: every 5 seconds, one more where any worker's KV with its queue is above a
 //! threshold, one less where all are below another, nothing while a change is under way.
 
+use super::timing::Interval;
 use crate::simulator::policy::{Policy, View};
 
 const INTERVAL_S: f64 = 5.0;
@@ -12,7 +13,7 @@ pub struct Planner {
     name: &'static str,
     up: f64,
     down: f64,
-    last_s: Option<f64>,
+    interval: Interval,
 }
 
 impl Planner {
@@ -23,7 +24,7 @@ impl Planner {
             name: "Dynamo, throughput",
             up: 1.0,
             down: 0.6,
-            last_s: None,
+            interval: Interval::every(INTERVAL_S),
         }
     }
 
@@ -34,7 +35,7 @@ impl Planner {
             name: "Dynamo, latency",
             up: 0.4,
             down: 0.1,
-            last_s: None,
+            interval: Interval::every(INTERVAL_S),
         }
     }
 
@@ -55,13 +56,9 @@ impl Policy for Planner {
     }
 
     fn desired(&mut self, view: &View<'_>) -> u32 {
-        if self
-            .last_s
-            .is_some_and(|last| view.now_s - last < INTERVAL_S - 1e-6)
-        {
+        if !self.interval.is_due(view.now_s) {
             return view.asked;
         }
-        self.last_s = Some(view.now_s);
         let serving = view.serving();
         // A change is under way, or the workers that report are not those that are asked for.
         if serving.len() as u32 != view.asked {

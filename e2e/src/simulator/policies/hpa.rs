@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 
+use super::timing::Interval;
 use crate::simulator::policy::{Policy, View};
 
 const INTERVAL_S: f64 = 15.0;
@@ -25,7 +26,7 @@ enum Metric {
 pub struct Hpa {
     metric: Metric,
     target: f64,
-    last_s: Option<f64>,
+    interval: Interval,
     wishes: VecDeque<(f64, u32)>,
     /// Replicas added, and when.
     added: VecDeque<(f64, u32)>,
@@ -48,7 +49,7 @@ impl Hpa {
         Self {
             metric,
             target,
-            last_s: None,
+            interval: Interval::every(INTERVAL_S),
             wishes: VecDeque::new(),
             added: VecDeque::new(),
         }
@@ -111,13 +112,9 @@ impl Policy for Hpa {
     }
 
     fn desired(&mut self, view: &View<'_>) -> u32 {
-        if self
-            .last_s
-            .is_some_and(|last| view.now_s - last < INTERVAL_S - 1e-6)
-        {
+        if !self.interval.is_due(view.now_s) {
             return view.asked;
         }
-        self.last_s = Some(view.now_s);
         let serving = view.serving();
         let wish = match self.metric {
             Metric::KvUsage => {

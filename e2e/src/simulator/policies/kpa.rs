@@ -2,8 +2,7 @@
 //! a panic window of 6 s, panic from twice the ready pods on, target utilization 0.7, up at most a thousandfold, down by at
 //! most half at a time.
 
-use std::collections::VecDeque;
-
+use super::timing::Samples;
 use crate::simulator::policy::{Policy, View};
 
 const STABLE_WINDOW_S: f64 = 60.0;
@@ -60,7 +59,7 @@ impl Decider {
 pub struct Kpa {
     concurrency: f64,
     decider: Decider,
-    samples: VecDeque<(f64, f64)>,
+    samples: Samples,
 }
 
 impl Kpa {
@@ -80,14 +79,8 @@ impl Kpa {
                 panic_s: None,
                 max_panic_pods: 0.0,
             },
-            samples: VecDeque::new(),
+            samples: Samples::default(),
         }
-    }
-
-    fn mean(&self, now_s: f64, window_s: f64) -> f64 {
-        let recent = self.samples.iter().filter(|(at, _)| now_s - at < window_s);
-        let (sum, n) = recent.fold((0.0, 0.0), |(sum, n), (_, value)| (sum + value, n + 1.0));
-        if n > 0.0 { sum / n } else { 0.0 }
     }
 }
 
@@ -99,11 +92,9 @@ impl Policy for Kpa {
     fn desired(&mut self, view: &View<'_>) -> u32 {
         let serving = view.serving();
         let concurrency = serving.iter().map(|m| m.running + m.waiting).sum();
-        self.samples.push_back((view.now_s, concurrency));
-        self.samples
-            .retain(|(at, _)| view.now_s - at <= STABLE_WINDOW_S);
-        let stable = self.mean(view.now_s, STABLE_WINDOW_S);
-        let panic = self.mean(view.now_s, PANIC_WINDOW_S);
+        self.samples.push(view.now_s, concurrency, STABLE_WINDOW_S);
+        let stable = self.samples.mean(view.now_s, STABLE_WINDOW_S);
+        let panic = self.samples.mean(view.now_s, PANIC_WINDOW_S);
         let ready = serving.len() as f64;
         self.decider
             .scale(view.now_s, ready, stable, panic)

@@ -8,6 +8,7 @@
 //! queue was saturated; required is demand over 0.85 less the supply, starting replicas among it; to spare is the supply
 //! less demand over 0.70.
 
+use super::timing::Interval;
 use crate::simulator::policy::{Metrics, Policy, View};
 
 const INTERVAL_S: f64 = 30.0;
@@ -18,18 +19,18 @@ const QUEUE_SPARE: f64 = 3.0;
 const UP: f64 = 0.85;
 const DOWN: f64 = 0.70;
 
-fn is_due(last_s: &mut Option<f64>, now_s: f64) -> bool {
-    let is_due = last_s.is_none_or(|last| now_s - last >= INTERVAL_S - 1e-6);
-    if is_due {
-        *last_s = Some(now_s);
-    }
-    is_due
+/// The first.
+#[derive(Clone, Copy, Debug)]
+pub struct Saturation {
+    interval: Interval,
 }
 
-/// The first.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Saturation {
-    last_s: Option<f64>,
+impl Default for Saturation {
+    fn default() -> Self {
+        Self {
+            interval: Interval::every(INTERVAL_S),
+        }
+    }
 }
 
 /// What the first decides: one more, one less, or neither.
@@ -64,7 +65,7 @@ impl Policy for Saturation {
     }
 
     fn desired(&mut self, view: &View<'_>) -> u32 {
-        if !is_due(&mut self.last_s, view.now_s) || !view.starting_s.is_empty() {
+        if !self.interval.is_due(view.now_s) || !view.starting_s.is_empty() {
             return view.asked;
         }
         let serving = view.serving();
@@ -74,11 +75,20 @@ impl Policy for Saturation {
 }
 
 /// The second.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct TokenCapacity {
-    last_s: Option<f64>,
+    interval: Interval,
     /// Blocks in use where the queue was saturated.
     learned: Option<f64>,
+}
+
+impl Default for TokenCapacity {
+    fn default() -> Self {
+        Self {
+            interval: Interval::every(INTERVAL_S),
+            learned: None,
+        }
+    }
 }
 
 /// What the second decides of these.
@@ -104,7 +114,7 @@ impl Policy for TokenCapacity {
     }
 
     fn desired(&mut self, view: &View<'_>) -> u32 {
-        if !is_due(&mut self.last_s, view.now_s) {
+        if !self.interval.is_due(view.now_s) {
             return view.asked;
         }
         let serving = view.serving();
